@@ -1,0 +1,320 @@
+"""StepPlan: which ranks run which sequences in which order, for one training step.
+
+The plan is plain data, made from sequence lengths alone. Each sequence is a *piece* of one or more microbatches: it
+lives on the ranks of its ring, in ring order (one rank: a local piece). Each rank walks its own list of microbatches;
+lists differ in number and in content. A microbatch that holds a piece on several ranks starts when all of them reach it.
+
+Invariants, checked by `StepPlan.validate()` (each has a test of the same name in tests/scheduler/test_plan.py):
+
+* every_token_once       each sequence sits once on each rank of its ring and nowhere else
+* capacity_kept          tokens per (rank, microbatch) <= max_tokens_per_rank, with the real uneven chunks
+* one_ring_each          the multi-rank pieces of a (rank, microbatch) share one ring, and all ranks of that ring
+                         hold the same ones in the same order (hdp plans have at most one such piece; the packed
+                         zigzag baseline has several)
+* acyclic_order          the order in which ranks meet in rings has no cycle: no deadlock
+* same_index_under_pp    with pp_size > 1 a shared microbatch has the same local index on all of its ranks
+* no_rank_without_work   every rank has at least one microbatch (it may be empty)
+
+Storage is columnar (numpy, CSR offsets) so that 100,000 sequences on 10,000 ranks stay cheap; `microbatches(rank)`
+makes objects for one rank on demand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Sequence
+
+import numpy as np
+
+from .zigzag import rank_tokens
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """One sequence and the ranks that hold it, in ring order."""
+
+    seq: int  # index into StepPlan.seqlens
+    seqlen: int  # tokens of the whole sequence
+    ranks: tuple[int, ...]
+
+    @property
+    def degree(self) -> int:
+        return len(self.ranks)
+
+    def num_tokens(self, rank: int) -> int:
+        """Tokens of this piece on `rank`."""
+        return int(rank_tokens(self.seqlen, self.degree, self.ranks.index(rank)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Microbatch:
+    """What one rank runs at once: pieces of at most one ring first, then local pieces. May be empty."""
+
+    pieces: tuple[Piece, ...] = ()
+    offload_ratio: float = (
+        0.0  # share of the tokens' saved activations that goes to the host, [0, 1]
+    )
+
+    @property
+    def ring(self) -> tuple[int, ...]:
+        """Ranks of the multi-rank pieces, in ring order; () when all pieces are local."""
+        return self.pieces[0].ranks if self.pieces and self.pieces[0].degree > 1 else ()
+
+    def num_tokens(self, rank: int) -> int:
+        return sum(piece.num_tokens(rank) for piece in self.pieces)
+
+
+def _frozen(array: Any, dtype: type) -> np.ndarray:
+    array = np.ascontiguousarray(array, dtype=dtype)
+    array.setflags(write=False)
+    return array
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepPlan:
+    """Plan of one step. CSR columns:
+
+    sequence s is on ranks   ring_ranks[ring_offsets[s]:ring_offsets[s + 1]]               in ring order
+    rank r runs microbatches microbatch_offsets[r] .. microbatch_offsets[r + 1] - 1         in this order
+    microbatch m holds       piece_seqs[piece_offsets[m]:piece_offsets[m + 1]]              ring pieces first
+    """
+
+    policy: str
+    hdp_size: int
+    max_tokens_per_rank: int
+    pp_size: int = 1
+    seqlens: np.ndarray  # (num_seqs,) int64, tokens
+    ring_offsets: np.ndarray  # (num_seqs + 1,) int64
+    ring_ranks: np.ndarray  # (sum of degrees,) int32
+    microbatch_offsets: np.ndarray  # (hdp_size + 1,) int64
+    piece_offsets: np.ndarray  # (num_microbatches + 1,) int64
+    piece_seqs: np.ndarray  # (num_pieces,) int32
+    offload_ratio: np.ndarray  # (num_microbatches,) float64
+    predicted_s: float = float("nan")  # planner's finishing time of the step, seconds
+    lower_bound_s: float = float("nan")  # no plan can finish earlier, seconds
+    notes: dict[str, Any] = field(
+        default_factory=dict
+    )  # planner's own remarks; not part of the digest
+
+    def __post_init__(self) -> None:
+        for name, dtype in _COLUMNS.items():
+            object.__setattr__(self, name, _frozen(getattr(self, name), dtype))
+
+    # ---- reading ----
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.seqlens)
+
+    @property
+    def num_microbatches(self) -> np.ndarray:
+        """(hdp_size,) int64: microbatches of each rank."""
+        return np.diff(self.microbatch_offsets)
+
+    @property
+    def degrees(self) -> np.ndarray:
+        """(num_seqs,) int64: ranks per sequence."""
+        return np.diff(self.ring_offsets)
+
+    def ring(self, seq: int) -> tuple[int, ...]:
+        return tuple(self.ring_ranks[self.ring_offsets[seq] : self.ring_offsets[seq + 1]].tolist())
+
+    def microbatches(self, rank: int) -> list[Microbatch]:
+        """The microbatches of one rank in the order in which it runs them."""
+        if not 0 <= rank < self.hdp_size:
+            raise ValueError(f"rank {rank} is not in a plan for hdp_size={self.hdp_size}")
+        result = []
+        for m in range(self.microbatch_offsets[rank], self.microbatch_offsets[rank + 1]):
+            seqs = self.piece_seqs[self.piece_offsets[m] : self.piece_offsets[m + 1]].tolist()
+            pieces = tuple(
+                Piece(seq=s, seqlen=int(self.seqlens[s]), ranks=self.ring(s)) for s in seqs
+            )
+            result.append(Microbatch(pieces=pieces, offload_ratio=float(self.offload_ratio[m])))
+        return result
+
+    @cached_property
+    def microbatch_ranks(self) -> np.ndarray:
+        """(num_microbatches,) int64: the rank that runs each microbatch."""
+        return np.repeat(np.arange(self.hdp_size), self.num_microbatches)
+
+    @cached_property
+    def piece_tokens(self) -> np.ndarray:
+        """(num_pieces,) int64: tokens of each piece on the rank of its microbatch."""
+        piece_ranks = np.repeat(self.microbatch_ranks, np.diff(self.piece_offsets))
+        position = self._positions(self.piece_seqs, piece_ranks)
+        return rank_tokens(self.seqlens[self.piece_seqs], self.degrees[self.piece_seqs], position)
+
+    @cached_property
+    def microbatch_tokens(self) -> np.ndarray:
+        """(num_microbatches,) int64: tokens of each microbatch."""
+        sums = np.concatenate([[0], np.cumsum(self.piece_tokens)])
+        return sums[self.piece_offsets[1:]] - sums[self.piece_offsets[:-1]]
+
+    @cached_property
+    def ends_local(self) -> bool:
+        """No rank's last microbatch is on a ring, so gradients may be reduced while it runs backward."""
+        last = self.microbatch_offsets[1:] - 1
+        first_piece = self.piece_offsets[last]
+        filled = first_piece < self.piece_offsets[last + 1]
+        return bool((self.degrees[self.piece_seqs[first_piece[filled]]] == 1).all())
+
+    def _positions(self, seqs: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """Ring position of `ranks[i]` in the ring of sequence `seqs[i]`; -1 where it is not in it."""
+        owner = np.repeat(np.arange(self.num_seqs), self.degrees)
+        key = owner * self.hdp_size + self.ring_ranks
+        order = np.argsort(key, kind="stable")
+        want = seqs.astype(np.int64) * self.hdp_size + ranks
+        if not len(key):
+            return np.full(len(want), -1)
+        at = np.minimum(np.searchsorted(key[order], want), len(key) - 1)
+        found = order[at]
+        position = found - self.ring_offsets[seqs]
+        return np.where(key[found] == want, position, -1)
+
+    # ---- identity ----
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what ranks must agree on (not of predictions or notes): same digest, same step."""
+        sha = hashlib.sha256(
+            f"{FORMAT_VERSION}|{self.hdp_size}|{self.max_tokens_per_rank}|{self.pp_size}".encode()
+        )
+        for name in _COLUMNS:
+            column = getattr(self, name)
+            sha.update(f"|{name}:{len(column)}|".encode())
+            sha.update(column.tobytes())
+        return sha.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StepPlan) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    # ---- making, JSON ----
+
+    @classmethod
+    def from_lists(
+        cls,
+        seqlens: Sequence[int],
+        rings: Sequence[Sequence[int]],
+        microbatches: Sequence[Sequence[Sequence[int]]],
+        *,
+        offload_ratio: Sequence[Sequence[float]] | None = None,
+        **fields: Any,
+    ) -> StepPlan:
+        """Plan from plain lists: `rings[s]` are the ranks of sequence s, `microbatches[r][i]` the sequences of rank r's i-th
+        microbatch (ring pieces first). `hdp_size` is `len(microbatches)`; other columns and fields by keyword."""
+        flat = [seqs for rank in microbatches for seqs in rank]
+        ratio = (
+            np.zeros(len(flat))
+            if offload_ratio is None
+            else [x for rank in offload_ratio for x in rank]
+        )
+        fields.setdefault("policy", "custom")
+        return cls(
+            hdp_size=len(microbatches),
+            seqlens=np.asarray(seqlens, dtype=np.int64),
+            ring_offsets=_offsets(rings),
+            ring_ranks=[r for ring in rings for r in ring],
+            microbatch_offsets=_offsets(microbatches),
+            piece_offsets=_offsets(flat),
+            piece_seqs=[s for seqs in flat for s in seqs],
+            offload_ratio=ratio,
+            **fields,
+        )
+
+    def to_json(self) -> str:
+        """JSON text; for each rank the ordered list of its microbatches, each with its pieces as [sequence, [ranks]]:
+
+        {"version": 1, "policy": "hdp", "hdp_size": 2, "pp_size": 1, "max_tokens_per_rank": 8, "seqlens": [10, 3],
+         "predicted_s": 0.1, "lower_bound_s": 0.1, "notes": {},
+         "ranks": [[{"pieces": [[0, [0, 1]], [1, [0]]], "offload_ratio": 0.0}], [{"pieces": [[0, [0, 1]]], ...}]]}
+        """
+        ranks = [
+            [
+                {
+                    "pieces": [[p.seq, list(p.ranks)] for p in mb.pieces],
+                    "offload_ratio": mb.offload_ratio,
+                }
+                for mb in self.microbatches(rank)
+            ]
+            for rank in range(self.hdp_size)
+        ]
+        head = {
+            "version": FORMAT_VERSION,
+            "policy": self.policy,
+            "hdp_size": self.hdp_size,
+            "pp_size": self.pp_size,
+            "max_tokens_per_rank": self.max_tokens_per_rank,
+            "seqlens": self.seqlens.tolist(),
+            "predicted_s": _none_if_nan(self.predicted_s),
+            "lower_bound_s": _none_if_nan(self.lower_bound_s),
+            "notes": self.notes,
+        }
+        return json.dumps({**head, "ranks": ranks})
+
+    @classmethod
+    def from_json(cls, text: str) -> StepPlan:
+        """Inverse of `to_json`. Raises ValueError for text that is no plan of this version."""
+        try:
+            data = json.loads(text)
+            version = data["version"]
+            if version != FORMAT_VERSION:
+                raise ValueError(
+                    f"plan has version {version}, this library reads version {FORMAT_VERSION}"
+                )
+            rings: list[list[int]] = [[] for _ in data["seqlens"]]
+            for rank in data["ranks"]:
+                for mb in rank:
+                    for seq, ring in mb["pieces"]:
+                        rings[seq] = ring
+            return cls.from_lists(
+                data["seqlens"],
+                rings,
+                [[[seq for seq, _ in mb["pieces"]] for mb in rank] for rank in data["ranks"]],
+                offload_ratio=[[mb["offload_ratio"] for mb in rank] for rank in data["ranks"]],
+                policy=data["policy"],
+                pp_size=data["pp_size"],
+                max_tokens_per_rank=data["max_tokens_per_rank"],
+                predicted_s=_nan_if_none(data["predicted_s"]),
+                lower_bound_s=_nan_if_none(data["lower_bound_s"]),
+                notes=data["notes"],
+            )
+        except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a StepPlan in JSON: {error!r}") from error
+
+    def validate(self) -> StepPlan:
+        """Check every invariant of the module docstring; return self. Raises ValueError naming the first that fails."""
+        from .validate import validate_plan
+
+        validate_plan(self)
+        return self
+
+
+_COLUMNS: dict[str, type] = {
+    "seqlens": np.int64,
+    "ring_offsets": np.int64,
+    "ring_ranks": np.int32,
+    "microbatch_offsets": np.int64,
+    "piece_offsets": np.int64,
+    "piece_seqs": np.int32,
+    "offload_ratio": np.float64,
+}
+
+
+def _offsets(groups: Sequence[Sequence[Any]]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum([len(group) for group in groups], dtype=np.int64)])
+
+
+def _none_if_nan(value: float) -> float | None:
+    return None if value != value else value
+
+
+def _nan_if_none(value: float | None) -> float:
+    return float("nan") if value is None else value
