@@ -1,0 +1,74 @@
+# Each target sets up what it needs in $(VENV), once; a change of pyproject.toml or the constraints sets it up again.
+#
+#   make sft                     fine-tune a small model on mixed-length text over 4 processes (or all GPUs)
+#   make test                    all tests
+#   make sft STEPS=20 ARGS="--policy static --cp-size 4"
+#
+# On a GPU machine the same commands install the CUDA build of the same torch. Another build, or the newest packages:
+#   make sft TORCH_INDEX=https://download.pytorch.org/whl/cu126
+#   make sft CONSTRAINTS=
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints/cpu.txt
+STEPS ?= 60
+ARGS ?=
+TEST_ARGS ?=
+
+NUM_GPUS := $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU'))
+NPROC ?= $(or $(NUM_GPUS),4)
+# Without a GPU take torch's CPU build, 0.2 GB instead of several; where the index cannot be reached pip goes on without.
+TORCH_INDEX ?= $(if $(NUM_GPUS)$(filter Darwin,$(shell uname -s)),,https://download.pytorch.org/whl/cpu)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIN := $(addprefix -c ,$(CONSTRAINTS))
+# One thread per process: ranks share the cores (torchrun's own default, made explicit).
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help sft test lint format clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+sft: $(VENV)/.ready-hf
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/sft.py --steps $(STEPS) $(ARGS)
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
+
+clean:
+	rm -rf $(VENV) build dist hdp.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# ---- the environment ----
+
+$(VENV)/.ready-dev: $(VENV)/.ready-hf
+	$(PIP) install -q $(PIN) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/.ready-hf: $(VENV)/.created pyproject.toml setup.py $(CONSTRAINTS)
+ifneq ($(TORCH_INDEX),)
+	$(PIP) install -q $(PIN) --retries 1 --no-deps --extra-index-url $(TORCH_INDEX) torch
+endif
+	$(PIP) install -q $(PIN) --no-build-isolation -e '.[hf]'
+	@touch $@
+
+# The stamp is last: an interrupted set-up starts again.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "hdp needs Python 3.10 or later; PYTHON=$(PYTHON) is '$$($(PYTHON) --version 2>&1)'." >&2; \
+	  echo "Name another one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
+	$(PIP) install -q $(PIN) --upgrade setuptools
+	@touch $@
