@@ -1,7 +1,8 @@
 """Guards the build; everything else about the package is in pyproject.toml.
 
-`hdp/scheduler` is a link to `scheduler/`. A checkout without symbolic links (git on Windows, some archives) holds a
-text file in its place, and setuptools would then build a package in which `import hdp.scheduler` fails. Stop there.
+`hdp/scheduler` is a link to `scheduler/`. A checkout without symbolic links (git on Windows, some
+archives) holds a text file in its place, and setuptools would then build a package in which
+`import hdp.scheduler` fails. Stop there.
 """
 
 from pathlib import Path

@@ -1,19 +1,22 @@
-"""What every test relies on: one thread per process, GPU tests that skip themselves, the same hypothesis examples each run."""
+"""What every test relies on.
+
+One thread per process, GPU tests that skip themselves, the same hypothesis examples in every run.
+"""
 
 from __future__ import annotations
 
 import os
 
-# Before anything imports torch or numpy: two OpenMP threads on a busy core turn a 0.02 ms call into 16 ms.
+# Before anything imports torch or numpy: two OpenMP threads on a busy core turn 0.02 ms into 16 ms.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest
-from hypothesis import HealthCheck, settings
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
-# "ci" draws the same examples on every run, so a red test stays red until it is fixed. To search for new failures:
+# "ci" draws the same examples on every run: a red test stays red until it is fixed. To search more:
 #   HYPOTHESIS_PROFILE=explore pytest tests/scheduler
 _RELAXED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", derandomize=True, database=None, **_RELAXED)

@@ -1,0 +1,90 @@
+"""The `hdp` command: a dispatcher that loads only what the command needs.
+
+    hdp plan lengths.txt --hdp-size 64 --max-tokens-per-rank 32768     no torch
+    hdp doctor                                                         no torch needed
+    torchrun --nproc-per-node 8 -m hdp train --data ./docs --model Qwen/Qwen3-0.6B
+
+`train` turns the run's configuration (frozen dataclasses of `hdp/config.py`) into flags by tyro,
+which is imported here and nowhere else; recipes in examples/ use `parse_config` for their own.
+`plan`, `simulate` and `compare` are `python -m hdp.scheduler`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TypeVar
+
+Config = TypeVar("Config")
+
+USAGE = """\
+usage: hdp COMMAND [options]
+
+  train      train a model; on many ranks: torchrun --nproc-per-node 8 -m hdp train ...
+  doctor     what this machine offers and which back ends would be used
+  plan       plan one batch of sequence lengths
+  simulate   run a plan in the simulator
+  compare    policies side by side on the same batches
+
+`hdp COMMAND --help` lists a command's options; `hdp --version` prints the version.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `hdp` with `argv` (None: the process's own, without its name). Returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if command == "--version":
+        from hdp import __version__
+
+        print(f"hdp {__version__}")
+        return 0
+    if command == "doctor":
+        from hdp import doctor
+
+        return doctor.main(arguments[1:])
+    if command in ("plan", "simulate", "compare"):
+        from hdp.scheduler import cli
+
+        return cli.main(arguments) or 0
+    if command == "train":
+        return _train(arguments[1:])
+    print(f"hdp: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
+    return 2
+
+
+def parse_config(
+    config_class: type[Config],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    description: str | None = None,
+) -> Config:
+    """One flag per field of the dataclass `config_class`: `--max-length 8192`, `--model.name gpt`.
+
+    A value that the class refuses (ValueError) ends the program with that message and exit code 2,
+    as a misspelt flag does: a traceback would hide the remedy.
+    """
+    try:
+        import tyro
+    except ImportError:
+        raise SystemExit("flags need tyro: pip install 'hdp[hf]'") from None
+    try:
+        return tyro.cli(config_class, args=argv, prog=prog, description=description)
+    except ValueError as error:
+        print(f"{prog or sys.argv[0]}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _train(argv: Sequence[str]) -> int:
+    from hdp.config import TrainConfig
+
+    # Flags first: a misspelt one is found before seconds of importing torch.
+    config = parse_config(TrainConfig, argv, prog="hdp train")
+    from hdp.train import train
+
+    train(config)
+    return 0
