@@ -1,31 +1,35 @@
 """StepPlan: which ranks run which sequences in which order, for one training step.
 
-The plan is plain data, made from sequence lengths alone. Each sequence is a *piece* of one or more microbatches: it
-lives on the ranks of its ring, in ring order (one rank: a local piece). Each rank walks its own list of microbatches;
-lists differ in number and in content. A microbatch that holds a piece on several ranks starts when all of them reach it.
+The plan is plain data, made from sequence lengths alone. Each sequence is a *piece* of one or more
+microbatches: it lives on the ranks of its ring, in ring order (one rank: a local piece). Each rank
+walks its own list of microbatches; lists differ in number and in content. A microbatch that holds a
+piece on several ranks starts when all of them reach it.
 
-Invariants, checked by `StepPlan.validate()` (each has a test of the same name in tests/scheduler/test_plan.py):
+Invariants, checked by `StepPlan.validate()` (each has a test of its name in
+tests/scheduler/test_validate.py):
 
-* every_token_once       each sequence sits once on each rank of its ring and nowhere else
-* capacity_kept          tokens per (rank, microbatch) <= max_tokens_per_rank, with the real uneven chunks
-* one_ring_each          the multi-rank pieces of a (rank, microbatch) share one ring, and all ranks of that ring
-                         hold the same ones in the same order (hdp plans have at most one such piece; the packed
-                         zigzag baseline has several)
-* acyclic_order          the order in which ranks meet in rings has no cycle: no deadlock
-* same_index_under_pp    with pp_size > 1 a shared microbatch has the same local index on all of its ranks
-* no_rank_without_work   every rank has at least one microbatch (it may be empty)
+* every_token_once      each sequence sits once on each rank of its ring and nowhere else
+* capacity_kept         the tokens of a (rank, microbatch), with the real uneven chunks and less
+                        what its offload ratio moves to the host, are <= max_tokens_per_rank
+* one_ring_each         the multi-rank pieces of a (rank, microbatch) come first and share one ring,
+                        and all ranks of that ring hold the same ones in the same order (hdp plans
+                        have at most one such piece, or one unit; packed zigzag has several)
+* acyclic_order         the order in which ranks meet in rings has no cycle: no deadlock
+* same_index_under_pp   with pp_size > 1 a shared microbatch has the same local index on all ranks
+* no_rank_without_work  every rank has at least one microbatch (it may be empty)
 
-Storage is columnar (numpy, CSR offsets) so that 100,000 sequences on 10,000 ranks stay cheap; `microbatches(rank)`
-makes objects for one rank on demand.
+Storage is columnar (numpy, CSR offsets) so that 100,000 sequences on 10,000 ranks stay cheap;
+`microbatches(rank)` makes objects for one rank on demand.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -53,12 +57,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Microbatch:
-    """What one rank runs at once: pieces of at most one ring first, then local pieces. May be empty."""
+    """What one rank runs at once: pieces of at most one ring, then local ones. May be empty."""
 
     pieces: tuple[Piece, ...] = ()
-    offload_ratio: float = (
-        0.0  # share of the tokens' saved activations that goes to the host, [0, 1]
-    )
+    offload_ratio: float = 0.0  # share of the tokens whose activations go to the host, [0, 1]
 
     @property
     def ring(self) -> tuple[int, ...]:
@@ -79,9 +81,9 @@ def _frozen(array: Any, dtype: type) -> np.ndarray:
 class StepPlan:
     """Plan of one step. CSR columns:
 
-    sequence s is on ranks   ring_ranks[ring_offsets[s]:ring_offsets[s + 1]]               in ring order
-    rank r runs microbatches microbatch_offsets[r] .. microbatch_offsets[r + 1] - 1         in this order
-    microbatch m holds       piece_seqs[piece_offsets[m]:piece_offsets[m + 1]]              ring pieces first
+    sequence s is on ranks   ring_ranks[ring_offsets[s]:ring_offsets[s + 1]], in ring order
+    rank r runs microbatches microbatch_offsets[r] .. microbatch_offsets[r + 1] - 1, in this order
+    microbatch m holds       piece_seqs[piece_offsets[m]:piece_offsets[m + 1]], ring pieces first
     """
 
     policy: str
@@ -95,11 +97,13 @@ class StepPlan:
     piece_offsets: np.ndarray  # (num_microbatches + 1,) int64
     piece_seqs: np.ndarray  # (num_pieces,) int32
     offload_ratio: np.ndarray  # (num_microbatches,) float64
+    offloadable: float = (
+        0.0  # share of a token's activation bytes that can move to the host, [0, 1)
+    )
     predicted_s: float = float("nan")  # planner's finishing time of the step, seconds
     lower_bound_s: float = float("nan")  # no plan can finish earlier, seconds
-    notes: dict[str, Any] = field(
-        default_factory=dict
-    )  # planner's own remarks; not part of the digest
+    ranks_per_node: int | None = None  # topology it was planned for; None: all links are alike
+    notes: dict[str, Any] = field(default_factory=dict)  # planner's remarks
 
     def __post_init__(self) -> None:
         for name, dtype in _COLUMNS.items():
@@ -157,14 +161,14 @@ class StepPlan:
 
     @cached_property
     def ends_local(self) -> bool:
-        """No rank's last microbatch is on a ring, so gradients may be reduced while it runs backward."""
+        """No rank's last microbatch is on a ring: gradients may be reduced during its backward."""
         last = self.microbatch_offsets[1:] - 1
         first_piece = self.piece_offsets[last]
         filled = first_piece < self.piece_offsets[last + 1]
         return bool((self.degrees[self.piece_seqs[first_piece[filled]]] == 1).all())
 
     def _positions(self, seqs: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """Ring position of `ranks[i]` in the ring of sequence `seqs[i]`; -1 where it is not in it."""
+        """Ring position of `ranks[i]` in the ring of sequence `seqs[i]`; -1 where it is not in."""
         owner = np.repeat(np.arange(self.num_seqs), self.degrees)
         key = owner * self.hdp_size + self.ring_ranks
         order = np.argsort(key, kind="stable")
@@ -180,10 +184,9 @@ class StepPlan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what ranks must agree on (not of predictions or notes): same digest, same step."""
-        sha = hashlib.sha256(
-            f"{FORMAT_VERSION}|{self.hdp_size}|{self.max_tokens_per_rank}|{self.pp_size}".encode()
-        )
+        """SHA-256 of what ranks must agree on (no predictions or notes): same digest, same step."""
+        scalars = (self.hdp_size, self.max_tokens_per_rank, self.pp_size, self.offloadable)
+        sha = hashlib.sha256(f"{FORMAT_VERSION}|{scalars}".encode())
         for name in _COLUMNS:
             column = getattr(self, name)
             sha.update(f"|{name}:{len(column)}|".encode())
@@ -208,33 +211,38 @@ class StepPlan:
         offload_ratio: Sequence[Sequence[float]] | None = None,
         **fields: Any,
     ) -> StepPlan:
-        """Plan from plain lists: `rings[s]` are the ranks of sequence s, `microbatches[r][i]` the sequences of rank r's i-th
-        microbatch (ring pieces first). `hdp_size` is `len(microbatches)`; other columns and fields by keyword."""
+        """Plan from plain lists.
+
+        `rings[s]` are the ranks of sequence s in ring order, `microbatches[r][i]` the sequences of
+        rank r's i-th microbatch, ring pieces first, and `offload_ratio[r][i]` its ratio. `hdp_size`
+        is `len(microbatches)`; `max_tokens_per_rank` and the other fields by keyword.
+        """
         flat = [seqs for rank in microbatches for seqs in rank]
-        ratio = (
-            np.zeros(len(flat))
-            if offload_ratio is None
-            else [x for rank in offload_ratio for x in rank]
-        )
+        ratio = [0.0] * len(flat)
+        if offload_ratio is not None:
+            ratio = [x for rank in offload_ratio for x in rank]
         fields.setdefault("policy", "custom")
         return cls(
             hdp_size=len(microbatches),
             seqlens=np.asarray(seqlens, dtype=np.int64),
             ring_offsets=_offsets(rings),
-            ring_ranks=[r for ring in rings for r in ring],
+            ring_ranks=np.asarray([r for ring in rings for r in ring], dtype=np.int64),
             microbatch_offsets=_offsets(microbatches),
             piece_offsets=_offsets(flat),
-            piece_seqs=[s for seqs in flat for s in seqs],
-            offload_ratio=ratio,
+            piece_seqs=np.asarray([s for seqs in flat for s in seqs], dtype=np.int64),
+            offload_ratio=np.asarray(ratio, dtype=np.float64),
             **fields,
         )
 
     def to_json(self) -> str:
-        """JSON text; for each rank the ordered list of its microbatches, each with its pieces as [sequence, [ranks]]:
+        """JSON text: for each rank the ordered list of its microbatches, each with its pieces as
+        [sequence, [ranks in ring order]].
 
-        {"version": 1, "policy": "hdp", "hdp_size": 2, "pp_size": 1, "max_tokens_per_rank": 8, "seqlens": [10, 3],
+        {"version": 1, "policy": "hdp", "hdp_size": 2, "pp_size": 1, "max_tokens_per_rank": 8,
+         "offloadable": 0.0, "ranks_per_node": null, "seqlens": [10, 3],
          "predicted_s": 0.1, "lower_bound_s": 0.1, "notes": {},
-         "ranks": [[{"pieces": [[0, [0, 1]], [1, [0]]], "offload_ratio": 0.0}], [{"pieces": [[0, [0, 1]]], ...}]]}
+         "ranks": [[{"pieces": [[0, [0, 1]], [1, [0]]], "offload_ratio": 0.0}],
+                   [{"pieces": [[0, [0, 1]]], "offload_ratio": 0.0}]]}
         """
         ranks = [
             [
@@ -252,6 +260,8 @@ class StepPlan:
             "hdp_size": self.hdp_size,
             "pp_size": self.pp_size,
             "max_tokens_per_rank": self.max_tokens_per_rank,
+            "offloadable": self.offloadable,
+            "ranks_per_node": self.ranks_per_node,
             "seqlens": self.seqlens.tolist(),
             "predicted_s": _none_if_nan(self.predicted_s),
             "lower_bound_s": _none_if_nan(self.lower_bound_s),
@@ -282,6 +292,8 @@ class StepPlan:
                 policy=data["policy"],
                 pp_size=data["pp_size"],
                 max_tokens_per_rank=data["max_tokens_per_rank"],
+                offloadable=data["offloadable"],
+                ranks_per_node=data["ranks_per_node"],
                 predicted_s=_nan_if_none(data["predicted_s"]),
                 lower_bound_s=_nan_if_none(data["lower_bound_s"]),
                 notes=data["notes"],
@@ -290,7 +302,10 @@ class StepPlan:
             raise ValueError(f"not a StepPlan in JSON: {error!r}") from error
 
     def validate(self) -> StepPlan:
-        """Check every invariant of the module docstring; return self. Raises ValueError naming the first that fails."""
+        """Check every invariant of the module docstring and return self.
+
+        Raises ValueError that names the first one that fails, and where.
+        """
         from .validate import validate_plan
 
         validate_plan(self)

@@ -1,0 +1,254 @@
+"""CostModel: seconds and bytes of a piece, from its length and the ranks that it is spread over.
+
+All times are seconds for forward plus backward on one rank, over all layers that the rank holds
+(with pipeline parallelism: of one stage). A sequence of L tokens on d ranks takes
+
+    attention   quadratic_s * (L^2 / d + small_shard_tokens * L)
+    the rest    linear_s * L / d
+    ring steps  ring_step_s * (d - 1)
+    exposed     (d - 1) * max(0, L / d * kv_bytes_per_token / bandwidth - attention / d)
+
+A block of x queries against x keys runs at x / (x + small_shard_tokens) of full speed, and each
+rank runs d such blocks with x = L / d: that is the small-shard term, which no degree makes smaller.
+KV travels while the previous block is computed; only what does not fit under it is exposed. The
+bandwidth is that of the slowest link of the ring: inside a node, or across nodes.
+
+A microbatch takes `fixed_s` plus the sum of its pieces, and a step ends with `reduce_s` for the
+reduction of gradients. Bytes: see `offloadable`, `hidden_ratio` (ByteScale Eq. 3).
+
+    cost = CostModel.from_coefficients(quadratic_s=5.128e-9, linear_s=1.84e-4)
+    cost.piece_s(262144, 32)            # seconds on each of 32 ranks
+    cost.save("h200.json"); CostModel.load("h200.json")
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """Coefficients of the module docstring's formulas. `name` says what was measured, and where."""
+
+    quadratic_s: float  # seconds per token^2 of a sequence: attention
+    linear_s: float  # seconds per token: everything else
+    fixed_s: float = 0.0  # seconds per microbatch, whatever it holds
+    small_shard_tokens: float = 0.0  # shard at which attention runs at half its speed, tokens
+    ring_step_s: float = 0.0  # seconds per ring step beside its blocks: launches, merge, latency
+    kv_bytes_per_token: float = 0.0  # bytes sent per token and ring step, forward + backward
+    intra_node_bytes_per_s: float = math.inf  # one rank's P2P bandwidth inside a node
+    inter_node_bytes_per_s: float = math.inf  # one rank's P2P bandwidth across nodes
+    activation_bytes_per_token: float = 0.0  # bytes that a token keeps for backward
+    temporary_bytes_per_token: float = 0.0  # bytes per token that live only inside a layer
+    num_layers: int = 1  # layers that the rank holds
+    host_bytes_per_s: float = 0.0  # one host link, one direction, while both run; 0: no offload
+    ranks_per_host_link: int = 1  # ranks that share it
+    forward_share: float = 1 / 3  # forward's part of a microbatch's time
+    reduce_s: float = 0.0  # seconds of the gradient reduction that ends a step
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "name":
+                continue
+            if not isinstance(value, (int, float, np.integer, np.floating)) or value != value:
+                raise ValueError(f"cost model: {field.name}={value!r} must be a number")
+            if value < 0 or (math.isinf(value) and not field.name.endswith("node_bytes_per_s")):
+                raise ValueError(f"cost model: {field.name}={value} must be finite and >= 0")
+        for name, low in (
+            ("num_layers", 1),
+            ("ranks_per_host_link", 1),
+            ("intra_node_bytes_per_s", 1.0),
+            ("inter_node_bytes_per_s", 1.0),
+        ):
+            if getattr(self, name) < low:
+                raise ValueError(f"cost model: {name}={getattr(self, name)} must be >= {low}")
+        if not 0 < self.forward_share < 1:
+            raise ValueError(f"cost model: forward_share={self.forward_share} must be in (0, 1)")
+        if not self.quadratic_s + self.linear_s > 0:
+            raise ValueError("cost model: quadratic_s and linear_s are both 0; fit it first")
+
+    # ---- time ----
+
+    def attention_s(self, seqlen: Any, degree: Any) -> np.ndarray:
+        """Seconds of attention kernels on each rank, forward + backward. Broadcasts."""
+        seqlen = np.asarray(seqlen, dtype=np.float64)
+        return self.quadratic_s * (seqlen * seqlen / degree + self.small_shard_tokens * seqlen)
+
+    def compute_s(self, seqlen: Any, degree: Any) -> np.ndarray:
+        """Seconds of all kernels of a piece on each rank, forward + backward. Broadcasts."""
+        seqlen = np.asarray(seqlen, dtype=np.float64)
+        steps = np.asarray(degree) - 1
+        dense_s = self.linear_s * seqlen / degree
+        return self.attention_s(seqlen, degree) + dense_s + self.ring_step_s * steps
+
+    def exposed_s(self, seqlen: Any, degree: Any, across_nodes: Any = False) -> np.ndarray:
+        """Seconds of P2P of a piece that attention does not hide, on each rank. Broadcasts."""
+        shard = np.asarray(seqlen, dtype=np.float64) / degree
+        bytes_per_s = np.where(
+            across_nodes, self.inter_node_bytes_per_s, self.intra_node_bytes_per_s
+        )
+        transfer_s = shard * self.kv_bytes_per_token / bytes_per_s
+        block_s = self.attention_s(seqlen, degree) / degree
+        return (np.asarray(degree) - 1) * np.maximum(transfer_s - block_s, 0.0)
+
+    def piece_s(self, seqlen: Any, degree: Any, across_nodes: Any = False) -> np.ndarray:
+        """Seconds of a piece on each of its ranks, forward + backward, without `fixed_s`.
+
+        seqlen: tokens of the whole sequence; degree: ranks that it is spread over; across_nodes:
+        whether they are on more than one node. Numbers or broadcastable arrays; returns float64.
+        """
+        return self.compute_s(seqlen, degree) + self.exposed_s(seqlen, degree, across_nodes)
+
+    # ---- memory ----
+
+    @property
+    def offloadable(self) -> float:
+        """Share of a token's memory that offload ratio 1 moves to the host, in [0, 1).
+
+        Two layers stay resident (the one that runs, the one that is fetched), and temporary buffers
+        never move: (l - 2) * act / (l * act + temporary), with act bytes per layer and l layers.
+        """
+        if self.host_bytes_per_s <= 0 or self.activation_bytes_per_token <= 0:
+            return 0.0
+        moving = max(self.num_layers - 2, 0) / self.num_layers * self.activation_bytes_per_token
+        return moving / (self.activation_bytes_per_token + self.temporary_bytes_per_token)
+
+    @property
+    def host_s_per_token(self) -> float:
+        """Seconds that a rank's share of its host link needs for one token at ratio 1, one way."""
+        if self.offloadable == 0.0:
+            return 0.0
+        moving = (self.num_layers - 2) / self.num_layers * self.activation_bytes_per_token
+        return moving * self.ranks_per_host_link / self.host_bytes_per_s
+
+    def hidden_ratio(self, seqlen: Any) -> np.ndarray:
+        """Largest offload ratio that forward's compute hides, in [0, 1] (Eq. 3). Broadcasts.
+
+        Work and bytes both divide by the degree, so the ratio is the whole sequence's.
+        """
+        seqlen = np.asarray(seqlen, dtype=np.float64)
+        if self.host_s_per_token == 0.0:
+            return np.zeros_like(seqlen)
+        forward_s = self.forward_share * self.compute_s(seqlen, 1)
+        return np.minimum(forward_s / (seqlen * self.host_s_per_token), 1.0)
+
+    def offload_s(self, num_tokens: Any, ratio: Any, compute_s: Any) -> np.ndarray:
+        """Seconds of host copies that a microbatch's compute does not hide. Broadcasts.
+
+        num_tokens: tokens of the microbatch on the rank; ratio: share of them that is offloaded;
+        compute_s: seconds of its kernels, forward + backward. Out in forward, back in backward.
+        """
+        one_way_s = np.asarray(num_tokens) * ratio * self.host_s_per_token
+        forward_s = self.forward_share * np.asarray(compute_s)
+        out_s = np.maximum(one_way_s - forward_s, 0.0)
+        back_s = np.maximum(one_way_s - (np.asarray(compute_s) - forward_s), 0.0)
+        return out_s + back_s
+
+    # ---- making, JSON ----
+
+    @classmethod
+    def from_coefficients(
+        cls, *, quadratic_s: float, linear_s: float, fixed_s: float = 0.0, **others: Any
+    ) -> CostModel:
+        """Cost model from seconds per token^2, per token and per microbatch (forward + backward).
+
+        `others` are further fields by name; without them communication and memory are free.
+        """
+        return cls(quadratic_s=quadratic_s, linear_s=linear_s, fixed_s=fixed_s, **others)
+
+    @classmethod
+    def from_transformer(
+        cls,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        vocab_size: int,
+        head_dim: int | None = None,
+        flops_per_s: float = 400e12,
+        attention_flops_per_s: float | None = None,
+        intra_node_bytes_per_s: float = 150e9,
+        inter_node_bytes_per_s: float = 40e9,
+        host_bytes_per_s: float = 0.0,
+        bytes_per_element: int = 2,
+        pp_size: int = 1,
+        tp_size: int = 1,
+        **others: Any,
+    ) -> CostModel:
+        """Cost model of a Llama-shaped decoder (gated MLP, GQA), from arithmetic alone.
+
+        flops_per_s and attention_flops_per_s (default: the same) are what one GPU sustains, not its
+        peak. For a mixture of experts, intermediate_size is the sum over the active experts.
+        Forward + backward is 3x forward for matmuls, 3.5x for causal attention (2 L^2 heads *
+        head_dim forward FLOPs per layer). KV goes round in forward; KV and fp32 gradients of KV in
+        backward. `others` are further fields by name and override what is derived here.
+        """
+        if num_layers % pp_size:
+            raise ValueError(f"num_layers={num_layers} is not divisible by pp_size={pp_size}")
+        head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        layers, q_size, kv_size = (
+            num_layers // pp_size,
+            num_heads * head_dim,
+            num_kv_heads * head_dim,
+        )
+        matrix = hidden_size * (2 * q_size + 2 * kv_size + 3 * intermediate_size)
+        linear_flops = 3 * 2 * (layers * matrix + hidden_size * vocab_size / pp_size) / tp_size
+        quadratic_flops = 3.5 * 2 * layers * q_size / tp_size
+        # Norm inputs and outputs, q k v before and after RoPE, attention's output, four MLP tensors.
+        kept = 4 * hidden_size + 3 * q_size + 3 * kv_size + 4 * intermediate_size
+        derived: dict[str, Any] = {
+            "quadratic_s": quadratic_flops / (attention_flops_per_s or flops_per_s),
+            "linear_s": linear_flops / flops_per_s,
+            "kv_bytes_per_token": layers * 2 * kv_size / tp_size * (2 * bytes_per_element + 4),
+            "intra_node_bytes_per_s": intra_node_bytes_per_s,
+            "inter_node_bytes_per_s": inter_node_bytes_per_s,
+            "activation_bytes_per_token": layers * kept * bytes_per_element / tp_size,
+            "temporary_bytes_per_token": (
+                (3 * intermediate_size + 4 * hidden_size) * bytes_per_element / tp_size
+            ),
+            "num_layers": layers,
+            "host_bytes_per_s": host_bytes_per_s,
+        }
+        return cls(**{**derived, **others})
+
+    def to_json(self) -> str:
+        """JSON text; an infinite bandwidth is null."""
+        values = {k: None if v == math.inf else v for k, v in asdict(self).items()}
+        return json.dumps({"version": FORMAT_VERSION, **values}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> CostModel:
+        """Inverse of `to_json`. Raises ValueError for text that is no cost model."""
+        try:
+            data = json.loads(text)
+            version = data.pop("version")
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"not a CostModel in JSON: {error!r}") from error
+        if version != FORMAT_VERSION:
+            raise ValueError(f"cost model has version {version}, expected {FORMAT_VERSION}")
+        unknown = sorted(set(data) - {field.name for field in fields(cls)})
+        if unknown or not {"quadratic_s", "linear_s"} <= set(data):
+            raise ValueError(
+                f"cost model needs quadratic_s and linear_s and has unknown fields {unknown}"
+            )
+        values: dict[str, Any] = {k: math.inf if v is None else v for k, v in data.items()}
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json() + "\n", encoding="ascii")
+
+    @classmethod
+    def load(cls, path: str | Path) -> CostModel:
+        return cls.from_json(Path(path).read_text(encoding="ascii"))

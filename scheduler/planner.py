@@ -1,0 +1,78 @@
+"""plan(): a batch's lengths and a cluster in, a StepPlan out.
+
+The policies, each a function of the same arguments:
+
+    hdp                    any degree, chosen by work and by memory; near-optimal (balance.py)
+    static                 DP x CP with packed zigzag, the baseline; needs cp_size (static.py)
+
+A plan is a pure function of its arguments: no clock, no random numbers, and no arithmetic whose
+result depends on the machine; every rank computes the same bytes for itself (`test_same_bytes`).
+
+    from hdp.scheduler import CostModel, plan
+    cost = CostModel.from_coefficients(quadratic_s=5.128e-9, linear_s=1.84e-4)
+    step = plan([262144, 1000, 3000], hdp_size=64, max_tokens_per_rank=16384, cost=cost)
+    step.predicted_s, step.lower_bound_s
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .balance import plan_hdp
+from .bounds import lower_bound_s
+from .cost import CostModel
+from .jobs import Batch
+from .plan import StepPlan
+from .simulate import finish_s
+from .static import plan_static
+
+POLICIES: dict[str, Callable[..., StepPlan]] = {
+    "hdp": plan_hdp,
+    "static": plan_static,
+}
+
+
+def plan(
+    seqlens: Sequence[int] | np.ndarray,
+    *,
+    hdp_size: int,
+    max_tokens_per_rank: int,
+    cost: CostModel,
+    policy: str = "hdp",
+    units: Sequence[int] | np.ndarray | None = None,
+    pp_size: int = 1,
+    cp_size: int | None = None,
+    ranks_per_node: int | None = None,
+) -> StepPlan:
+    """Plan of one step.
+
+    seqlens: tokens of each sequence, (num_seqs,), all >= 1
+    hdp_size: ranks that share the batch
+    max_tokens_per_rank: tokens that a rank can hold in one microbatch
+    units: (num_seqs,) integers; sequences with the same one share a microbatch on the same ranks
+    pp_size: pipeline stages of each rank
+    cp_size: static policy only, ranks per ring; default the smallest that holds the longest
+    ranks_per_node: a ring that fits stays inside a node, others take whole nodes; None: no nodes
+
+    Raises ValueError with the values and the remedy for arguments that allow no plan.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    batch = Batch.check(
+        seqlens,
+        hdp_size=hdp_size,
+        max_tokens_per_rank=max_tokens_per_rank,
+        cost=cost,
+        units=units,
+        pp_size=pp_size,
+        ranks_per_node=ranks_per_node,
+    )
+    options: dict[str, Any] = {}
+    if policy == "static":
+        options["cp_size"] = cp_size
+    result = POLICIES[policy](batch, **options)
+    return replace(result, predicted_s=finish_s(result, cost), lower_bound_s=lower_bound_s(batch))

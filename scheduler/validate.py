@@ -1,0 +1,206 @@
+"""Checks of a StepPlan: each invariant of plan.py's docstring is one function of its name.
+
+A plan may come from a planner with a bug, from another process or from a JSON file, so nothing is
+taken for granted: first columns (shapes, offsets, index ranges), then the invariants in their
+order. Every function raises ValueError that starts with the invariant's name and says where it fails.
+Nothing here simulates time; that a plan cannot deadlock is shown by walking all ranks at once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from .plan import StepPlan
+
+# Tokens times (1 - offload_ratio * offloadable) is not an integer: allow for its rounding only.
+_SLACK_TOKENS = 1e-6
+
+
+def validate_plan(plan: StepPlan) -> None:
+    """Raise ValueError naming the first invariant of `plan` that fails, and where."""
+    columns_are_sound(plan)
+    every_token_once(plan)
+    capacity_kept(plan)
+    meetings = one_ring_each(plan)
+    acyclic_order(plan, meetings)
+    same_index_under_pp(plan, meetings)
+    no_rank_without_work(plan)
+
+
+def columns_are_sound(plan: StepPlan) -> None:
+    """Shapes, offsets and index ranges: what every later check relies on."""
+    scalars = (plan.hdp_size, plan.max_tokens_per_rank, plan.pp_size)
+    if not all(isinstance(x, (int, np.integer)) and x >= 1 for x in scalars):
+        raise ValueError(
+            f"columns_are_sound: hdp_size, max_tokens_per_rank, pp_size = {scalars}; "
+            "each must be an integer >= 1"
+        )
+    if not 0 <= plan.offloadable < 1:
+        raise ValueError(f"columns_are_sound: offloadable={plan.offloadable} is not in [0, 1)")
+    num_microbatches = len(plan.piece_offsets) - 1
+    for column, groups, items in (
+        ("ring_offsets", plan.num_seqs, len(plan.ring_ranks)),
+        ("microbatch_offsets", plan.hdp_size, num_microbatches),
+        ("piece_offsets", num_microbatches, len(plan.piece_seqs)),
+    ):
+        offsets = getattr(plan, column)
+        sound = len(offsets) == groups + 1 and offsets[0] == 0 and offsets[-1] == items
+        if not (sound and bool((np.diff(offsets) >= 0).all())):
+            raise ValueError(
+                f"columns_are_sound: {column} must rise from 0 to {items} in {groups} steps"
+            )
+    if len(plan.offload_ratio) != num_microbatches:
+        raise ValueError(
+            f"columns_are_sound: {len(plan.offload_ratio)} offload ratios "
+            f"for {num_microbatches} microbatches"
+        )
+    for column, low, high in (
+        ("seqlens", 1, np.inf),
+        ("ring_ranks", 0, plan.hdp_size - 1),
+        ("piece_seqs", 0, plan.num_seqs - 1),
+        ("offload_ratio", 0.0, 1.0),
+    ):
+        values = getattr(plan, column)
+        bad = np.flatnonzero(~((values >= low) & (values <= high)))
+        if len(bad):
+            raise ValueError(
+                f"columns_are_sound: {column}[{bad[0]}] is {values[bad[0]]}, not in [{low}, {high}]"
+            )
+
+
+def every_token_once(plan: StepPlan) -> None:
+    """Each sequence sits once on each rank of its ring and nowhere else."""
+
+    def refuse(keys: np.ndarray, problem: str) -> None:
+        if len(keys):
+            seq, rank = divmod(int(keys[0]), plan.hdp_size)
+            raise ValueError(f"every_token_once: sequence {seq} on rank {rank} is {problem}")
+
+    alone = np.flatnonzero(plan.degrees == 0)
+    if len(alone):
+        raise ValueError(f"every_token_once: sequence {alone[0]} has no rank")
+    owner = np.repeat(np.arange(plan.num_seqs), plan.degrees)
+    ring_keys = np.sort(owner * plan.hdp_size + plan.ring_ranks)
+    refuse(ring_keys[1:][ring_keys[1:] == ring_keys[:-1]], "twice in its ring")
+    piece_ranks = np.repeat(plan.microbatch_ranks, np.diff(plan.piece_offsets))
+    piece_keys = np.sort(plan.piece_seqs.astype(np.int64) * plan.hdp_size + piece_ranks)
+    if len(piece_keys) == len(ring_keys) and bool((piece_keys == ring_keys).all()):
+        return
+    refuse(piece_keys[1:][piece_keys[1:] == piece_keys[:-1]], "in more than one place")
+    refuse(np.setdiff1d(piece_keys, ring_keys), "in a microbatch but not in its ring")
+    refuse(np.setdiff1d(ring_keys, piece_keys), "in its ring but in no microbatch")
+
+
+def capacity_kept(plan: StepPlan) -> None:
+    """Tokens of a (rank, microbatch), less what goes to the host, are <= max_tokens_per_rank."""
+    resident = plan.microbatch_tokens * (1.0 - plan.offload_ratio * plan.offloadable)
+    over = np.flatnonzero(resident > plan.max_tokens_per_rank + _SLACK_TOKENS)
+    if len(over):
+        m = int(over[0])
+        raise ValueError(
+            f"capacity_kept: {_name(plan, m)} holds {plan.microbatch_tokens[m]} tokens "
+            f"with offload ratio {plan.offload_ratio[m]:.3f}, "
+            f"max_tokens_per_rank={plan.max_tokens_per_rank}"
+        )
+
+
+def one_ring_each(plan: StepPlan) -> np.ndarray:
+    """Multi-rank pieces come first, share one ring, and are the same on all ranks of the ring.
+
+    Returns meetings (num_microbatches,) int64: the first multi-rank sequence of each microbatch,
+    which names the meeting that the ranks of its ring hold there; -1 for microbatches without one.
+    """
+    wide = plan.degrees[plan.piece_seqs] > 1
+    owner = np.repeat(np.arange(len(plan.offload_ratio)), np.diff(plan.piece_offsets))
+    late = np.flatnonzero(wide[1:] & ~wide[:-1] & (owner[1:] == owner[:-1]))
+    if len(late):
+        raise ValueError(
+            f"one_ring_each: {_name(plan, owner[late[0]])} has a local piece before one of a ring"
+        )
+    meetings = np.full(len(plan.offload_ratio), -1, dtype=np.int64)
+    first = np.flatnonzero(wide & (np.diff(owner, prepend=-1) != 0))
+    meetings[owner[first]] = plan.piece_seqs[first]
+    if int(np.bincount(owner[wide], minlength=1).max()) <= 1:
+        return meetings  # one multi-rank piece each: every_token_once has shown the rest
+    lists: dict[int, tuple[int, ...]] = {}
+    for m in np.flatnonzero(meetings >= 0).tolist():
+        span = slice(plan.piece_offsets[m], plan.piece_offsets[m + 1])
+        seqs = tuple(plan.piece_seqs[span][wide[span]].tolist())
+        if lists.setdefault(seqs[0], seqs) != seqs:
+            raise ValueError(
+                f"one_ring_each: {_name(plan, m)} holds {seqs} on its ring, "
+                f"another rank of that ring holds {lists[seqs[0]]}"
+            )
+    for seqs in lists.values():
+        if len({plan.ring(s) for s in seqs}) > 1:
+            raise ValueError(f"one_ring_each: sequences {seqs} share a microbatch but not one ring")
+    return meetings
+
+
+def acyclic_order(plan: StepPlan, meetings: np.ndarray) -> None:
+    """Walk all ranks at once: a meeting ends when all ranks of its ring are there."""
+    shared = np.flatnonzero(meetings >= 0)
+    by_rank: list[list[int]] = [[] for _ in range(plan.hdp_size)]
+    ranks = plan.microbatch_ranks[shared].tolist()
+    for rank, seq in zip(ranks, meetings[shared].tolist(), strict=True):
+        by_rank[rank].append(seq)
+    stuck = _walk(by_rank, plan.degrees)
+    if stuck:
+        raise ValueError(
+            "acyclic_order: deadlock: "
+            + "; ".join(f"rank {rank} waits in sequence {seq}" for rank, seq in stuck[:8])
+        )
+
+
+def same_index_under_pp(plan: StepPlan, meetings: np.ndarray) -> None:
+    """With pp_size > 1 a shared microbatch has the same local index on all ranks of its ring."""
+    if plan.pp_size == 1:
+        return
+    index = np.arange(len(meetings)) - plan.microbatch_offsets[plan.microbatch_ranks]
+    shared = np.flatnonzero(meetings >= 0)
+    low = np.full(plan.num_seqs, np.iinfo(np.int64).max)
+    high = np.full(plan.num_seqs, -1)
+    np.minimum.at(low, meetings[shared], index[shared])
+    np.maximum.at(high, meetings[shared], index[shared])
+    bad = np.flatnonzero((high >= 0) & (low != high))
+    if len(bad):
+        raise ValueError(
+            f"same_index_under_pp: sequence {bad[0]} is in microbatch {low[bad[0]]} of one rank "
+            f"and {high[bad[0]]} of another, pp_size={plan.pp_size}"
+        )
+
+
+def no_rank_without_work(plan: StepPlan) -> None:
+    """Every rank has at least one microbatch (it may be empty)."""
+    idle = np.flatnonzero(plan.num_microbatches == 0)
+    if len(idle):
+        raise ValueError(
+            f"no_rank_without_work: rank {idle[0]} has no microbatch; give it an empty one"
+        )
+
+
+def _walk(by_rank: Sequence[Sequence[int]], degrees: np.ndarray) -> list[tuple[int, int]]:
+    """Ranks walk their lists of meetings; returns (rank, sequence) for ranks that never finish."""
+    position = [0] * len(by_rank)
+    waiting: dict[int, list[int]] = {}
+    ready = deque(rank for rank, seqs in enumerate(by_rank) if seqs)
+    while ready:
+        rank = ready.popleft()
+        if position[rank] == len(by_rank[rank]):
+            continue
+        seq = by_rank[rank][position[rank]]
+        there = waiting.setdefault(seq, [])
+        there.append(rank)
+        if len(there) == degrees[seq]:
+            for other in waiting.pop(seq):
+                position[other] += 1
+                ready.append(other)
+    return sorted((rank, seq) for seq, ranks in waiting.items() for rank in ranks)
+
+
+def _name(plan: StepPlan, m: int) -> str:
+    rank = int(plan.microbatch_ranks[m])
+    return f"rank {rank} microbatch {int(m) - int(plan.microbatch_offsets[rank])}"
