@@ -1,0 +1,143 @@
+"""What a step reports: the log line, `metrics.jsonl`, TensorBoard.
+
+    step 120/2000  loss 2.3417  grad 0.87  lr 3.0e-4  tok/s/rank 11,204  mfu 41.3%
+    bubble 2.1% (plan 1.8%)  rings 1x412 2x9 8x1  mem 61.2 GiB  dt 3.91 s          (one line)
+
+tok/s/rank  tokens of the step / step time / ranks
+mfu         model flops (6 per parameter and token, attention over the causal half) / time / peak of
+            the device; left out where the peak is not known
+bubble      share of the step in which ranks wait or communicate, mean over ranks; beside it the one
+            that the planner predicted
+rings       number of sequences by ring degree: 412 on one rank, 9 on two, 1 on eight
+mem         most memory in use on any rank (device memory on a GPU, resident set on a CPU)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from hdp.scheduler import StepPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """One step, over all ranks."""
+
+    step: int
+    loss: float  # mean over the step's loss tokens, nats
+    grad_norm: float
+    lr: float
+    num_tokens: int
+    num_loss_tokens: int
+    num_seqs: int
+    total_tokens: int  # since the start of the run
+    hdp_size: int
+    step_s: float
+    tokens_per_s_per_rank: float
+    mfu: float | None
+    bubble: float
+    planned_bubble: float
+    planned_s: float
+    bytes_sent: int  # between ranks of rings, sum over ranks
+    mem_bytes: int
+    data_wait_s: float  # time that the step waited for its plan and tokens
+    rings: dict[int, int]  # degree -> sequences
+
+    def line(self, num_steps: int) -> str:
+        """The log line."""
+        rings = " ".join(f"{degree}x{count}" for degree, count in sorted(self.rings.items()))
+        parts = [
+            f"step {self.step}/{num_steps}",
+            f"loss {self.loss:.4f}",
+            f"grad {self.grad_norm:.2f}",
+            f"lr {_short(self.lr)}",
+            f"tok/s/rank {self.tokens_per_s_per_rank:,.0f}",
+            f"mfu {self.mfu:.1%}" if self.mfu is not None else "",
+            f"bubble {self.bubble:.1%} (plan {self.planned_bubble:.1%})",
+            f"rings {rings}",
+            f"mem {self.mem_bytes / 2**30:.1f} GiB",
+            f"dt {self.step_s:.2f} s",
+        ]
+        return "  ".join(part for part in parts if part)
+
+
+def ring_counts(plan: StepPlan) -> dict[int, int]:
+    """Number of sequences by ring degree."""
+    return dict(sorted(Counter(plan.degrees.tolist()).items()))
+
+
+def model_flops(
+    *, num_params: int, num_layers: int, attention_width: int, seqlens: list[int]
+) -> float:
+    """Floating-point operations of one forward+backward over whole sequences.
+
+    6 per matmul parameter and token, and 6 * attention_width * n^2 per layer for causal attention
+    (QK^T and PV at 2 * n^2 * width each, half of it masked, times 3 with backward);
+    attention_width = num_heads * head_dim.
+    """
+    tokens = math.fsum(seqlens)
+    squares = math.fsum(n * n for n in seqlens)
+    return 6.0 * num_params * tokens + 6.0 * num_layers * attention_width * squares
+
+
+# Dense bf16 peak of a device by its name, flop/s: vendors' data sheets, without sparsity.
+_PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "MI300X": 1307e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """bf16 flop/s of a device by the longest known name that it contains; None if unknown."""
+    known = [name for name in _PEAK_FLOPS if name in device_name]
+    return _PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+class MetricsWriter:
+    """Appends each step to `metrics.jsonl` and, if asked for, to TensorBoard. One rank writes."""
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError(
+                    "tensorboard is asked for and not installed: pip install tensorboard, "
+                    "or --no-tensorboard"
+                ) from None
+            self._board = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def write(self, metrics: StepMetrics) -> None:
+        values = asdict(metrics)
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._board.add_scalar(name, value, metrics.step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _short(value: float) -> str:
+    """3.0e-4 rather than 3.0e-04."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"

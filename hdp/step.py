@@ -1,0 +1,126 @@
+"""train_step: one plan, executed by this rank.
+
+  1. agree        all ranks hold the same plan, or all stop here
+  2. gather       parameters, once, before any rank enters a ring
+  3. microbatches forward and backward in the plan's order; their number differs between ranks
+  4. reduce       gradients, SUM over the HDP axis, once
+  5. stop before harm: a non-finite loss or gradient norm raises on all ranks
+  6. optimizer
+
+Nothing is divided by a number of microbatches or ranks: each microbatch adds
+-sum(logprobs) / num_loss_tokens, with the count of the whole step, known from the lengths.
+
+No collective runs between 2 and 4. A rank deep in its third ring must not wait for one that still
+sums alone, and the reduction inside the last backward is such a wait. So the reduction gets a
+microbatch of its own, one padding token that adds zero, which every rank runs last. Where every
+rank's last microbatch is local (`StepPlan.ends_local`) nobody waits for a rank that is in it, and
+on a GPU the reduction overlaps with the backward of that microbatch instead (`overlap_reduce`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .comm import RingComm
+from .data.feed import StepBatch
+from .data.pack import PackedBatch, empty_batch
+from .mesh import HDPMesh, agree_on_plan
+from .parallel import clip_grad_norm, set_microbatch, unshard_all
+from .recorder import StepRecorder
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient norm is not finite; raised on all ranks before the optimizer step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    """What stays the same from step to step."""
+
+    mesh: HDPMesh
+    model: nn.Module  # sharded; model(batch, comm) -> logprobs (total_tokens,)
+    optimizer: torch.optim.Optimizer
+    comm: RingComm
+    recorder: StepRecorder
+    grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
+    overlap_reduce: bool = False  # reduce inside the last backward where the plan allows it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """The same on all ranks."""
+
+    loss: float  # mean over the step's loss tokens
+    grad_norm: float  # before clipping
+
+
+def train_step(context: StepContext, step: StepBatch) -> StepResult:
+    """Run one step. Collective over the HDP axis.
+
+    Raises ValueError if ranks disagree on the plan and NonFiniteError before the optimizer could do
+    harm, both on all ranks.
+    """
+    mesh, model, recorder = context.mesh, context.model, context.recorder
+    agree_on_plan(mesh, step.plan)  # 1
+    recorder.start()
+    model.train()
+    with recorder.span("reduce", "gather parameters"):
+        unshard_all(model)  # 2
+    overlap = context.overlap_reduce and step.plan.ends_local
+    losses = []
+    for i, batch in enumerate(step.batches):  # 3
+        with recorder.span("compute", f"microbatch {i}"):
+            last = overlap and i == len(step.batches) - 1
+            losses.append(_forward_backward(context, batch, step.num_loss_tokens, last))
+    if not overlap:
+        with recorder.span("reduce", "reduce gradients"):
+            _forward_backward(context, empty_batch(), step.num_loss_tokens, last=True)  # 4
+    grad_norm = clip_grad_norm(model, context.grad_clip)
+    result = _stop_before_harm(context, step, torch.stack(losses), grad_norm)  # 5
+    context.optimizer.step()  # 6
+    context.optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+def _forward_backward(
+    context: StepContext, batch: PackedBatch, num_loss_tokens: int, last: bool
+) -> Tensor:
+    """Forward and backward of one microbatch; returns its share of the loss, (), detached."""
+    set_microbatch(context.model, last=last)
+    logprobs = context.model(batch.to(context.mesh.device), context.comm)
+    loss = -logprobs.sum() / max(num_loss_tokens, 1)
+    loss.backward()
+    return loss.detach()
+
+
+def _stop_before_harm(
+    context: StepContext, step: StepBatch, losses: Tensor, grad_norm: Tensor | float
+) -> StepResult:
+    """Sum the loss over the ranks; raise on all of them if it or the gradient norm is not finite."""
+    total = losses.sum().double()
+    dist.all_reduce(total, group=context.mesh.hdp_group)
+    result = StepResult(loss=float(total), grad_norm=float(grad_norm))
+    if all(x == x and abs(x) != float("inf") for x in (result.loss, result.grad_norm)):
+        return result
+    bad = [
+        (context.mesh.hdp_rank, i, step.seq_ids[list(step.batches[i].seqs)].tolist())
+        for i, finite in enumerate(losses.isfinite().tolist())
+        if not finite
+    ]
+    everywhere: list = [None] * context.mesh.hdp_size
+    dist.all_gather_object(everywhere, bad, group=context.mesh.hdp_group)
+    where = "; ".join(
+        f"rank {rank} microbatch {i} with sequences {ids}"
+        for part in everywhere
+        for rank, i, ids in part
+    )
+    raise NonFiniteError(
+        f"loss {result.loss}, gradient norm {result.grad_norm}: not finite, so the optimizer did not "
+        f"step and the parameters are those of the step before. "
+        + (f"Non-finite loss in: {where}" if where else "The losses are finite, the gradients not.")
+        + ". Look at these sequences, or lower the learning rate and resume from a checkpoint"
+    )
