@@ -63,20 +63,22 @@ def parse_config(
     prog: str | None = None,
     description: str | None = None,
 ) -> Config:
-    """One flag per field of the dataclass `config_class`: `--max-length 8192`, `--model.name gpt`.
+    """One flag per field of the dataclass `config_class`; help comes from its docstrings.
 
-    A value that the class refuses (ValueError) ends the program with that message and exit code 2,
-    as a misspelt flag does: a traceback would hide the remedy.
+    A misspelt flag, or a value that the class refuses with ValueError, ends the program with the
+    message and exit code 2.
     """
     try:
         import tyro
     except ImportError:
         raise SystemExit("flags need tyro: pip install 'hdp[hf]'") from None
-    try:
-        return tyro.cli(config_class, args=argv, prog=prog, description=description)
-    except ValueError as error:
-        print(f"{prog or sys.argv[0]}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    return tyro.cli(
+        config_class,
+        args=argv,
+        prog=prog,
+        description=description,
+        config=(tyro.conf.HelptextFromCommentsOff,),  # "# -- step --" is a heading, not help
+    )
 
 
 def _train(argv: Sequence[str]) -> int:

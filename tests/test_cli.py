@@ -1,0 +1,78 @@
+"""The `hdp` command finds its parts, and answers mistakes with a remedy instead of a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import hdp
+from hdp.cli import main, parse_config
+from hdp.config import TrainConfig
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["-h"], ["--help"]):
+        assert main(arguments) == 0
+        assert "usage: hdp COMMAND" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hdp {hdp.__version__}\n"
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    captured = capsys.readouterr()
+    assert "unknown command 'trian'" in captured.err
+    assert not captured.out
+
+
+def test_module_form() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hdp", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == f"hdp {hdp.__version__}\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "hdp", "nonsense"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+
+
+def test_flags_are_the_fields_of_the_config() -> None:
+    pytest.importorskip("tyro")
+    config = parse_config(TrainConfig, ["--policy", "static", "--cp-size", "4", "--steps", "7"])
+    assert config == TrainConfig(policy="static", cp_size=4, steps=7)
+    assert parse_config(TrainConfig, []) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--policy", "static"], "--cp-size"),
+        (["--steps", "0"], "--steps must be 1 or more, got 0"),
+        (["--steps", "many"], "many"),
+        (["--polcy", "hdp"], "--policy"),
+    ],
+)
+def test_bad_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tyro")
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *flags])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err + captured.out
+
+
+def test_section_comments_are_no_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tyro")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "-- step --" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate", "compare"])
+def test_scheduler_commands_are_reached(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert command in capsys.readouterr().out
