@@ -1,0 +1,59 @@
+"""What the documents point at exists: files, make targets, `hdp` commands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hdp.cli import USAGE
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+by_name = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def slug(heading: str) -> str:
+    """The anchor that a Markdown heading gets."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@by_name
+def test_links_lead_somewhere(path: Path) -> None:
+    text = path.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = path.parent / name if name else path
+        assert linked.exists(), f"{path.name} links to {target}"
+        if anchor and linked.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.M)
+            assert anchor in map(slug, headings), f"{path.name}: no heading for #{anchor} in {name}"
+
+
+@by_name
+def test_named_files_exist(path: Path) -> None:
+    """`hdp/attention.py` and the like in backquotes, and files in commands."""
+    pattern = (
+        r"(?<![\w/.~-])((?:hdp|scheduler|csrc|examples|tests|tools|docs)/[\w/.-]*\w\.(?:py|md|txt))"
+    )
+    for name in re.findall(pattern, path.read_text()):
+        assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+@by_name
+def test_commands_exist(path: Path) -> None:
+    text = path.read_text()
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    for target in re.findall(r"(?:^|`|&& )(?:[A-Z_]+=\S+ )?make ([a-z][\w-]*)", text, re.M):
+        assert target in targets, f"{path.name} says make {target}"
+    for command in re.findall(r"(?:^|`|-m )hdp ([a-z]+)\b", text, re.M):
+        assert f"\n  {command} " in USAGE, f"{path.name} says hdp {command}"
+
+
+def test_documents_are_ascii() -> None:
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        assert text.isascii(), f"{path.name}: {[c for c in text if not c.isascii()][:5]}"
