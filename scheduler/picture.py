@@ -1,0 +1,390 @@
+"""Pictures of plans: ranks down, time across, one colour per sequence, idle time left empty.
+
+    from hdp.scheduler.picture import draw_plans
+    draw_plans([("static DP x CP", static, simulate(static, cost)),
+                ("HDP", hdp, simulate(hdp, cost))], "plan.png")
+
+How to read one. A sequence that sits on several ranks is one block in a strong colour, with its
+length written on it; short sequences on one rank are pale. Grey hatching is communication that
+nothing hides. Whatever is empty is a rank that waits. All plans share one time axis, so the shorter
+picture is the faster step.
+
+Up to MAX_VECTOR_ROWS rows each box is drawn as a shape (sharp at any size, also in SVG); above it
+the plan becomes an image whose pixels are averaged, so 10,000 ranks stay readable and small.
+matplotlib is imported here only, when a picture is asked for.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .boxes import COMM, COMPUTE, OFFLOAD, REDUCE, Boxes, make_boxes
+from .cost import CostModel
+from .plan import StepPlan
+from .report import tokens_text
+from .timeline import Timeline
+
+MAX_VECTOR_ROWS = 160
+FORMATS = (".png", ".svg", ".pdf")
+
+# Strong hues for sequences on several ranks, in the order of their lengths; neighbours differ.
+_STRONG = (
+    "#d1495b", "#00798c", "#edae49", "#30638e", "#7b4b94", "#3f9b57", "#e07a3f", "#b5477f",
+    "#4c6fbf", "#8a9a2b", "#a1503c", "#2a9d8f",
+)  # fmt: skip
+_COMM, _COMM_FLAT, _HATCH, _OFFLOAD, _REDUCE = "#f1f3f4", "#d3d7db", "#9aa0a6", "#f3d9a4", "#cfd8dc"
+_INK, _SOFT = "#202124", "#5f6368"
+_LEFT, _WIDTH = 0.07, 0.915  # of the page: where panels start, how wide they are
+
+
+def draw_plans(
+    plans: Sequence[tuple[str, StepPlan, Timeline]],
+    path: str | Path,
+    *,
+    cost: CostModel | None = None,
+    title: str | None = None,
+    width_in: float = 11.0,
+    dpi: int = 160,
+) -> None:
+    """Draw plans below each other on one time axis and write them to `path` (.png, .svg or .pdf).
+
+    plans: (title, plan, timeline) each; the step's time and bubble are added to the title.
+    cost: divides a microbatch's time among its pieces exactly; without it, roughly.
+    Raises ValueError for another kind of file, or for no plans.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"cannot draw to {path}: use one of {', '.join(FORMATS)}")
+    if not plans:
+        raise ValueError("no plans to draw")
+    figure_of = _matplotlib()
+    first_s = plans[0][2].makespan_s
+    drawn = [
+        _Panel(
+            name=name,
+            plan=plan,
+            timeline=timeline,
+            boxes=make_boxes(plan, timeline, cost),
+            speedup=first_s / timeline.makespan_s if first_s > timeline.makespan_s > 0 else None,
+        )
+        for name, plan, timeline in plans
+    ]
+    end_s = max(panel.timeline.makespan_s for panel in drawn)
+    heights = [_height_in(panel.boxes.num_rows) for panel in drawn]
+    top, bottom, gap = (0.70 if title else 0.34), 0.82, 0.46
+    total = sum(heights) + gap * (len(heights) - 1) + top + bottom
+    figure = figure_of(figsize=(width_in, total), dpi=dpi, facecolor="white")
+    if title:
+        figure.text(_LEFT, 1 - 0.12 / total, title, ha="left", va="top", fontsize=13,
+                    fontweight="bold", color=_INK)  # fmt: skip
+    unit, scale = _time_unit(end_s)
+    y = total - top
+    for panel, height in zip(drawn, heights, strict=True):
+        y -= height
+        axes = figure.add_axes((_LEFT, y / total, _WIDTH, height / total))
+        axes.set_xlim(0, end_s * scale * 1.003)
+        _draw_panel(axes, panel, scale=scale, unit=unit)
+        axes.tick_params(labelbottom=panel is drawn[-1])
+        y -= gap
+    axes.set_xlabel(f"time [{unit}]", color=_SOFT, fontsize=9, labelpad=1, loc="right")
+    _draw_key(figure, drawn)
+    figure.savefig(path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Panel:
+    name: str
+    plan: StepPlan
+    timeline: Timeline
+    boxes: Boxes
+    speedup: float | None = None  # over the first panel
+
+
+def _matplotlib() -> Any:
+    """matplotlib's Figure, without pyplot: no display, no global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("drawing needs matplotlib: pip install matplotlib") from error
+    return Figure
+
+
+def _height_in(rows: int) -> float:
+    """Height of a panel: generous for few ranks, growing slowly, at most 4.2 inches."""
+    return float(np.clip(0.16 * rows, 0.9, 2.6) + min(max(rows - 16, 0) * 0.006, 1.6))
+
+
+def _time_unit(end_s: float) -> tuple[str, float]:
+    if end_s >= 1.0:
+        return "s", 1.0
+    return ("ms", 1e3) if end_s >= 1e-3 else ("us", 1e6)
+
+
+# ---- colours ----
+
+
+def _colours(plan: StepPlan) -> np.ndarray:
+    """(num_seqs, 3) float64 RGB: strong for sequences that a rank cannot hold alone or that sit on
+    several ranks beside others that do not, pale for the rest."""
+    order = np.argsort(-plan.seqlens, kind="stable")
+    place = np.empty(plan.num_seqs, dtype=np.int64)
+    place[order] = np.arange(plan.num_seqs)
+    strong = _is_long(plan)
+    palette = np.array([_rgb(colour) for colour in _STRONG])
+    colours = palette[place % len(palette)]
+    # Golden-ratio steps around the colour circle: neighbours in length get hues far apart.
+    hue = (place * 0.61803398875) % 1.0
+    light = 0.80 + 0.08 * ((place * 0.7548776662) % 1.0)
+    pale = np.array(
+        [colorsys.hls_to_rgb(h, v, 0.34) for h, v in zip(hue.tolist(), light.tolist(), strict=True)]
+    ).reshape(-1, 3)
+    return np.where(strong[:, None], colours, pale)
+
+
+def _is_long(plan: StepPlan) -> np.ndarray:
+    """(num_seqs,) bool: sequences to show in a strong colour, the same in every policy's plan."""
+    long = plan.seqlens > plan.max_tokens_per_rank
+    if not long.any():
+        long = (plan.degrees > 1) & (plan.seqlens >= 4 * np.median(plan.seqlens))
+    return long
+
+
+def _rgb(colour: str) -> tuple[float, ...]:
+    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+
+
+# ---- one panel ----
+
+
+def _draw_panel(axes: Any, panel: _Panel, *, scale: float, unit: str) -> None:
+    rows, timeline = panel.boxes.num_rows, panel.timeline
+    axes.set_ylim(rows, 0)
+    if rows <= MAX_VECTOR_ROWS:
+        _draw_shapes(axes, panel, scale)
+    else:
+        _draw_image(axes, panel, scale)
+    end = timeline.makespan_s * scale
+    axes.axvline(end, color=_INK, linewidth=1.0, linestyle=(0, (4, 3)))
+    axes.set_yticks(_row_ticks(rows))
+    axes.set_ylabel(
+        "rank" if timeline.num_stages == 1 else "rank and stage", color=_SOFT, fontsize=9
+    )
+    axes.tick_params(colors=_SOFT, labelsize=8, length=2)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#bdc1c6")
+    facts = f"{end:.3g} {unit},  bubble {100 * timeline.mean_bubble:.1f} %"
+    if panel.speedup is not None:
+        facts = f"{panel.speedup:.2f}x faster,  {facts}"
+    axes.set_title(panel.name, loc="left", fontsize=11, fontweight="bold", color=_INK, pad=5)
+    axes.set_title(facts, loc="right", fontsize=10, color=_INK, pad=5)
+
+
+def _row_ticks(rows: int) -> list[int]:
+    step = 1
+    while rows / step > 9:
+        step *= 2
+    return list(range(0, rows, step))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Blocks:
+    """Boxes of the same sequence, kind and time on consecutive rows, merged. Columns."""
+
+    top: np.ndarray  # rows
+    bottom: np.ndarray
+    start: np.ndarray  # in the unit of the axis
+    end: np.ndarray
+    kind: np.ndarray
+    seq: np.ndarray
+    backward: np.ndarray
+
+
+def _merge(boxes: Boxes, scale: float) -> _Blocks:
+    tick = max(float(boxes.end_s.max(initial=0.0)), 1e-30) * 2e-3
+    start = boxes.start_s / tick
+    order = np.lexsort((boxes.row, np.round(start), boxes.backward, boxes.kind, boxes.seq))
+    row, kind, seq, backward = (
+        column[order] for column in (boxes.row, boxes.kind, boxes.seq, boxes.backward)
+    )
+    start, stop = start[order], boxes.end_s[order] / tick
+    same = np.zeros(len(order), dtype=bool)
+    same[1:] = (
+        (row[1:] == row[:-1] + 1)
+        & (np.abs(start[1:] - start[:-1]) < 1)
+        & (np.abs(stop[1:] - stop[:-1]) < 1)
+        & (kind[1:] == kind[:-1])
+        & (seq[1:] == seq[:-1])
+        & (backward[1:] == backward[:-1])
+        & (seq[1:] >= 0)
+    )
+    first = np.flatnonzero(~same)
+    last = np.append(first[1:], len(order)) - 1 if len(first) else first
+    source = order[first]
+    return _Blocks(
+        top=row[first].astype(float),
+        bottom=row[last] + 1.0,
+        start=boxes.start_s[source] * scale,
+        end=boxes.end_s[source] * scale,
+        kind=kind[first],
+        seq=seq[first],
+        backward=backward[first],
+    )
+
+
+def _draw_shapes(axes: Any, panel: _Panel, scale: float) -> None:
+    """Each block as a rectangle; the blocks of a ring on neighbouring ranks are one."""
+    from matplotlib.collections import PolyCollection
+
+    blocks, rows = _merge(panel.boxes, scale), panel.boxes.num_rows
+    pad = 0.05 if rows <= 48 else 0.0
+    y0, y1 = blocks.top + pad, blocks.bottom - pad
+    path = ((blocks.start, y0), (blocks.end, y0), (blocks.end, y1), (blocks.start, y1))
+    corners = np.stack([np.stack(point, axis=1) for point in path], axis=1)
+    for code, face_of_kind in ((COMM, _COMM), (OFFLOAD, _OFFLOAD), (REDUCE, _REDUCE)):
+        mine = blocks.kind == code
+        if mine.any():
+            axes.add_collection(
+                PolyCollection(
+                    list(corners[mine]),
+                    facecolor=face_of_kind,
+                    hatch="//////" if code == COMM else None,
+                    edgecolor=_HATCH,
+                    linewidth=0.0,
+                )
+            )
+    mine = blocks.kind == COMPUTE
+    if not mine.any():
+        return
+    face = _fill(panel.plan, blocks.seq[mine], blocks.backward[mine])
+    # Narrow blocks without an edge: a hundred short pieces must not become one white bar.
+    wide = (blocks.end - blocks.start)[mine] > 0.003 * float(blocks.end.max())
+    axes.add_collection(
+        PolyCollection(list(corners[mine]), facecolor=face, edgecolor="white",
+                       linewidth=np.where(wide, 0.6 if rows <= 48 else 0.3, 0.0))
+    )  # fmt: skip
+    _label(axes, panel.plan, blocks)
+
+
+def _fill(plan: StepPlan, seq: np.ndarray, backward: np.ndarray) -> np.ndarray:
+    """(n, 3) RGB of compute boxes; a pipeline's backward is darker than its forward."""
+    face = np.full((len(seq), 3), 0.88)
+    face[seq >= 0] = _colours(plan)[seq[seq >= 0]]
+    face[backward] *= 0.84
+    return face
+
+
+def _label(axes: Any, plan: StepPlan, blocks: _Blocks) -> None:
+    """Write the length on long sequences' blocks that have the room for it."""
+    long = (blocks.kind == COMPUTE) & (blocks.seq >= 0)
+    long[long] = _is_long(plan)[blocks.seq[long]]
+    which = np.flatnonzero(long)
+    place = axes.get_position()
+    page_width, page_height = axes.figure.get_size_inches()
+    inch_per_x = place.width * page_width / axes.get_xlim()[1]
+    inch_per_row = place.height * page_height / axes.get_ylim()[0]
+    colours = _fill(plan, blocks.seq[which], blocks.backward[which])
+    for i, colour in zip(which.tolist(), colours, strict=True):
+        seq = int(blocks.seq[i])
+        width = (blocks.end[i] - blocks.start[i]) * inch_per_x
+        height = (blocks.bottom[i] - blocks.top[i]) * inch_per_row
+        short = tokens_text(int(plan.seqlens[seq]))
+        degree = int(plan.degrees[seq])
+        text = next(
+            (
+                text
+                for text in (f"{short} on {degree} ranks" if degree > 1 else short, short)
+                if width > 0.062 * len(text) + 0.06
+            ),
+            None,
+        )
+        if text is None or height < 0.115:
+            continue
+        ink = "white" if colour @ (0.299, 0.587, 0.114) < 0.62 else _INK
+        axes.text((blocks.start[i] + blocks.end[i]) / 2, (blocks.top[i] + blocks.bottom[i]) / 2,
+                  text, ha="center", va="center_baseline", fontsize=7.5, color=ink,
+                  clip_on=True)  # fmt: skip
+
+
+def _draw_image(axes: Any, panel: _Panel, scale: float) -> None:
+    """All boxes as pixels, rows averaged down to what the panel can show."""
+    boxes, plan = panel.boxes, panel.plan
+    width, end_s = 2000, axes.get_xlim()[1] / scale
+    per_line = -(-boxes.num_rows // 900)
+    colours = np.empty((len(boxes.row), 3))
+    for code, colour in ((COMM, _COMM_FLAT), (OFFLOAD, _OFFLOAD), (REDUCE, _REDUCE)):
+        colours[boxes.kind == code] = _rgb(colour)
+    mine = boxes.kind == COMPUTE
+    colours[mine] = _fill(plan, boxes.seq[mine], boxes.backward[mine])
+    pixels = np.round(colours * 255).astype(np.uint8)
+    left = np.round(boxes.start_s / end_s * width).astype(np.int64)
+    right = np.round(boxes.end_s / end_s * width).astype(np.int64)
+    image = np.full((-(-boxes.num_rows // per_line) * per_line, width, 3), 255, dtype=np.uint8)
+    seen = np.flatnonzero(right > left)
+    for row, x0, x1, pixel in zip(
+        boxes.row[seen].tolist(), left[seen].tolist(), right[seen].tolist(), pixels[seen],
+        strict=True,
+    ):  # fmt: skip
+        image[row, x0:x1] = pixel
+    if per_line > 1:
+        lines = image.reshape(-1, per_line, width, 3)
+        image = lines.mean(axis=1).astype(np.uint8)
+    axes.imshow(image, aspect="auto", interpolation="antialiased",
+                extent=(0, end_s * scale, boxes.num_rows, 0))  # fmt: skip
+    _label(axes, plan, _merge(boxes, scale))
+
+
+# ---- the key ----
+
+
+def _draw_key(figure: Any, panels: Sequence[_Panel]) -> None:
+    """One line below the panels that says what the colours are."""
+    from matplotlib.patches import Rectangle
+
+    width, height = figure.get_size_inches()
+    x, y, side = _LEFT * width, 0.16, 0.15
+    kinds = {code for panel in panels for code in np.unique(panel.boxes.kind).tolist()}
+
+    def swatch(at: float, size: float, colour: Any, **more: Any) -> None:
+        figure.add_artist(
+            Rectangle((at / width, y / height), size / width, side / height, facecolor=colour,
+                      transform=figure.transFigure, **{"linewidth": 0.0, **more})
+        )  # fmt: skip
+
+    def entry(text: str) -> None:
+        nonlocal x
+        x += 0.08
+        figure.text(x / width, (y + side / 2) / height, text, fontsize=8.5, color=_SOFT, ha="left",
+                    va="center_baseline")  # fmt: skip
+        x += 0.068 * len(text) + 0.30
+
+    for colour in _STRONG[:3]:
+        swatch(x, 0.17, colour)
+        x += 0.17
+    entry("long sequences: a block is one ring of ranks")
+    for hue in (0.55, 0.12, 0.33, 0.8):
+        swatch(x, 0.12, colorsys.hls_to_rgb(hue, 0.83, 0.34))
+        x += 0.12
+    entry("short sequences")
+    if COMM in kinds:
+        swatch(x, 0.4, _COMM, hatch="//////", edgecolor=_HATCH)
+        x += 0.4
+        entry("waiting for KV (exposed communication)")
+    if OFFLOAD in kinds:
+        swatch(x, 0.3, _OFFLOAD)
+        x += 0.3
+        entry("host copies")
+    if REDUCE in kinds:
+        swatch(x, 0.3, _REDUCE)
+        x += 0.3
+        entry("gradients")
+    swatch(x, 0.4, "white", edgecolor="#bdc1c6", linewidth=0.6)
+    x += 0.4
+    entry("idle")
