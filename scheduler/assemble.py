@@ -10,47 +10,53 @@ from typing import Any
 
 import numpy as np
 
+from .jobs import Batch
 from .plan import StepPlan
 
 
 def assemble(
-    seqlens: np.ndarray,
+    batch: Batch,
     *,
-    hdp_size: int,
-    ring_offsets: np.ndarray,
+    policy: str,
+    degree: np.ndarray,
     ring_ranks: np.ndarray,
     index: np.ndarray,
     ratio: np.ndarray | None = None,
-    min_microbatches: int = 1,
-    **fields: Any,
+    notes: dict[str, Any] | None = None,
 ) -> StepPlan:
     """StepPlan from rings and microbatch indices.
 
-    seqlens (num_seqs,); ring_offsets (num_seqs + 1,) and ring_ranks (num_entries,) as in StepPlan;
-    index (num_entries,): for each entry of ring_ranks the local index of its microbatch there. An
-    index that nothing uses below a used one is an empty microbatch. ratio (num_entries,): offload
-    ratio of the microbatch; its pieces must agree. Ranks get at least `min_microbatches`.
+    degree (num_seqs,) and ring_ranks (sum of degree,) are the rings of the sequences in order;
+    index (sum of degree,) is for each entry of ring_ranks the local index of its microbatch on
+    that rank. An index that nothing uses below a used one is an empty microbatch. ratio
+    (num_seqs,) is the offload ratio of each sequence's microbatch; those that share one agree.
     """
-    degrees = np.diff(ring_offsets)
-    seq = np.repeat(np.arange(len(seqlens)), degrees)
-    local = np.repeat(degrees == 1, degrees)
-    counts = np.full(hdp_size, max(min_microbatches, 1), dtype=np.int64)
+    seq = np.repeat(np.arange(batch.num_seqs), degree)
+    counts = np.ones(batch.hdp_size, dtype=np.int64)
     np.maximum.at(counts, ring_ranks, index + 1)
+    if batch.equal_counts:
+        counts[:] = counts.max()
     microbatch_offsets = np.concatenate([[0], np.cumsum(counts)])
     microbatch = microbatch_offsets[ring_ranks] + index
+    local = np.repeat(degree == 1, degree)
     order = np.argsort(microbatch * 2 + local, kind="stable")
-    filled = np.bincount(microbatch, minlength=microbatch_offsets[-1])
+    num_pieces = np.bincount(microbatch, minlength=microbatch_offsets[-1])
     ratios = np.zeros(microbatch_offsets[-1])
     if ratio is not None:
-        ratios[microbatch] = ratio
+        ratios[microbatch] = np.repeat(ratio, degree)
     return StepPlan(
-        hdp_size=hdp_size,
-        seqlens=seqlens,
-        ring_offsets=ring_offsets,
+        policy=policy,
+        hdp_size=batch.hdp_size,
+        max_tokens_per_rank=batch.max_tokens_per_rank,
+        pp_size=batch.pp_size,
+        ranks_per_node=batch.ranks_per_node,
+        seqlens=batch.seqlens,
+        ring_offsets=np.concatenate([[0], np.cumsum(degree)]),
         ring_ranks=ring_ranks,
         microbatch_offsets=microbatch_offsets,
-        piece_offsets=np.concatenate([[0], np.cumsum(filled)]),
+        piece_offsets=np.concatenate([[0], np.cumsum(num_pieces)]),
         piece_seqs=seq[order],
         offload_ratio=ratios,
-        **fields,
+        offloadable=batch.cost.offloadable if batch.offload else 0.0,
+        notes=notes or {},
     )

@@ -7,8 +7,8 @@ from heapq import heapify, heapreplace
 import numpy as np
 
 from .assemble import assemble
-from .bounds import min_degrees
 from .jobs import Batch
+from .memory import least_ratio, min_degrees
 from .packing import best_fit
 from .plan import StepPlan
 
@@ -38,22 +38,19 @@ def plan_hdp(batch: Batch) -> StepPlan:
         at_s, rank = heap[0]
         heapreplace(heap, (at_s + float(seconds[job]), rank))
         local[rank].append(job)
-    tokens = batch.job_tokens
+    tokens = np.minimum(batch.job_tokens, capacity)
     for rank, jobs in enumerate(local):
         bins = best_fit(tokens[jobs], capacity)
         for job, b in zip(jobs, bins, strict=True):
             rings[job], index[job] = np.array([rank]), depth[rank : rank + 1] + b
     by_seq = batch.by_seq(np.arange(batch.num_jobs)).tolist()
     return assemble(
-        batch.seqlens,
-        hdp_size=ranks,
-        ring_offsets=np.concatenate([[0], np.cumsum(batch.by_seq(degree))]),
+        batch,
+        policy="hdp",
+        degree=batch.by_seq(degree),
         ring_ranks=np.concatenate([rings[j] for j in by_seq]),
         index=np.concatenate([index[j] for j in by_seq]),
-        policy="hdp",
-        max_tokens_per_rank=capacity,
-        pp_size=batch.pp_size,
-        ranks_per_node=batch.ranks_per_node,
+        ratio=batch.by_seq(least_ratio(batch, degree)),
     )
 
 

@@ -206,7 +206,7 @@ class CostModel:
         matrix = hidden_size * (2 * q_size + 2 * kv_size + 3 * intermediate_size)
         linear_flops = 3 * 2 * (layers * matrix + hidden_size * vocab_size / pp_size) / tp_size
         quadratic_flops = 3.5 * 2 * layers * q_size / tp_size
-        # Norm inputs and outputs, q k v before and after RoPE, attention's output, four MLP tensors.
+        # Norm inputs and outputs, q k v before and after RoPE, attention output, 4 MLP tensors.
         kept = 4 * hidden_size + 3 * q_size + 3 * kv_size + 4 * intermediate_size
         derived: dict[str, Any] = {
             "quadratic_s": quadratic_flops / (attention_flops_per_s or flops_per_s),

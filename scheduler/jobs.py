@@ -26,6 +26,8 @@ class Batch:
     cost: CostModel
     pp_size: int = 1
     ranks_per_node: int | None = None
+    offload: bool = False
+    equal_counts: bool = False
 
     @property
     def num_jobs(self) -> int:
@@ -56,6 +58,12 @@ class Batch:
             return -(-self.seqlens // degree)
         return self.job_sum(-(-self.seqlens // self.by_seq(degree)))
 
+    def seconds(self, degree: np.ndarray) -> np.ndarray:
+        """(num_jobs,) float64: seconds of each job on each of its `degree` ranks, no fixed_s."""
+        across = degree > (self.ranks_per_node or self.hdp_size)
+        by_seq = self.by_seq
+        return self.job_sum(self.cost.piece_s(self.seqlens, by_seq(degree), by_seq(across)))
+
     def by_seq(self, per_job: np.ndarray) -> np.ndarray:
         """(num_seqs,): each sequence's value of a column over jobs."""
         result = np.empty(self.num_seqs, dtype=per_job.dtype)
@@ -73,6 +81,8 @@ class Batch:
         units: Sequence[int] | np.ndarray | None = None,
         pp_size: int = 1,
         ranks_per_node: int | None = None,
+        offload: bool = False,
+        equal_counts: bool = False,
     ) -> Batch:
         """Validate what the caller gave. Raises ValueError with the values and the remedy."""
         for name, value in (
@@ -111,6 +121,8 @@ class Batch:
             cost=cost,
             pp_size=int(pp_size),
             ranks_per_node=ranks_per_node,
+            offload=bool(offload),
+            equal_counts=bool(equal_counts),
         )
 
 

@@ -3,7 +3,9 @@
 The policies, each a function of the same arguments:
 
     hdp                    any degree, chosen by work and by memory; near-optimal (balance.py)
-    static                 DP x CP with packed zigzag, the baseline; needs cp_size (static.py)
+    bytescale, -naive,     the paper's Algorithms 1 and 2 (bytescale.py)
+      -dp, -pp
+    static                 DP x CP with packed zigzag: the baseline (static.py)
 
 A plan is a pure function of its arguments: no clock, no random numbers, and no arithmetic whose
 result depends on the machine; every rank computes the same bytes for itself (`test_same_bytes`).
@@ -24,6 +26,7 @@ import numpy as np
 
 from .balance import plan_hdp
 from .bounds import lower_bound_s
+from .bytescale import plan_bytescale, plan_dp_balance, plan_naive, plan_pp_balance
 from .cost import CostModel
 from .jobs import Batch
 from .plan import StepPlan
@@ -32,6 +35,10 @@ from .static import plan_static
 
 POLICIES: dict[str, Callable[..., StepPlan]] = {
     "hdp": plan_hdp,
+    "bytescale": plan_bytescale,
+    "bytescale-naive": plan_naive,
+    "bytescale-dp": plan_dp_balance,
+    "bytescale-pp": plan_pp_balance,
     "static": plan_static,
 }
 
@@ -47,6 +54,8 @@ def plan(
     pp_size: int = 1,
     cp_size: int | None = None,
     ranks_per_node: int | None = None,
+    offload: bool = False,
+    equal_counts: bool = False,
 ) -> StepPlan:
     """Plan of one step.
 
@@ -57,6 +66,9 @@ def plan(
     pp_size: pipeline stages of each rank
     cp_size: static policy only, ranks per ring; default the smallest that holds the longest
     ranks_per_node: a ring that fits stays inside a node, others take whole nodes; None: no nodes
+    offload: let activations move to the host where forward hides it, so that fewer ranks are needed
+    equal_counts: the same number of microbatches on every rank (ranks that share expert parallelism
+        or ZeRO-3 need it); missing ones are empty
 
     Raises ValueError with the values and the remedy for arguments that allow no plan.
     """
@@ -70,6 +82,8 @@ def plan(
         units=units,
         pp_size=pp_size,
         ranks_per_node=ranks_per_node,
+        offload=offload,
+        equal_counts=equal_counts,
     )
     options: dict[str, Any] = {}
     if policy == "static":

@@ -92,7 +92,7 @@ def finish_s(plan: StepPlan, cost: CostModel) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """One operation on one device. `end_s` is that of the slowest partner, own work ends earlier."""
+    """One operation on one device; `end_s` is that of its slowest partner, `own_s` its own time."""
 
     rank: int
     stage: int

@@ -10,17 +10,20 @@ short, is cut over all ranks of one ring (with cp_size 1 it is local).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from .assemble import assemble
-from .bounds import min_degrees
 from .jobs import Batch
+from .memory import min_degrees
 from .packing import best_fit
 from .plan import StepPlan
 
 
 def plan_static(batch: Batch, *, cp_size: int | None = None) -> StepPlan:
     """Static plan; cp_size defaults to the smallest divisor of hdp_size that holds every job."""
+    batch = replace(batch, offload=False)  # the baseline has none
     ranks = batch.hdp_size
     need = int(min_degrees(batch).max())
     if cp_size is None:
@@ -42,14 +45,10 @@ def plan_static(batch: Batch, *, cp_size: int | None = None) -> StepPlan:
     pack = batch.by_seq(packs)
     first_rank = (pack % num_rings) * cp_size
     return assemble(
-        batch.seqlens,
-        hdp_size=ranks,
-        ring_offsets=np.arange(batch.num_seqs + 1) * cp_size,
+        batch,
+        policy="static",
+        degree=np.full(batch.num_seqs, cp_size),
         ring_ranks=(first_rank[:, None] + np.arange(cp_size)).ravel(),
         index=np.repeat(pack // num_rings, cp_size),
-        policy="static",
-        max_tokens_per_rank=batch.max_tokens_per_rank,
-        pp_size=batch.pp_size,
-        ranks_per_node=batch.ranks_per_node,
         notes={"cp_size": int(cp_size)},
     )

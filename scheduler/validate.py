@@ -1,8 +1,8 @@
 """Checks of a StepPlan: each invariant of plan.py's docstring is one function of its name.
 
 A plan may come from a planner with a bug, from another process or from a JSON file, so nothing is
-taken for granted: first columns (shapes, offsets, index ranges), then the invariants in their
-order. Every function raises ValueError that starts with the invariant's name and says where it fails.
+taken for granted: columns first (shapes, offsets, index ranges), then the invariants in order.
+Every function raises ValueError that starts with the invariant's name and says where it fails.
 Nothing here simulates time; that a plan cannot deadlock is shown by walking all ranks at once.
 """
 
