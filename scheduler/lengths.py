@@ -104,14 +104,21 @@ def _read_file(path: Path) -> np.ndarray:
         raise ValueError(f"no file {path}; named workloads are workload:NAME with NAME in {names}")
     try:
         if path.suffix == ".npy":
-            values = np.load(path, allow_pickle=False)
+            values = _from_npy(path)
         elif path.suffix == ".json":
             values = _from_json(path)
         else:
             values = _from_text(path)
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError, EOFError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, OSError, EOFError, OverflowError) as error:
         raise ValueError(f"cannot read lengths from {path}: {error}") from error
     return _checked(values, str(path))
+
+
+def _from_npy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"cannot read lengths from {path}: not an array file ({error})") from error
 
 
 def _from_json(path: Path) -> np.ndarray:

@@ -1,0 +1,8 @@
+"""`python -m hdp.scheduler plan|simulate|compare`: see cli.py."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

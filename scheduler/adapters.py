@@ -1,0 +1,394 @@
+"""Adapters: our balance for frameworks that have their own runtime.
+
+Megatron's development branch, and verl through it, ask a class for
+
+    get_groups_and_subsamples([(id, length), ...]) -> [microbatch][rank][ids]
+
+where all ranks run every microbatch, the ranks of a context-parallel group are neighbours that
+hold the same ids, a group's size is a power of two (or all ranks) and divides its first rank, and
+no rank is ever idle. Three lines replace their planner by ours, in either framework:
+
+    from megatron.core.datasets.data_schedule import DefaultDynamicCPScheduler
+    from hdp.scheduler.adapters import get_groups_and_subsamples
+    DefaultDynamicCPScheduler.get_groups_and_subsamples = get_groups_and_subsamples
+
+`GroupScheduler` is the same thing as a class of its own. With `powers_of_two=False` it hands out
+`plan()`'s own plan, with equal numbers of microbatches and any degree: for runtimes that take a
+ring per sequence (all ranks that list an id in a microbatch) beside local sequences.
+
+The powers of two are found so; a *bin* is one group of ranks in one microbatch:
+
+1. Choose the number of microbatches (the fewest that memory allows, then a few more) and a time per
+   bin. A sequence's degree is the smallest that fits memory and that time.
+2. Long sequences, longest first, open bins or join the emptiest bin of their degree.
+3. The rest goes, longest first, to the bin that would end first, among those with room.
+4. Bins left without work are given to their neighbours, which become wider.
+5. Bins of one microbatch are dealt to blocks of ranks, the longest to the least loaded block.
+6. The best of all choices of step 1 by finishing time wins.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .cost import CostModel
+from .plan import StepPlan
+
+# Attention against the rest of a layer of a 7B model; only the ratio matters here.
+DEFAULT_COST = CostModel.from_coefficients(quadratic_s=5.128e-9, linear_s=1.84e-4)
+_SLACK = (1.0, 1.04, 1.1, 1.25, 1.5, 2.0)
+_MORE_MICROBATCHES = (0, 1, 2, 4)
+
+Groups = list[list[list[int]]]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Bin:
+    """One group of ranks in one microbatch."""
+
+    degree: int
+    wave: int  # microbatch
+    seconds: float = 0.0
+    tokens: int = 0  # per rank
+    members: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Problem:
+    seqlens: np.ndarray  # (n,) int64
+    degrees: tuple[int, ...]  # allowed group sizes, rising; all but perhaps the last powers of two
+    seconds: np.ndarray  # (len(degrees), n): seconds on each rank of a group
+    num_ranks: int
+    capacity: int  # tokens per rank and microbatch
+    fixed_s: float
+
+
+def get_groups_and_subsamples(self: object, sample_id_seqlens: Sequence[tuple[int, int]]) -> Groups:
+    """[microbatch][rank][ids] for Megatron's scheduler classes, to be assigned to one of them.
+
+    Reads from `self`: max_seqlen_per_dp_cp_rank, cp_size, dp_size; where present also min_cp_size,
+    microbatch_group_size_per_vp_stage (the number of microbatches becomes a multiple of it) and
+    hdp_cost, a CostModel. Raises ValueError for lengths that do not fit.
+    """
+    return power_of_two_groups(
+        sample_id_seqlens,
+        num_ranks=self.cp_size * self.dp_size,  # type: ignore[attr-defined]
+        max_tokens_per_rank=self.max_seqlen_per_dp_cp_rank,  # type: ignore[attr-defined]
+        cost=getattr(self, "hdp_cost", None) or DEFAULT_COST,
+        min_degree=getattr(self, "min_cp_size", 1) or 1,
+        multiple=getattr(self, "microbatch_group_size_per_vp_stage", None) or 1,
+    )
+
+
+class GroupScheduler:
+    """Our planner behind the constructor and the method that Megatron and verl call."""
+
+    def __init__(
+        self,
+        max_seqlen_per_dp_cp_rank: int,
+        cp_size: int,
+        dp_size: int,
+        microbatch_group_size_per_vp_stage: int | None = None,
+        pipeline_model_parallel_size: int = 1,
+        *,
+        min_cp_size: int = 1,
+        cost: CostModel | None = None,
+        powers_of_two: bool = True,
+    ) -> None:
+        self.max_seqlen_per_dp_cp_rank = max_seqlen_per_dp_cp_rank
+        self.cp_size = cp_size
+        self.dp_size = dp_size
+        self.microbatch_group_size_per_vp_stage = microbatch_group_size_per_vp_stage
+        self.pipeline_model_parallel_size = pipeline_model_parallel_size
+        self.min_cp_size = min_cp_size
+        self.hdp_cost = cost or DEFAULT_COST
+        self.powers_of_two = powers_of_two
+
+    def get_groups_and_subsamples(self, sample_id_seqlens: Sequence[tuple[int, int]]) -> Groups:
+        """[microbatch][rank][ids]; every rank has the same number of microbatches.
+
+        With powers_of_two=False a rank may hold a shared id and local ids in one microbatch, and
+        the last microbatches of a rank may be empty.
+        """
+        if self.powers_of_two:
+            return get_groups_and_subsamples(self, sample_id_seqlens)
+        from .planner import plan
+
+        ids, lengths = _ids_and_lengths(sample_id_seqlens)
+        made = plan(
+            lengths,
+            hdp_size=self.cp_size * self.dp_size,
+            max_tokens_per_rank=self.max_seqlen_per_dp_cp_rank,
+            cost=self.hdp_cost,
+            pp_size=max(self.pipeline_model_parallel_size, 2),  # shared ones at the same index
+        )
+        return plan_to_groups(made, ids)
+
+
+def plan_to_groups(plan: StepPlan, ids: Sequence[int] | None = None) -> Groups:
+    """[microbatch][rank][ids] of any plan whose shared microbatches have equal local indices.
+
+    Ranks with fewer microbatches get empty ones at their end. Raises ValueError otherwise.
+    """
+    names = range(plan.num_seqs) if ids is None else ids
+    lists = [
+        [[piece.seq for piece in microbatch.pieces] for microbatch in plan.microbatches(rank)]
+        for rank in range(plan.hdp_size)
+    ]
+    index_of: dict[int, int] = {}
+    for rank_lists in lists:
+        for index, seqs in enumerate(rank_lists):
+            for seq in seqs:
+                if index_of.setdefault(seq, index) != index:
+                    raise ValueError(
+                        f"sequence {seq} is in microbatches {index_of[seq]} and {index} of its "
+                        "ranks; plan with pp_size=2 to align them"
+                    )
+    count = max(map(len, lists))
+    return [
+        [[names[s] for s in rank[m]] if m < len(rank) else [] for rank in lists]
+        for m in range(count)
+    ]
+
+
+# ---- powers of two on contiguous ranks ----
+
+
+def power_of_two_groups(
+    sample_id_seqlens: Sequence[tuple[int, int]],
+    *,
+    num_ranks: int,
+    max_tokens_per_rank: int,
+    cost: CostModel = DEFAULT_COST,
+    min_degree: int = 1,
+    multiple: int = 1,
+) -> Groups:
+    """[microbatch][rank][ids]: aligned groups of 2^k neighbouring ranks (or of all), none empty.
+
+    sample_id_seqlens: (id, tokens) each; min_degree: smallest group; multiple: the number of
+    microbatches is a multiple of it. Raises ValueError with the values for what cannot fit.
+    """
+    ids, lengths = _ids_and_lengths(sample_id_seqlens)
+    problem = _problem(lengths, num_ranks, max_tokens_per_rank, cost, min_degree)
+    fewest = max(1, -(-int(lengths.sum()) // (num_ranks * max_tokens_per_rank)))
+    best: tuple[float, Groups] | None = None
+    ideal_s = float((problem.seconds[0] * problem.degrees[0]).sum()) / num_ranks
+    count = fewest
+    tried = 0
+    while tried < len(_MORE_MICROBATCHES) or best is None:
+        extra = _MORE_MICROBATCHES[min(tried, len(_MORE_MICROBATCHES) - 1)]
+        count = max(count + (tried >= len(_MORE_MICROBATCHES)), fewest + extra)
+        count = -(-count // multiple) * multiple
+        for slack in _SLACK:
+            bins = _fill(problem, count, slack * ideal_s / count)
+            if bins is None:
+                continue
+            end_s, groups = _deal(problem, bins)
+            if len(groups) % multiple == 0 and (best is None or end_s < best[0] * (1 - 1e-9)):
+                best = (end_s, groups)
+        tried += 1
+        if best is None and tried > 4 * len(lengths) + 64:
+            raise ValueError(
+                f"{len(lengths)} sequences on {num_ranks} ranks make no number of microbatches "
+                f"that is a multiple of {multiple} with every rank at work; give more sequences"
+            )
+    return [[[ids[s] for s in rank] for rank in wave] for wave in best[1]]
+
+
+def _ids_and_lengths(samples: Sequence[tuple[int, int]]) -> tuple[list[int], np.ndarray]:
+    if not len(samples):
+        raise ValueError("no samples: give at least one (id, length)")
+    ids = [sample[0] for sample in samples]
+    lengths = np.array([int(sample[1]) for sample in samples], dtype=np.int64)
+    if lengths.min() < 1:
+        at = int(np.argmin(lengths))
+        raise ValueError(f"sample {ids[at]} has {lengths[at]} tokens; drop empty samples")
+    return ids, lengths
+
+
+def _problem(
+    lengths: np.ndarray, num_ranks: int, capacity: int, cost: CostModel, min_degree: int
+) -> _Problem:
+    for name, value in (("ranks", num_ranks), ("max_tokens_per_rank", capacity)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if min_degree < 1 or min_degree & (min_degree - 1) or num_ranks % min_degree:
+        raise ValueError(
+            f"min_cp_size={min_degree} must be a power of two that divides {num_ranks} ranks"
+        )
+    degrees = [min_degree]
+    while degrees[-1] * 2 <= num_ranks:
+        degrees.append(degrees[-1] * 2)
+    if degrees[-1] != num_ranks:
+        degrees.append(num_ranks)
+    longest = int(lengths.max())
+    if longest > num_ranks * capacity:
+        raise ValueError(
+            f"sequence of {longest} tokens needs {-(-longest // capacity)} ranks of {capacity}, "
+            f"there are {num_ranks}; raise max_tokens_per_rank or the number of ranks"
+        )
+    return _Problem(
+        seqlens=lengths,
+        degrees=tuple(degrees),
+        seconds=np.stack([cost.piece_s(lengths, d) for d in degrees]),
+        num_ranks=num_ranks,
+        capacity=capacity,
+        fixed_s=cost.fixed_s,
+    )
+
+
+def _fill(problem: _Problem, count: int, target_s: float) -> list[_Bin] | None:
+    """Steps 1 to 4 for `count` microbatches of `target_s`; None if it does not work out."""
+    degrees, capacity = problem.degrees, problem.capacity
+    # 1. The smallest degree that fits memory and time, else the fastest that fits memory.
+    need = -(-problem.seqlens // np.array(degrees)[:, None])
+    fits = need <= capacity
+    good = fits & (problem.seconds <= target_s)
+    fastest = np.argmin(np.where(fits, problem.seconds, np.inf), axis=0)
+    level = np.where(good.any(axis=0), np.argmax(good, axis=0), fastest)
+    order = np.lexsort((-problem.seqlens, -level)).tolist()
+    free = [problem.num_ranks] * count  # ranks of each microbatch that no bin has yet
+    bins: list[_Bin] = []
+    at_level: list[list[tuple[float, int]]] = [[] for _ in degrees]
+    rest: list[int] = []
+    seconds, levels, needs = problem.seconds, level.tolist(), need
+    # 2. Long ones.
+    for seq in order:
+        k = levels[seq]
+        if k == 0:
+            rest.append(seq)
+            continue
+        heap, own_s = at_level[k], float(seconds[k, seq])
+        if heap:
+            load_s, b = heap[0]
+            room = bins[b].tokens + needs[k, seq] <= capacity
+            if room and load_s + own_s <= target_s:
+                heapq.heapreplace(heap, (_put(bins[b], seq, own_s, int(needs[k, seq])), b))
+                continue
+        wave = next((w for w, ranks in enumerate(free) if ranks >= degrees[k]), None)
+        if wave is None:
+            rest.append(seq)
+            continue
+        free[wave] -= degrees[k]
+        bins.append(_Bin(degree=degrees[k], wave=wave))
+        _put(bins[-1], seq, own_s, int(needs[k, seq]))
+        heapq.heappush(heap, (own_s, len(bins) - 1))
+    for wave, ranks in enumerate(free):
+        bins += [_Bin(degree=degrees[0], wave=wave) for _ in range(ranks // degrees[0])]
+    # 3. The rest, by work on the smallest group, longest first.
+    rest.sort(key=lambda seq: -int(problem.seqlens[seq]))
+    if not _fill_rest(problem, bins, rest):
+        return None
+    # 4. No empty bins.
+    return _widen(problem, bins)
+
+
+def _put(bin: _Bin, seq: int, seconds: float, tokens: int) -> float:
+    bin.members.append(seq)
+    bin.seconds += seconds
+    bin.tokens += tokens
+    return bin.seconds
+
+
+def _fill_rest(problem: _Problem, bins: list[_Bin], rest: Sequence[int]) -> bool:
+    """Each sequence to the bin with the least time among those that have room for it."""
+    level_of = {degree: k for k, degree in enumerate(problem.degrees)}
+    lightest = [(bin.seconds, b) for b, bin in enumerate(bins)]
+    heapq.heapify(lightest)
+    full: list[tuple[int, int]] = []  # bins without room: (-room for a whole sequence, bin)
+    for seq in rest:
+        length = int(problem.seqlens[seq])
+        while full and -full[0][0] >= length:
+            b = heapq.heappop(full)[1]
+            heapq.heappush(lightest, (bins[b].seconds, b))
+        while lightest:
+            b = lightest[0][1]
+            bin = bins[b]
+            room = (problem.capacity - bin.tokens) * bin.degree
+            if room >= length:
+                break
+            heapq.heappop(lightest)
+            heapq.heappush(full, (-room, b))
+        else:
+            return False
+        own_s = float(problem.seconds[level_of[bin.degree], seq])
+        load_s = _put(bin, seq, own_s, -(-length // bin.degree))
+        heapq.heapreplace(lightest, (load_s, b))
+    return True
+
+
+def _widen(problem: _Problem, bins: list[_Bin]) -> list[_Bin] | None:
+    """Give the ranks of empty bins to other bins of their microbatch."""
+    by_wave: dict[int, list[_Bin]] = {}
+    for bin in bins:
+        if bin.members:
+            by_wave.setdefault(bin.wave, []).append(bin)
+    result = []
+    for wave in by_wave.values():
+        free = problem.num_ranks - sum(bin.degree for bin in wave)
+        while free > 0:
+            candidates = [
+                (bin.seconds, i)
+                for i, bin in enumerate(wave)
+                if bin.degree <= free and _next_degree(problem, bin.degree) <= bin.degree + free
+            ]
+            if candidates:
+                i = max(candidates)[1]
+                wider = _next_degree(problem, wave[i].degree)
+                free -= wider - wave[i].degree
+                wave[i] = _rebuilt(problem, wave[i].members, wider, wave[i].wave)
+            else:  # no group can take the free ranks: one group of all ranks takes everything
+                members = [seq for bin in wave for seq in bin.members]
+                wave[:] = [_rebuilt(problem, members, problem.num_ranks, wave[0].wave)]
+                free = 0
+        if any(bin.tokens > problem.capacity for bin in wave):
+            return None
+        result += wave
+    return result
+
+
+def _next_degree(problem: _Problem, degree: int) -> int:
+    later = [d for d in problem.degrees if d > degree]
+    return later[0] if later else problem.num_ranks + degree
+
+
+def _rebuilt(problem: _Problem, members: list[int], degree: int, wave: int) -> _Bin:
+    k = problem.degrees.index(degree)
+    bin = _Bin(degree=degree, wave=wave)
+    for seq in members:
+        _put(bin, seq, float(problem.seconds[k, seq]), -(-int(problem.seqlens[seq]) // degree))
+    return bin
+
+
+def _deal(problem: _Problem, bins: list[_Bin]) -> tuple[float, Groups]:
+    """Step 5: finishing time and [microbatch][rank][sequences]."""
+    waves: dict[int, list[_Bin]] = {}
+    for bin in bins:
+        waves.setdefault(bin.wave, []).append(bin)
+    load = np.zeros(problem.num_ranks)
+    groups: Groups = []
+    # Wide groups first: their ranks are in step from the start.
+    for wave in sorted(waves.values(), key=lambda w: -max(bin.degree for bin in w)):
+        free = np.ones(problem.num_ranks, dtype=bool)
+        ranks: list[list[int]] = [[] for _ in range(problem.num_ranks)]
+        for degree in sorted({bin.degree for bin in wave}, reverse=True):
+            mine = sorted(
+                (bin for bin in wave if bin.degree == degree), key=lambda bin: -bin.seconds
+            )
+            whole = problem.num_ranks // degree * degree
+            open_blocks = np.flatnonzero(free[:whole].reshape(-1, degree).all(axis=1))
+            start_s = load[:whole].reshape(-1, degree).max(axis=1)[open_blocks]
+            blocks = open_blocks[np.argsort(start_s, kind="stable")].tolist()
+            for bin, block in zip(mine, blocks, strict=False):
+                span = slice(block * degree, (block + 1) * degree)
+                free[span] = False
+                load[span] = load[span].max() + bin.seconds + problem.fixed_s
+                for rank in range(span.start, span.stop):
+                    ranks[rank] = bin.members
+        assert not free.any(), f"{int(free.sum())} ranks without a group"
+        groups.append(ranks)
+    return float(load.max()), groups

@@ -1,0 +1,346 @@
+"""`python -m hdp.scheduler plan|simulate|compare`, also `hdp plan ...`: plans from a shell.
+
+    hdp plan workload:github-like --num-sequences 2000 --hdp-size 64 --max-tokens-per-rank 32K
+    hdp compare lengths.txt --hdp-size 128 --max-tokens-per-rank 16K --plot plans.png
+    hdp simulate --plan plan.json --cost h200.json --trace step.json
+
+`plan` makes one plan and shows it, `compare` makes one per policy for the same batch, `simulate`
+runs a saved plan. All print an aligned table and a text timeline, or JSON; `--plot` draws the plans
+and `--trace` writes Perfetto JSON (https://ui.perfetto.dev). Needs no torch, no GPU and no cluster.
+Bad input is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cost import CostModel
+from .lengths import OVERLONG, read_lengths
+from .plan import StepPlan
+from .planner import POLICIES, plan
+from .report import ascii_timeline, seconds_text, summarise, table, tokens_text
+from .simulate import simulate
+from .timeline import Timeline
+from .workloads import WORKLOADS
+
+# A 7B GPT on A100 GPUs as FlexSP published it: compute only. Good enough to see shapes of plans.
+DEFAULT_COST = CostModel.from_coefficients(
+    quadratic_s=5.128e-9, linear_s=1.84e-4, name="7B GPT, published constants, compute only"
+)
+_EPILOG = "named workloads: " + ", ".join(f"workload:{name}" for name in WORKLOADS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `plan`, `simulate` or `compare` with `argv` (None: the process's own). Returns the exit
+    code: 0, or 2 after one line on stderr about bad input."""
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+        text = _COMMANDS[arguments.command](arguments)
+    except SystemExit as stop:  # argparse: --help, or an option that it refused
+        return stop.code if isinstance(stop.code, int) else 2
+    except (ValueError, OSError) as error:
+        print(f"hdp: {error}", file=sys.stderr)
+        return 2
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `hdp plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+# ---- options ----
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hdp", description="Plan training steps of mixed-length batches; no GPU needed."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, what in (
+        ("plan", "plan one batch and show the plan"),
+        ("simulate", "run a saved plan (--plan), or a new one, in the simulator"),
+        ("compare", "plan one batch by several policies and show them side by side"),
+    ):
+        command = commands.add_parser(
+            name, help=what, description=what, epilog=_EPILOG, allow_abbrev=False
+        )
+        _add_batch(command)
+        _add_cluster(command, required=name != "simulate")
+        _add_cost(command)
+        _add_output(command)
+        if name == "compare":
+            command.add_argument(
+                "--policies",
+                default=None,
+                metavar="A,B",
+                help=f"policies to compare, in this order (default: all: {', '.join(POLICIES)})",
+            )
+        else:
+            command.add_argument("--policy", default="hdp", choices=list(POLICIES))
+        if name == "simulate":
+            command.add_argument("--plan", metavar="FILE", help="a plan saved by plan --output")
+        if name == "plan":
+            command.add_argument("--output", metavar="FILE", help="write the plan as JSON")
+    return parser
+
+
+def _add_batch(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("the batch")
+    group.add_argument("source", nargs="?", metavar="LENGTHS", help="the same as --lengths")
+    group.add_argument(
+        "--lengths",
+        metavar="FILE|workload:NAME",
+        help="text (a length per line), .npy, .json, a token cache's folder, or workload:NAME",
+    )
+    group.add_argument(
+        "--num-sequences", type=_count, metavar="N", help="default for a workload: 1024"
+    )
+    group.add_argument("--num-tokens", type=_count, metavar="N", help="as many as make N tokens")
+    group.add_argument("--seed", type=int, default=0, help="of a named workload")
+    group.add_argument("--max-length", type=_count, metavar="N", help="longest sequence, tokens")
+    group.add_argument(
+        "--overlong", choices=OVERLONG, default="error", help="what happens to longer ones"
+    )
+
+
+def _add_cluster(command: argparse.ArgumentParser, *, required: bool) -> None:
+    group = command.add_argument_group("the cluster")
+    group.add_argument("--hdp-size", type=_count, required=required, metavar="N", help="ranks")
+    group.add_argument(
+        "--max-tokens-per-rank",
+        type=_count,
+        required=required,
+        metavar="N",
+        help="tokens that a rank holds in one microbatch (32768 or 32K)",
+    )
+    group.add_argument(
+        "--cp-size", type=_count, metavar="N", help="ranks per ring of policy static"
+    )
+    group.add_argument("--pp-size", type=_count, default=1, metavar="N", help="pipeline stages")
+    group.add_argument("--ranks-per-node", type=_count, metavar="N", help="default: one big node")
+
+
+def _add_cost(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("the cost model")
+    group.add_argument(
+        "--cost", metavar="FILE", help="cost model in JSON (default: a 7B GPT, compute only)"
+    )
+    group.add_argument(
+        "--coefficient",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="set one field of it, repeatable: quadratic_s, linear_s, fixed_s, kv_bytes_per_token, "
+        "inter_node_bytes_per_s, ...",
+    )
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("output")
+    group.add_argument("--plot", metavar="FILE", help="draw the plans: .png, .svg or .pdf")
+    group.add_argument("--trace", metavar="FILE", help="write the timelines as Perfetto JSON")
+    group.add_argument("--json", action="store_true", help="print JSON instead of text")
+    group.add_argument(
+        "--width", type=_count, metavar="N", help="columns (default: the terminal's)"
+    )
+    group.add_argument("--no-timeline", action="store_true", help="print the table only")
+
+
+def _count(text: str) -> int:
+    """A positive integer, also 32K or 2M (times 1024)."""
+    scale = {"K": 1024, "M": 1024**2}.get(text[-1:].upper(), 1)
+    digits = text[:-1] if scale > 1 else text
+    if not digits.isdigit() or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer (or 32K, 2M)")
+    return int(digits) * scale
+
+
+# ---- commands ----
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Result:
+    plan: StepPlan
+    timeline: Timeline
+    summary: dict[str, Any]
+
+
+def _plan_command(arguments: argparse.Namespace) -> str:
+    cost, seqlens = _cost(arguments), _seqlens(arguments)
+    result = _run_policy(arguments.policy, seqlens, arguments, cost)
+    if arguments.output:
+        Path(arguments.output).write_text(result.plan.to_json() + "\n", encoding="ascii")
+    return _render([result], cost, arguments, with_plan=True)
+
+
+def _simulate_command(arguments: argparse.Namespace) -> str:
+    cost = _cost(arguments)
+    if not arguments.plan:
+        for option in ("hdp_size", "max_tokens_per_rank"):
+            if getattr(arguments, option) is None:
+                flag = "--" + option.replace("_", "-")
+                raise ValueError(f"give --plan FILE, or lengths with {flag}")
+        result = _run_policy(arguments.policy, _seqlens(arguments), arguments, cost)
+        return _render([result], cost, arguments)
+    if arguments.source or arguments.lengths:
+        raise ValueError("give lengths or --plan, not both: a saved plan has its own lengths")
+    saved = StepPlan.from_json(Path(arguments.plan).read_text(encoding="utf-8")).validate()
+    return _render([_simulated(saved, cost)], cost, arguments)
+
+
+def _compare_command(arguments: argparse.Namespace) -> str:
+    cost, seqlens = _cost(arguments), _seqlens(arguments)
+    names = arguments.policies.split(",") if arguments.policies else _all_policies()
+    for name in names:
+        if name not in POLICIES:
+            raise ValueError(f"unknown policy {name!r}; choose from {', '.join(POLICIES)}")
+    results, refused = [], []
+    for name in names:
+        try:
+            results.append(_run_policy(name, seqlens, arguments, cost))
+        except ValueError as error:
+            refused.append(f"{name}: no plan: {error}")
+    if not results:
+        raise ValueError("; ".join(refused))
+    for line in refused:
+        print(line, file=sys.stderr)
+    return _render(results, cost, arguments)
+
+
+_COMMANDS = {"plan": _plan_command, "simulate": _simulate_command, "compare": _compare_command}
+
+
+def _all_policies() -> list[str]:
+    """The baseline first, ours last."""
+    middle = [name for name in POLICIES if name not in ("static", "hdp")]
+    return ["static", *middle, "hdp"]
+
+
+def _seqlens(arguments: argparse.Namespace) -> np.ndarray:
+    if bool(arguments.source) == bool(arguments.lengths):
+        raise ValueError(f"give the lengths once: --lengths FILE or workload:NAME ({_EPILOG})")
+    return read_lengths(
+        arguments.lengths or arguments.source,
+        num_sequences=arguments.num_sequences,
+        num_tokens=arguments.num_tokens,
+        seed=arguments.seed,
+        max_length=arguments.max_length,
+        overlong=arguments.overlong,
+    )
+
+
+def _cost(arguments: argparse.Namespace) -> CostModel:
+    cost = CostModel.load(arguments.cost) if arguments.cost else DEFAULT_COST
+    names = {field.name: type(getattr(cost, field.name)) for field in fields(CostModel)}
+    changes: dict[str, Any] = {}
+    for text in arguments.coefficient:
+        name, equals, value = text.partition("=")
+        if not equals or name not in names:
+            raise ValueError(f"--coefficient {text}: use NAME=VALUE, NAME in {', '.join(names)}")
+        try:
+            changes[name] = value if name == "name" else names[name](float(value))
+        except (ValueError, OverflowError):
+            raise ValueError(f"--coefficient {text}: {value!r} is not a number") from None
+    return replace(cost, **changes) if changes else cost
+
+
+def _run_policy(
+    name: str, seqlens: np.ndarray, arguments: argparse.Namespace, cost: CostModel
+) -> _Result:
+    started = time.perf_counter()
+    made = plan(
+        seqlens,
+        hdp_size=arguments.hdp_size,
+        max_tokens_per_rank=arguments.max_tokens_per_rank,
+        cost=cost,
+        policy=name,
+        pp_size=arguments.pp_size,
+        cp_size=arguments.cp_size if name == "static" else None,
+        ranks_per_node=arguments.ranks_per_node,
+    )
+    return _simulated(made, cost, planning_s=time.perf_counter() - started)
+
+
+def _simulated(plan: StepPlan, cost: CostModel, planning_s: float | None = None) -> _Result:
+    timeline = replace(simulate(plan, cost), title=plan.policy)
+    summary = summarise(plan, cost, timeline, planning_s=planning_s)
+    return _Result(plan=plan, timeline=timeline, summary=summary)
+
+
+# ---- output ----
+
+
+def _render(
+    results: Sequence[_Result],
+    cost: CostModel,
+    arguments: argparse.Namespace,
+    *,
+    with_plan: bool = False,
+) -> str:
+    if arguments.plot:
+        from .picture import draw_plans
+
+        drawn = [(_title(r.plan), r.plan, r.timeline) for r in results]
+        draw_plans(drawn, arguments.plot, cost=cost)
+    if arguments.trace:
+        first, *others = [r.timeline for r in results]
+        first.to_perfetto(arguments.trace, others=others)
+    if arguments.json:
+        return json.dumps(_as_json(results, cost, with_plan), indent=None if with_plan else 2)
+    parts = [_headline(results[0].plan, cost), table([r.summary for r in results])]
+    if not arguments.no_timeline:
+        end_s = max(r.timeline.makespan_s for r in results)
+        lines = 24 if len(results) == 1 else max(24 // len(results), 6)
+        for r in results:
+            text = ascii_timeline(
+                r.plan, r.timeline, cost=cost, width=arguments.width, max_lines=lines, end_s=end_s
+            )
+            parts.append(f"{_title(r.plan)}: {seconds_text(r.timeline.makespan_s)}\n{text}")
+    return "\n\n".join(parts)
+
+
+def _headline(plan: StepPlan, cost: CostModel) -> str:
+    seqlens = plan.seqlens
+    stages = f", {plan.pp_size} pipeline stages" if plan.pp_size > 1 else ""
+    return (
+        f"{len(seqlens):,} sequences, {int(seqlens.sum()):,} tokens, "
+        f"median {tokens_text(int(np.median(seqlens)))}, "
+        f"longest {tokens_text(int(seqlens.max()))}; "
+        f"{plan.hdp_size:,} ranks of {tokens_text(plan.max_tokens_per_rank)} tokens{stages}\n"
+        f"cost model: {cost.name or 'unnamed'}"
+    )
+
+
+def _title(plan: StepPlan) -> str:
+    known = {"hdp": "Hybrid Data Parallelism", "static": "Static mesh (DP x CP)"}
+    title = known.get(plan.policy, plan.policy)
+    if plan.policy == "static" and "cp_size" in plan.notes:
+        title += f", cp = {plan.notes['cp_size']}"
+    return title
+
+
+def _as_json(results: Sequence[_Result], cost: CostModel, with_plan: bool) -> dict[str, Any]:
+    first = results[0].plan
+    data: dict[str, Any] = {
+        "hdp_size": first.hdp_size,
+        "pp_size": first.pp_size,
+        "max_tokens_per_rank": first.max_tokens_per_rank,
+        "num_sequences": first.num_seqs,
+        "num_tokens": int(first.seqlens.sum()),
+        "cost": {k: None if v == float("inf") else v for k, v in asdict(cost).items()},
+        "plans": [r.summary for r in results],
+    }
+    if with_plan:
+        data["plan"] = json.loads(first.to_json())
+    return data
