@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("plan", "simulate", "compare"):
         from hdp.scheduler import cli
 
-        return cli.main(arguments) or 0
+        return cli.main(arguments)
     if command == "train":
         return _train(arguments[1:])
     print(f"hdp: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)

@@ -23,7 +23,38 @@ EXCEPTIONS: dict[str, str] = {}
 # The whole graph: unit of hdp (a file or a folder) -> the units that it may import. `scheduler`
 # knows nothing of hdp. An edge that is not used is removed, a cycle fails.
 IMPORTS: dict[str, set[str]] = {
+    # what a step is: lengths in, who holds which tokens out
     "scheduler": set(),
+    "layout": {"scheduler"},
+    # attention over the ranks of a ring
+    "clock": set(),
+    "comm": {"clock"},
+    "kernels": {"layout"},
+    "attention": {"comm", "kernels", "layout"},
+    # the model around it
+    "losses": set(),
+    "hf_check": set(),
+    "hf": {"attention", "hf_check", "kernels", "losses"},
+    # tokens
+    "console": set(),
+    "data": {"console", "hf", "layout", "scheduler"},
+    # one step on many ranks
+    "mesh": set(),
+    "parallel": set(),
+    "recorder": {"clock", "comm", "scheduler"},
+    "step": {"comm", "data", "mesh", "parallel", "recorder"},
+    # a run
+    "config": set(),
+    "monitor": set(),
+    "watchdog": {"mesh", "monitor"},
+    "optim": set(),
+    "checkpoint": set(),
+    "metrics": {"scheduler"},
+    "train": {
+        *("checkpoint", "comm", "config", "console", "data", "hf", "mesh", "metrics", "optim"),
+        *("parallel", "recorder", "scheduler", "step", "watchdog"),
+    },
+    # the command line
     "machine": {"kernels"},
     "doctor": {"machine"},
     "cli": {"config", "doctor", "scheduler", "train"},
@@ -82,7 +113,7 @@ def parse(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """(absolute module, imported when the file is) of every import in the file."""
+    """(absolute module, imported when the file is) of every import but those for types."""
     tree = parse(path)
     package = [*path.relative_to(ROOT).parent.parts]
     in_function = {
@@ -98,16 +129,16 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
         for node in ast.walk(block)
     }
     for node in ast.walk(tree):
-        at_load = id(node) not in in_function and id(node) not in for_types
+        if id(node) in for_types:
+            continue
+        at_load = id(node) not in in_function
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, at_load
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            for (
-                alias
-            ) in node.names:  # `from . import cli` imports a module, `from .plan import x` none
+            for alias in node.names:  # `from . import cli` imports a module
                 yield f"{module}.{alias.name}", at_load
 
 
