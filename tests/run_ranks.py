@@ -39,6 +39,17 @@ GRACE_S = 5.0  # after a first failure the other ranks get this long to report w
 # One thread per rank, set before the fork server loads its numeric libraries.
 _ENVIRON = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
+# Imported once, by the fork server; a module that is not installed is skipped.
+_PRELOAD = [
+    "numpy",
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+]
+
 
 class RankError(AssertionError):
     """At least one rank failed, died or hung; `ranks` names them, the first to fail first."""
@@ -180,7 +191,7 @@ def _stack_of(process, rank: int, directory: Path) -> str:
 
 def _fork_server():
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+    context.set_forkserver_preload(_PRELOAD)
     return context
 
 
