@@ -19,7 +19,9 @@ on a GPU the reduction overlaps with the backward of that microbatch instead (`o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,12 +31,8 @@ from .comm import RingComm
 from .data.feed import StepBatch
 from .data.pack import PackedBatch, empty_batch
 from .mesh import HDPMesh, agree_on_plan
-from .parallel import clip_grad_norm, set_microbatch, unshard_all
+from .parallel import NonFiniteError, clip_grad_norm, set_microbatch, unshard_all
 from .recorder import StepRecorder
-
-
-class NonFiniteError(RuntimeError):
-    """Loss or gradient norm is not finite; raised on all ranks before the optimizer step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +77,14 @@ def train_step(context: StepContext, step: StepBatch) -> StepResult:
     if not overlap:
         with recorder.span("reduce", "reduce gradients"):
             _forward_backward(context, empty_batch(), step.num_loss_tokens, last=True)  # 4
-    grad_norm = clip_grad_norm(model, context.grad_clip)
-    result = _stop_before_harm(context, step, torch.stack(losses), grad_norm)  # 5
+    loss = _sum_losses(context, step, torch.stack(losses))  # 5
+    try:
+        grad_norm = clip_grad_norm(model, context.grad_clip or None)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}; sequences {_some(step.seq_ids.tolist())}") from None
     context.optimizer.step()  # 6
     context.optimizer.zero_grad(set_to_none=True)
-    return result
+    return StepResult(loss=loss, grad_norm=grad_norm)
 
 
 def _forward_backward(
@@ -97,30 +98,32 @@ def _forward_backward(
     return loss.detach()
 
 
-def _stop_before_harm(
-    context: StepContext, step: StepBatch, losses: Tensor, grad_norm: Tensor | float
-) -> StepResult:
-    """Sum the loss over the ranks; raise on all of them if it or the gradient norm is not finite."""
+def _sum_losses(context: StepContext, step: StepBatch, losses: Tensor) -> float:
+    """The step's loss from each rank's (num_microbatches,) shares. Collective.
+
+    Raises NonFiniteError on all ranks if it is not finite, naming the microbatches and sequences.
+    """
     total = losses.sum().double()
     dist.all_reduce(total, group=context.mesh.hdp_group)
-    result = StepResult(loss=float(total), grad_norm=float(grad_norm))
-    if all(x == x and abs(x) != float("inf") for x in (result.loss, result.grad_norm)):
-        return result
-    bad = [
-        (context.mesh.hdp_rank, i, step.seq_ids[list(step.batches[i].seqs)].tolist())
+    loss = float(total)
+    if math.isfinite(loss):
+        return loss
+    mine = [
+        f"rank {context.mesh.hdp_rank} microbatch {i} with sequences "
+        f"{_some(step.seq_ids[list(step.batches[i].seqs)].tolist())}"
         for i, finite in enumerate(losses.isfinite().tolist())
         if not finite
     ]
-    everywhere: list = [None] * context.mesh.hdp_size
-    dist.all_gather_object(everywhere, bad, group=context.mesh.hdp_group)
-    where = "; ".join(
-        f"rank {rank} microbatch {i} with sequences {ids}"
-        for part in everywhere
-        for rank, i, ids in part
-    )
+    by_rank: list[Any] = [None] * context.mesh.hdp_size
+    dist.all_gather_object(by_rank, mine, group=context.mesh.hdp_group)
     raise NonFiniteError(
-        f"loss {result.loss}, gradient norm {result.grad_norm}: not finite, so the optimizer did not "
-        f"step and the parameters are those of the step before. "
-        + (f"Non-finite loss in: {where}" if where else "The losses are finite, the gradients not.")
-        + ". Look at these sequences, or lower the learning rate and resume from a checkpoint"
+        f"loss is {loss}, from {_some([where for part in by_rank for where in part])}; the "
+        "optimizer has not stepped. Look at these sequences, or resume from the last checkpoint "
+        "with a lower learning rate"
     )
+
+
+def _some(items: list) -> str:
+    """The first few of a list that may be long."""
+    text = ", ".join(map(str, items[:8]))
+    return f"[{text}]" if len(items) <= 8 else f"[{text}, ... {len(items)} in all]"
