@@ -19,8 +19,7 @@ _EXPORTS = {
     "Sample": "hdp.data.pack",
     "pack": "hdp.data.pack",
     "ring_attn_varlen_func": "hdp.attention",
-    "train": "hdp.train",
-    "train_step": "hdp.train",
+    "train_step": "hdp.step",
 }
 
 __all__ = ["__version__", *_EXPORTS]
