@@ -14,6 +14,7 @@ Invariants (each asserted by a test of the same name in tests/runtime/test_mesh.
 
 * one_communicator            `device_mesh.get_group()` is `hdp_group`
 * communicator_is_warm        `create` has run a collective: no rank can be the first to talk later
+* stale_store_is_harmless     after a restart no rank reads the addresses of dead ones
 * same_ranks_per_node         `ranks_per_node` is equal on all ranks: each computes plans from it
 * disagreement_is_seen_by_all `agree_on_plan` raises on every rank or on none
 """
@@ -23,6 +24,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import time
+import uuid
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 
 if TYPE_CHECKING:
     from .scheduler import StepPlan
@@ -47,7 +51,7 @@ _OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HDPMesh:
-    """The HDP axis as one rank sees it. Made by `create`, or by `from_group` for a group at hand."""
+    """The HDP axis as one rank sees it. Made by `create`, or by `from_group` over a given group."""
 
     device: torch.device  # where this rank computes: cpu, or its own cuda device
     hdp_size: int
@@ -222,15 +226,55 @@ def _pick_device(
 
 def _init_process_group(env: dict[str, int], device: torch.device, timeout_s: float) -> None:
     cuda = device.type == "cuda"
+    store: dist.Store = dist.HashStore()  # a single process talks to nobody: no port is opened
+    if env["WORLD_SIZE"] > 1:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        store = _fresh_store(store, env["RANK"], env["WORLD_SIZE"], timeout_s)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        # A single process talks to nobody: no port is opened.
-        store=dist.HashStore() if env["WORLD_SIZE"] == 1 else None,
+        store=store,
         rank=env["RANK"],
         world_size=env["WORLD_SIZE"],
         timeout=timedelta(seconds=timeout_s),
         device_id=device if cuda else None,  # connects at once, bound to this device
     )
+
+
+def _fresh_store(store: dist.Store, rank: int, size: int, timeout_s: float) -> dist.Store:
+    """`store` under a prefix that only the ranks of this start know.
+
+    torchrun's agent keeps its store over restarts, with the addresses of dead ranks in it: a rank
+    that reads one connects to nobody (pytorch issue 135712). TORCHELASTIC_RESTART_COUNT is no way
+    out, as each node counts for itself. So every rank makes up a token, and rank 0 answers it with
+    the prefix under a key that holds the token: an answer cannot be older than its question.
+    """
+    store = dist.PrefixStore("hdp", store)
+    if rank > 0:
+        token = uuid.uuid4().hex
+        store.set(f"token/{rank}", token)
+        prefix = store.get(f"prefix/{token}").decode()
+        store.set(f"{prefix}/joined/{rank}", "")
+        return dist.PrefixStore(prefix, store)
+    prefix = uuid.uuid4().hex
+    missing, answered = set(range(1, size)), set()
+    deadline = time.monotonic() + timeout_s
+    while missing:
+        for other in sorted(missing):
+            if not store.check([f"token/{other}"]):
+                continue
+            token = store.get(f"token/{other}").decode()  # a dead rank's, until it is overwritten
+            if token not in answered:
+                store.set(f"prefix/{token}", prefix)
+                answered.add(token)
+            elif store.check([f"{prefix}/joined/{other}"]):
+                missing.discard(other)
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{len(missing)} of {size} ranks did not join within {timeout_s:g} s: "
+                f"{', '.join(map(str, sorted(missing)[:8]))}; see their own output"
+            )
+        time.sleep(0.005)
+    return dist.PrefixStore(prefix, store)
 
 
 # ---- agreement on the plan ----

@@ -5,6 +5,7 @@ needed.
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 import torch
@@ -94,6 +95,41 @@ def _create_from_environment(rank, world_size):
 
 def test_communicator_is_warm():
     assert run_ranks(_create_from_environment, 3) == [(r, 3, True, False) for r in range(3)]
+
+
+def _several_starts(rank, world_size):
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    sizes = []
+    for start in range(3):
+        # As after kill -9: the old group's addresses stay in the store, and ranks come unevenly.
+        dist.destroy_process_group()
+        time.sleep(0.1 * ((rank + start) % world_size))
+        mesh = HDPMesh.create(device="cpu", timeout_s=30)
+        total = torch.ones(1)
+        dist.all_reduce(total, group=mesh.hdp_group)
+        sizes.append(int(total))
+    return sizes
+
+
+def test_stale_store_is_harmless():
+    assert run_ranks(_several_starts, 3) == [[3, 3, 3]] * 3
+
+
+def _rank_0_alone(rank, world_size):
+    dist.destroy_process_group()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    if rank == 0:
+        try:
+            HDPMesh.create(device="cpu", timeout_s=0.5)
+        except ValueError as error:
+            return str(error)
+    time.sleep(1)
+    return ""
+
+
+def test_missing_ranks_are_named():
+    message = run_ranks(_rank_0_alone, 3)[0]
+    assert message == "2 of 3 ranks did not join within 0.5 s: 1, 2; see their own output"
 
 
 def _uneven_nodes(rank, world_size, local_sizes):

@@ -1,0 +1,189 @@
+"""Monitor: from what ranks report of themselves, who is to blame when the job cannot go on.
+
+Pure: it is given reports and how much time has passed, and has no clock, thread or connection of
+its own (those are in watchdog.py). The rules, the first that applies:
+
+1. silent    a rank's reports stopped for `timeout_s` (killed, stopped, its node is gone); once some
+             rank's collective broke, silence of `suspect_s` is enough, for then somebody is gone;
+2. broken    a collective broke but all ranks answer: those that stopped before it, or the network;
+3. stalled   NO rank has made progress for `timeout_s`, and none is in an allowed phase. One slow
+             rank is not a hang, however long the others wait for it.
+
+Of stalled ranks those are blamed that do not wait for others: the last link of the chain.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+Spans = tuple[tuple[int, int], ...]  # ranks as runs (first, last): a ring may have thousands
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a rank tells of itself in every interval."""
+
+    beat: int = 0  # goes up by one in each report
+    stalled_s: float = 0.0  # since the last sign of progress
+    allowed_s: float = 0.0  # what is left of an allowed phase
+    step: int | None = None
+    microbatch: int | None = None
+    ring: Spans = ()  # ranks that share this microbatch
+    waiting_for: Spans | None = None  # (): for all ranks; None: computing
+    what: str = ""
+    process: str = ""  # host and pid
+    error: str = ""  # a collective broke here: somebody else's fault
+    done: bool = False
+
+    @property
+    def place(self) -> str:
+        """Like "step 12 microbatch 3 (waiting for ranks 0, 3-5)"."""
+        text = "start-up" if self.step is None else f"step {self.step}"
+        if self.microbatch is not None:
+            text += f" microbatch {self.microbatch}"
+        notes = [self.what] if self.what else []
+        if self.waiting_for is not None:
+            whom = f"ranks {_join(self.waiting_for)}" if self.waiting_for else "all ranks"
+            notes.append(f"waiting for {whom}")
+        elif self.ring:
+            notes.append(f"ring of ranks {_join(self.ring)}")
+        return f"{text} ({', '.join(notes)})" if notes else text
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Report:
+        fields = json.loads(text)
+        for name in ("ring", "waiting_for"):
+            if fields[name] is not None:
+                fields[name] = tuple((first, last) for first, last in fields[name])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Why the job ends: the culprits and the line to print; no culprits: all ranks are done."""
+
+    ranks: tuple[int, ...] = ()
+    text: str = ""
+
+
+class Monitor:
+    """Turns successive reports into a Verdict. Time is what the caller says has passed."""
+
+    def __init__(self, *, timeout_s: float, suspect_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.suspect_s = suspect_s  # silence that counts once a collective has broken
+        self._reports: dict[int, Report] = {}
+        self._silent_s: dict[int, float] = {}
+        self._broken_s = 0.0  # since the first broken collective
+        self._unallowed_s = 0.0  # since no rank has been in an allowed phase
+
+    def hear(self, reports: dict[int, Report], elapsed_s: float, *, broken: bool = False) -> None:
+        """Take in the latest report of each rank. `broken`: a collective has failed somewhere."""
+        for rank, report in reports.items():
+            known = self._reports.get(rank)
+            heard = known is None or known.beat != report.beat
+            self._silent_s[rank] = 0.0 if heard else self._silent_s[rank] + elapsed_s
+        self._reports = reports
+        broken = broken or any(report.error for report in reports.values())
+        self._broken_s = self._broken_s + elapsed_s if broken else 0.0
+        allowed = any(report.allowed_s > 0 for report in reports.values())
+        self._unallowed_s = 0.0 if allowed else self._unallowed_s + elapsed_s
+
+    def verdict(self) -> Verdict | None:
+        active = {rank: report for rank, report in self._reports.items() if not report.done}
+        if not active:
+            return Verdict()
+        return self.silent() or self._stalled(active)
+
+    def silent(self) -> Verdict | None:
+        """Ranks whose reports have stopped. A done rank still reports, until all are done."""
+
+        def limit_s(report: Report) -> float:
+            return self.suspect_s if self._broken_s else self.timeout_s + report.allowed_s
+
+        ranks = [r for r, report in self._reports.items() if self._silent_s[r] > limit_s(report)]
+        if not ranks:
+            return None
+        told = "; ".join(
+            f"last seen {self._silent_s[rank]:.0f} s ago in {self._reports[rank].place}, "
+            f"{self._reports[rank].process}"
+            for rank in ranks[:4]
+        )
+        return Verdict(ranks=tuple(ranks), text=f"{_ranks(ranks)} stopped answering: {told}")
+
+    def _stalled(self, active: dict[int, Report]) -> Verdict | None:
+        """No progress on any rank; or a collective broke although all ranks answer."""
+        victims = [rank for rank, report in active.items() if report.error]
+        if victims and self._broken_s > 2 * self.suspect_s:
+            suspects = {
+                rank: report
+                for rank, report in active.items()
+                if rank not in victims and report.stalled_s > self.suspect_s
+            }
+            if not suspects:
+                first = active[victims[0]]
+                text = f"a collective failed on {_ranks(victims)} although all ranks answer: "
+                return Verdict(ranks=tuple(victims), text=f"{text}{first.error} in {first.place}")
+        else:
+            stalled_s = min(report.stalled_s for report in active.values())
+            if min(stalled_s, self._unallowed_s) <= self.timeout_s:
+                return None
+            suspects = active
+        ranks = _furthest_behind(suspects)
+        told = "; ".join(
+            f"{suspects[rank].stalled_s:.0f} s in {suspects[rank].place}, {suspects[rank].process}"
+            for rank in ranks[:4]
+        )
+        verb = "makes" if len(ranks) == 1 else "make"
+        return Verdict(ranks=ranks, text=f"{_ranks(ranks)} {verb} no progress: {told}")
+
+
+def _furthest_behind(stalled: dict[int, Report]) -> tuple[int, ...]:
+    """Of ranks without progress, those that the others wait for; the longest stalled first."""
+    at_place: dict[tuple[int | None, Spans], set[int]] = {}
+    for rank, report in stalled.items():
+        at_place.setdefault((report.step, report.ring), set()).add(rank)
+    # A ring with a stalled member elsewhere: those who are here wait inside their attention.
+    incomplete = {
+        place
+        for place, here in at_place.items()
+        if any(r in stalled and r not in here for r in _members(place[1]))
+    }
+    computing = [rank for rank, report in stalled.items() if report.waiting_for is None]
+    chosen = [r for r in computing if (stalled[r].step, stalled[r].ring) not in incomplete]
+    chosen = chosen or computing or list(stalled)
+    steps = {rank: -1 if (step := stalled[rank].step) is None else step for rank in chosen}
+    chosen = [rank for rank in chosen if steps[rank] == min(steps.values())]
+    return tuple(sorted(chosen, key=lambda rank: (-round(stalled[rank].stalled_s, 1), rank)))
+
+
+def spans(ranks: Iterable[int]) -> Spans:
+    """Runs of consecutive ranks: (3, 0, 1, 2, 7) -> ((0, 3), (7, 7))."""
+    runs: list[tuple[int, int]] = []
+    for rank in sorted(set(ranks)):
+        if runs and runs[-1][1] == rank - 1:
+            runs[-1] = (runs[-1][0], rank)
+        else:
+            runs.append((rank, rank))
+    return tuple(runs)
+
+
+def _members(runs: Spans) -> Iterable[int]:
+    return (rank for first, last in runs for rank in range(first, last + 1))
+
+
+def _join(runs: Spans) -> str:
+    listed = [str(a) if a == b else f"{a}-{b}" for a, b in runs[:8]]
+    return ", ".join(listed + ["..."] * (len(runs) > 8))
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    """Like "rank 2" or "ranks 0-3, 7"."""
+    runs = spans(ranks)
+    single = len(runs) == 1 and runs[0][0] == runs[0][1]
+    return f"{'rank' if single else 'ranks'} {_join(runs)}"
