@@ -33,9 +33,15 @@ class Report:
     ring: Spans = ()  # ranks that share this microbatch
     waiting_for: Spans | None = None  # (): for all ranks; None: computing
     what: str = ""
+    line: str = ""  # where its training thread is in the code, if it stands still
+    in_collective: bool = False  # ... which is inside torch.distributed: it waits
     process: str = ""  # host and pid
     error: str = ""  # a collective broke here: somebody else's fault
     done: bool = False
+
+    @property
+    def waits(self) -> bool:
+        return self.in_collective or self.waiting_for is not None
 
     @property
     def place(self) -> str:
@@ -136,8 +142,8 @@ class Monitor:
             suspects = active
         ranks = _furthest_behind(suspects)
         told = "; ".join(
-            f"{suspects[rank].stalled_s:.0f} s in {suspects[rank].place}, {suspects[rank].process}"
-            for rank in ranks[:4]
+            f"{report.stalled_s:.0f} s in {report.place} at {report.line}, {report.process}"
+            for report in (suspects[rank] for rank in ranks[:4])
         )
         verb = "makes" if len(ranks) == 1 else "make"
         return Verdict(ranks=ranks, text=f"{_ranks(ranks)} {verb} no progress: {told}")
@@ -154,7 +160,7 @@ def _furthest_behind(stalled: dict[int, Report]) -> tuple[int, ...]:
         for place, here in at_place.items()
         if any(r in stalled and r not in here for r in _members(place[1]))
     }
-    computing = [rank for rank, report in stalled.items() if report.waiting_for is None]
+    computing = [rank for rank, report in stalled.items() if not report.waits]
     chosen = [r for r in computing if (stalled[r].step, stalled[r].ring) not in incomplete]
     chosen = chosen or computing or list(stalled)
     steps = {rank: -1 if (step := stalled[rank].step) is None else step for rank in chosen}

@@ -11,7 +11,7 @@ others what its training thread is doing, through a connection of its own to the
             for index, microbatch in enumerate(...):
                 watchdog.progress(step=step, microbatch=index, ring=microbatch.ring)
                 ...                                      # RingComm: watchdog.touch() per exchange
-            with watchdog.waiting(what="the gradient norm"):
+            with watchdog.waiting(what="gradient norm"):
                 norm = ...item()
 
 Rank 0's thread reads the reports of all ranks and judges them (monitor.py); all others read only
@@ -35,6 +35,7 @@ import faulthandler
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -73,6 +74,7 @@ class Watchdog:
         self._suspect_s = min(timeout_s, 4 * self._interval_s + 1.0)
         self._store = store
         self._process = f"{socket.gethostname()} pid {os.getpid()}"
+        self._thread_id = threading.get_ident()  # the training thread's
         self._threads: list[threading.Thread] = []
         # Written by the training thread without a lock, read by the talking thread.
         self._progress = 0
@@ -292,7 +294,10 @@ class Watchdog:
 
     def _report(self) -> Report:
         place = self._place
+        line, in_collective = self._find_line() if self._stalled_s else ("", False)
         return Report(
+            line=line,
+            in_collective=in_collective,
             beat=self._rounds,
             stalled_s=self._stalled_s,
             allowed_s=self._allowance.left_s,
@@ -302,6 +307,17 @@ class Watchdog:
             done=self._done,
             **(place | {"ring": spans(place.get("ring", ()))}),
         )
+
+    def _find_line(self) -> tuple[str, bool]:
+        """The training thread's place in code outside of torch, and: is it in torch.distributed?"""
+        frame = sys._current_frames().get(self._thread_id)
+        if frame is None:
+            return "its end", False
+        in_collective = "torch/distributed/" in frame.f_code.co_filename
+        while frame.f_back is not None and "/torch/" in frame.f_code.co_filename:
+            frame = frame.f_back
+        name = os.path.basename(frame.f_code.co_filename)
+        return f"{name}:{frame.f_lineno} {frame.f_code.co_name}", in_collective
 
     def _farewell(self) -> None:
         assert self._store is not None

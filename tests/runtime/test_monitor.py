@@ -122,6 +122,8 @@ def _stalled(**by_rank: Report) -> Verdict:
                 waiting_for=r.waiting_for,
                 done=r.done,
                 what=r.what,
+                line="train.py:7 train",
+                in_collective=r.in_collective,
             )
             for rank, r in fields.items()
         }
@@ -135,7 +137,10 @@ def test_rank_that_does_not_wait_is_blamed():
     waits = Report(step=5, waiting_for=(), what="the gradient norm")
     verdict = _stalled(r0=waits, r1=Report(step=5, microbatch=2), r2=waits)
     assert verdict.ranks == (1,)
-    assert verdict.text.startswith("rank 1 makes no progress: 61 s in step 5 microbatch 2")
+    told = "rank 1 makes no progress: 61 s in step 5 microbatch 2 at train.py:7 train"
+    assert verdict.text.startswith(told)
+    inside = Report(step=5, microbatch=2, in_collective=True)  # unmarked, but seen in the stack
+    assert _stalled(r0=inside, r1=Report(step=5, microbatch=2)).ranks == (1,)
 
 
 def test_ring_members_wait_for_the_one_that_is_missing():
