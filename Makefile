@@ -49,7 +49,8 @@ format: $(VENV)/.ready-dev
 	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
 
 clean:
-	rm -rf $(VENV) build dist hdp.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@[ ! -f $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
+	rm -rf build dist hdp.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # ---- the environment ----
 
@@ -69,6 +70,6 @@ $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "hdp needs Python 3.10 or later; PYTHON=$(PYTHON) is '$$($(PYTHON) --version 2>&1)'." >&2; \
 	  echo "Name another one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q $(PIN) --upgrade setuptools
 	@touch $@
