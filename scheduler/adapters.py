@@ -125,6 +125,7 @@ class GroupScheduler:
             max_tokens_per_rank=self.max_seqlen_per_dp_cp_rank,
             cost=self.hdp_cost,
             pp_size=max(self.pipeline_model_parallel_size, 2),  # shared ones at the same index
+            equal_counts=True,
         )
         return plan_to_groups(made, ids)
 

@@ -37,6 +37,7 @@ from .workloads import WORKLOADS
 DEFAULT_COST = CostModel.from_coefficients(
     quadratic_s=5.128e-9, linear_s=1.84e-4, name="7B GPT, published constants, compute only"
 )
+_COMPARED = ("static", "bytescale-naive", "bytescale", "hdp")
 _EPILOG = "named workloads: " + ", ".join(f"workload:{name}" for name in WORKLOADS)
 
 
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--policies",
                 default=None,
                 metavar="A,B",
-                help=f"policies to compare, in this order (default: all: {', '.join(POLICIES)})",
+                help=f"policies to compare, in this order (default: {','.join(_COMPARED)})",
             )
         else:
             command.add_argument("--policy", default="hdp", choices=list(POLICIES))
@@ -129,6 +130,12 @@ def _add_cluster(command: argparse.ArgumentParser, *, required: bool) -> None:
     )
     group.add_argument("--pp-size", type=_count, default=1, metavar="N", help="pipeline stages")
     group.add_argument("--ranks-per-node", type=_count, metavar="N", help="default: one big node")
+    group.add_argument(
+        "--offload", action="store_true", help="let activations move to the host (needs --cost)"
+    )
+    group.add_argument(
+        "--equal-counts", action="store_true", help="the same number of microbatches everywhere"
+    )
 
 
 def _add_cost(command: argparse.ArgumentParser) -> None:
@@ -201,7 +208,7 @@ def _simulate_command(arguments: argparse.Namespace) -> str:
 
 def _compare_command(arguments: argparse.Namespace) -> str:
     cost, seqlens = _cost(arguments), _seqlens(arguments)
-    names = arguments.policies.split(",") if arguments.policies else _all_policies()
+    names = arguments.policies.split(",") if arguments.policies else list(_COMPARED)
     for name in names:
         if name not in POLICIES:
             raise ValueError(f"unknown policy {name!r}; choose from {', '.join(POLICIES)}")
@@ -219,12 +226,6 @@ def _compare_command(arguments: argparse.Namespace) -> str:
 
 
 _COMMANDS = {"plan": _plan_command, "simulate": _simulate_command, "compare": _compare_command}
-
-
-def _all_policies() -> list[str]:
-    """The baseline first, ours last."""
-    middle = [name for name in POLICIES if name not in ("static", "hdp")]
-    return ["static", *middle, "hdp"]
 
 
 def _seqlens(arguments: argparse.Namespace) -> np.ndarray:
@@ -268,6 +269,8 @@ def _run_policy(
         pp_size=arguments.pp_size,
         cp_size=arguments.cp_size if name == "static" else None,
         ranks_per_node=arguments.ranks_per_node,
+        offload=arguments.offload,
+        equal_counts=arguments.equal_counts,
     )
     return _simulated(made, cost, planning_s=time.perf_counter() - started)
 
@@ -323,7 +326,14 @@ def _headline(plan: StepPlan, cost: CostModel) -> str:
 
 
 def _title(plan: StepPlan) -> str:
-    known = {"hdp": "Hybrid Data Parallelism", "static": "Static mesh (DP x CP)"}
+    known = {
+        "hdp": "Hybrid Data Parallelism",
+        "static": "Static mesh (DP x CP)",
+        "bytescale-naive": "ByteScale, naive",
+        "bytescale": "ByteScale, balanced",
+        "bytescale-dp": "ByteScale, DP-balance",
+        "bytescale-pp": "ByteScale, PP-balance",
+    }
     title = known.get(plan.policy, plan.policy)
     if plan.policy == "static" and "cp_size" in plan.notes:
         title += f", cp = {plan.notes['cp_size']}"

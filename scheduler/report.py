@@ -24,6 +24,7 @@ from .plan import StepPlan
 from .timeline import Timeline
 
 MAX_LINES = 24
+MAX_LEGEND_LINES = 3
 
 
 def summarise(
@@ -254,9 +255,9 @@ def _letters(plan: StepPlan) -> tuple[np.ndarray, list[str]]:
         legend.append(f"{name} {tokens_text(int(plan.seqlens[seq]))} on {int(plan.degrees[seq])}")
     letters[long[len(names) :]] = "#"
     if len(long) > len(names):
-        legend.append(f"# {len(long) - len(names)} more long ones")
+        legend.insert(0, f"# {len(long) - len(names)} more long ones")
     if (letters == "=").any():
-        legend.append("= short")
+        legend.insert(0, "= short")
     return letters, legend
 
 
@@ -285,10 +286,14 @@ def _line(start: np.ndarray, end: np.ndarray, symbols: np.ndarray, columns: int)
 
 
 def _wrapped(entries: Sequence[str], width: int) -> list[str]:
+    """At most MAX_LEGEND_LINES lines of entries."""
     lines, line = [], ""
     for entry in entries:
         if line and len(line) + 3 + len(entry) > width:
             lines.append(line)
             line = ""
         line += ("   " if line else "") + entry
-    return [*lines, line] if line else lines
+    lines = [*lines, line] if line else lines
+    if len(lines) > MAX_LEGEND_LINES:
+        lines[MAX_LEGEND_LINES - 1] = lines[MAX_LEGEND_LINES - 1][: width - 6] + "   ..."
+    return lines[:MAX_LEGEND_LINES]

@@ -50,15 +50,19 @@ def test_compare_shows_every_policy_on_one_axis(capsys) -> None:
     assert "over the best" in out
 
 
-def test_compare_defaults_to_all_policies(capsys) -> None:
-    from hdp.scheduler import POLICIES
-
+def test_compare_goes_from_the_baseline_over_the_paper_to_ours(capsys) -> None:
     code, out, _ = run(capsys, "compare", *BATCH, *CLUSTER, "--json")
     assert code == 0
     names = [summary["policy"] for summary in json.loads(out)["plans"]]
-    assert names[0] == "static"
-    assert names[-1] == "hdp"
-    assert len(names) == len(POLICIES)
+    assert names == ["static", "bytescale-naive", "bytescale-dp", "hdp"]
+
+
+def test_options_reach_the_planner(capsys) -> None:
+    _, out, _ = run(capsys, "plan", *BATCH, *CLUSTER, "--equal-counts", "--json")
+    counts = json.loads(out)["plans"][0]["microbatches_per_rank"]
+    assert counts["min"] == counts["max"]
+    _, out, _ = run(capsys, "plan", *BATCH, *CLUSTER, "--pp-size", "2", "--json")
+    assert json.loads(out)["plan"]["pp_size"] == 2
 
 
 def test_json_is_complete(capsys) -> None:

@@ -131,11 +131,13 @@ def test_with_longest_forces_one() -> None:
 
 
 def test_benchmark_sets_are_what_their_labels_say() -> None:
+    assert len({row.label for row in BENCHMARK_SETS}) == len(BENCHMARK_SETS)
     for row in BENCHMARK_SETS:
-        if row.num_sequences <= 8192:
-            seqlens = row.seqlens()
-            assert len(seqlens) == row.num_sequences
-            assert seqlens.max() <= 256 * KI <= row.hdp_size * row.max_tokens_per_rank
+        seqlens = row.seqlens()
+        assert row.num_sequences in (None, len(seqlens))
+        assert seqlens.max() <= 256 * KI <= row.hdp_size * row.max_tokens_per_rank
+        if row.longest:
+            assert seqlens.max() == row.longest
 
 
 # ---- reading files ----

@@ -1,0 +1,247 @@
+"""Planners side by side: same lengths, same cost model, one core.
+
+    python tools/bench_planner.py                      # quality and seconds to plan, all rows
+    python tools/bench_planner.py --scale --plot scale.png
+    python tools/bench_planner.py --communication      # the same with exposed P2P, nodes of 8
+
+Quality is a plan's step time over the lower bound that no plan can beat (total work / ranks, the
+longest sequence's best time; compute only unless --communication). The cost is that of FlexSP's 7B
+GPT: 5.128e-6 L^2 + 0.184 L ms, divided by the degree. How each planner's result is timed:
+
+* ours, the paper's, static, greedy   ring partners wait for each other, nothing else does
+* megatron                            its own rule: a barrier over all ranks after each group
+* groups (our adapter for Megatron)   a group starts when its ranks are free
+* verl, trl                           static CP rings that each run their share one after the other
+
+Peers are taken from where they are installed (`pip install megatron-core verl trl`, also with
+--no-deps): only their planner's file is loaded, with stand-ins for imports that it does not use for
+planning. Whatever is missing is left out with a line that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peer_planners import Case, Planner, planners
+
+from hdp.scheduler import CostModel, plan
+from hdp.scheduler.report import align, bytes_text, markdown, seconds_text
+from hdp.scheduler.workloads import BENCHMARK_SETS, BenchmarkSet, draw
+
+COMPUTE_ONLY = CostModel.from_coefficients(quadratic_s=5.128e-9, linear_s=1.84e-4)
+NODE = 8
+# A 7B model's KV (32 layers, 8 KV heads of 128, bf16 and fp32 gradients) over NVLink and 400G NICs.
+WITH_COMMUNICATION = replace(
+    COMPUTE_ONLY,
+    kv_bytes_per_token=32 * 2 * 8 * 128 * (2 + 2 + 4),
+    intra_node_bytes_per_s=150e9,
+    inter_node_bytes_per_s=40e9,
+)
+SCALE_RANKS = (64, 256, 1024, 4096, 12288)
+SEQUENCES_PER_RANK = 8
+PEER_MAX_RANKS = 1024  # beyond it the Python peers take minutes to hours
+
+
+# ---- quality ----
+
+
+def measure(planner: Planner, case: Case, repeats: int) -> tuple[float, float]:
+    """(step seconds, median seconds to plan)."""
+    make, step_s = planner
+    taken = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        made = make(case)
+        taken.append(time.perf_counter() - started)
+        if sum(taken) > 5.0:
+            break
+    return step_s(case, made), statistics.median(taken)
+
+
+def compare(rows: list[BenchmarkSet], cost: CostModel, node: int | None, repeats: int) -> dict:
+    found, missing = planners()
+    for line in missing:
+        print(line)
+    results: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        case = Case(
+            seqlens=row.seqlens(),
+            hdp_size=row.hdp_size,
+            max_tokens_per_rank=row.max_tokens_per_rank,
+            cost=cost,
+            ranks_per_node=node,
+        )
+        bound_s = found["hdp"][0](case).lower_bound_s
+        cells: dict[str, Any] = {}
+        for name, planner in found.items():
+            is_peer = name in ("megatron", "verl KK", "trl BFD", "groups 2^k")
+            if is_peer and row.hdp_size > PEER_MAX_RANKS:
+                continue
+            step_s, planning_s = measure(planner, case, 1 if is_peer else repeats)
+            cells[name] = {"ratio": step_s / bound_s, "planning_s": planning_s}
+        results[row.label] = {"lower_bound_s": bound_s, "planners": cells}
+        worst = max(cells.items(), key=lambda item: item[1]["ratio"])
+        print(f"  {row.label}: hdp {cells['hdp']['ratio']:.3f}, worst {worst[0]}", file=sys.stderr)
+    return results
+
+
+def quality_table(results: dict, what: str) -> list[list[str]]:
+    names = list(dict.fromkeys(n for row in results.values() for n in row["planners"]))
+    table = [[{"ratio": "step time / bound", "planning_s": "planning"}[what], *names]]
+    for label, row in results.items():
+        cells = [label]
+        for name in names:
+            value = row["planners"].get(name)
+            if value is None:
+                cells.append("-")
+            elif what == "ratio":
+                cells.append(f"{value['ratio']:.3f}")
+            else:
+                cells.append(seconds_text(value["planning_s"]))
+        table.append(cells)
+    return table
+
+
+# ---- scale ----
+
+
+def scale(repeats: int) -> list[dict[str, Any]]:
+    """Planning time and peak memory of `hdp`, each size in a process of its own."""
+    rows = []
+    for ranks in SCALE_RANKS:
+        command = [sys.executable, __file__, "--one-scale", str(ranks), "--repeats", str(repeats)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows.append(json.loads(done.stdout))
+        print(f"  {ranks} ranks: {seconds_text(rows[-1]['planning_s'])}", file=sys.stderr)
+    return rows
+
+
+def scale_one(ranks: int, repeats: int) -> dict[str, Any]:
+    seqlens = draw("lognormal", num_sequences=ranks * SEQUENCES_PER_RANK)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    taken = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        made = plan(seqlens, hdp_size=ranks, max_tokens_per_rank=16384, cost=COMPUTE_ONLY)
+        taken.append(time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "ranks": ranks,
+        "sequences": len(seqlens),
+        "planning_s": statistics.median(taken),
+        "first_planning_s": taken[0],
+        "peak_bytes": peak * 1024,
+        "peak_growth_bytes": (peak - before) * 1024,
+        "ratio": made.predicted_s / made.lower_bound_s,
+    }
+
+
+def scale_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    table = [["ranks", "sequences", "planning", "per sequence", "peak memory", "time / bound"]]
+    for row in rows:
+        table.append(
+            [
+                f"{row['ranks']:,}",
+                f"{row['sequences']:,}",
+                seconds_text(row["planning_s"]),
+                seconds_text(row["planning_s"] / row["sequences"]),
+                bytes_text(row["peak_bytes"]),
+                f"{row['ratio']:.3f}",
+            ]
+        )
+    return table
+
+
+def draw_scale(rows: list[dict[str, Any]], path: str) -> None:
+    """Planning time over ranks, log-log, beside a line of slope 1."""
+    from matplotlib.figure import Figure
+
+    ranks = np.array([row["ranks"] for row in rows], dtype=float)
+    taken = np.array([row["planning_s"] for row in rows]) * 1e3
+    figure = Figure(figsize=(6.4, 4.0), dpi=160)
+    axes = figure.add_axes((0.12, 0.15, 0.84, 0.75))
+    axes.loglog(ranks, taken, "o-", color="#00798c", label="hdp.scheduler.plan, one core")
+    middle = len(ranks) // 2
+    axes.loglog(ranks, taken[middle] * ranks / ranks[middle], "--", color="#9aa0a6", label="linear")
+    axes.set_xlabel(f"ranks ({SEQUENCES_PER_RANK} sequences per rank)")
+    axes.set_ylabel("planning time [ms]")
+    axes.set_xticks(ranks, [f"{int(r):,}" for r in ranks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path)
+
+
+# ---- the run ----
+
+
+def environment() -> str:
+    """Command, hardware, versions and commit of this run."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True,
+            cwd=Path(__file__).parent,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line for line in lines if line.startswith("model name")).split(": ")[1]
+    arguments = " ".join(["python", "tools/bench_planner.py", *sys.argv[1:]])
+    versions = f"Python {platform.python_version()}, numpy {np.__version__}"
+    return f"{arguments}\n{model}, one core; {versions}; commit {commit}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", help="only rows whose label contains this")
+    parser.add_argument("--communication", action="store_true", help="exposed P2P, nodes of 8")
+    parser.add_argument("--scale", action="store_true", help="planning time by number of ranks")
+    parser.add_argument("--plot", help="with --scale: write the plot here")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    parser.add_argument("--json", help="write the numbers here")
+    parser.add_argument("--one-scale", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one_scale:
+        print(json.dumps(scale_one(arguments.one_scale, arguments.repeats)))
+        return 0
+    with contextlib.suppress(AttributeError, OSError):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    show = markdown if arguments.markdown else align
+    print(environment(), end="\n\n")
+    if arguments.scale:
+        rows = scale(arguments.repeats)
+        print(show(scale_table(rows)))
+        if arguments.plot:
+            draw_scale(rows, arguments.plot)
+        data: Any = rows
+    else:
+        cost = WITH_COMMUNICATION if arguments.communication else COMPUTE_ONLY
+        sets = [r for r in BENCHMARK_SETS if not arguments.rows or arguments.rows in r.label]
+        data = compare(sets, cost, NODE if arguments.communication else None, arguments.repeats)
+        print("\n" + show(quality_table(data, "ratio")))
+        print("\n" + show(quality_table(data, "planning_s")))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(data, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
