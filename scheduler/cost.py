@@ -91,15 +91,18 @@ class CostModel:
         dense_s = self.linear_s * seqlen / degree
         return self.attention_s(seqlen, degree) + dense_s + self.ring_step_s * steps
 
-    def exposed_s(self, seqlen: Any, degree: Any, across_nodes: Any = False) -> np.ndarray:
-        """Seconds of P2P of a piece that attention does not hide, on each rank. Broadcasts."""
-        shard = np.asarray(seqlen, dtype=np.float64) / degree
+    def transfer_s(self, seqlen: Any, degree: Any, across_nodes: Any = False) -> np.ndarray:
+        """Seconds that one ring step of a piece is on the wire, forward + backward. Broadcasts."""
         bytes_per_s = np.where(
             across_nodes, self.inter_node_bytes_per_s, self.intra_node_bytes_per_s
         )
-        transfer_s = shard * self.kv_bytes_per_token / bytes_per_s
+        return np.asarray(seqlen, dtype=np.float64) / degree * self.kv_bytes_per_token / bytes_per_s
+
+    def exposed_s(self, seqlen: Any, degree: Any, across_nodes: Any = False) -> np.ndarray:
+        """Seconds of P2P of a piece that attention does not hide, on each rank. Broadcasts."""
         block_s = self.attention_s(seqlen, degree) / degree
-        return (np.asarray(degree) - 1) * np.maximum(transfer_s - block_s, 0.0)
+        late_s = self.transfer_s(seqlen, degree, across_nodes) - block_s
+        return (np.asarray(degree) - 1) * np.maximum(late_s, 0.0)
 
     def piece_s(self, seqlen: Any, degree: Any, across_nodes: Any = False) -> np.ndarray:
         """Seconds of a piece on each of its ranks, forward + backward, without `fixed_s`.

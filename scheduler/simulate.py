@@ -41,20 +41,29 @@ class MicrobatchTimes:
 
 
 def microbatch_times(plan: StepPlan, cost: CostModel) -> MicrobatchTimes:
-    """Seconds of each microbatch of the plan, columnar."""
-    across = rings_across_nodes(plan)
-    compute_s = cost.compute_s(plan.seqlens, plan.degrees)
-    exposed_s = cost.exposed_s(plan.seqlens, plan.degrees, across)
+    """Seconds of each microbatch of the plan, columnar.
+
+    Pieces of one microbatch that share a ring go round together: a long one hides the transfer of a
+    short one, and they take the ring's steps once (`test_pieces_of_a_ring_go_round_together`).
+    """
+    degrees, num_microbatches = plan.degrees, len(plan.offload_ratio)
+    owner = np.repeat(np.arange(num_microbatches), np.diff(plan.piece_offsets))
 
     def by_microbatch(per_seq: np.ndarray) -> np.ndarray:
-        owner = np.repeat(np.arange(len(plan.offload_ratio)), np.diff(plan.piece_offsets))
-        weights = per_seq[plan.piece_seqs]
-        return np.bincount(owner, weights=weights, minlength=len(plan.offload_ratio))
+        return np.bincount(owner, weights=per_seq[plan.piece_seqs], minlength=num_microbatches)
 
-    kernels_s = by_microbatch(compute_s)
+    on_ring = degrees > 1
+    block_s = cost.attention_s(plan.seqlens, degrees) / degrees
+    transfer_s = cost.transfer_s(plan.seqlens, degrees, rings_across_nodes(plan))
+    steps = np.zeros(num_microbatches)
+    np.maximum.at(steps, owner, degrees[plan.piece_seqs] - 1)
+    late_s = by_microbatch(np.where(on_ring, transfer_s - block_s, 0.0))
+    rings_beyond_one = np.maximum(by_microbatch(on_ring.astype(float)) - 1, 0)
+    kernels_s = by_microbatch(cost.compute_s(plan.seqlens, degrees))
+    kernels_s = kernels_s - cost.ring_step_s * steps * rings_beyond_one
     return MicrobatchTimes(
         compute_s=kernels_s + cost.fixed_s,
-        comm_s=by_microbatch(exposed_s),
+        comm_s=steps * np.maximum(late_s, 0.0),
         offload_s=cost.offload_s(plan.microbatch_tokens, plan.offload_ratio, kernels_s),
     )
 
