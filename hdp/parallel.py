@@ -14,14 +14,17 @@ next would wait for a rank that waits for us. So:
 
     unshard_all(model)                          # 1. all-gathers, all ranks, before the first one
     for i, batch in enumerate(batches):         #    any number of them, rings included
-        set_microbatch(model, last=i == len(batches) - 1)
+        set_microbatch(model, reduce=overlap and i == len(batches) - 1)
         loss(model(batch, comm)).backward()     # 2. the last backward: reduce-scatters, reshards
+    if not overlap:
+        reduce_gradients(model)                 # 2. or after it, where the last is on a ring
     norm = clip_grad_norm(model, 1.0)           # 3. one all-reduce
     optimizer.step()
 
-A rank whose last microbatch is on a ring would hold a reduce-scatter that its neighbours reach only
-after the ring: the caller sees to it that a ring's microbatch is the last one of all of its ranks
-or of none (StepPlan.ends_local, or one more microbatch without labels on every rank).
+`overlap` is a property of the plan: a rank that reduces while its last microbatch is on a ring
+waits for its neighbours' reduce-scatter, and they, if they have other microbatches to run first,
+for its part of the ring: a deadlock. So reduction overlaps with backward if every ring's microbatch
+is the last one of all of its ranks or of none; StepPlan.ends_local says that it is of none.
 
 The price of that order: between 1 and 2 a rank holds all parameters in `param_dtype` and, if it has
 more than one microbatch, all gradients in fp32.
@@ -216,8 +219,9 @@ def reshard_all(model: nn.Module) -> None:
         module.reshard()
 
 
-def set_microbatch(model: nn.Module, *, last: bool) -> None:
-    """Prepare for one microbatch: only the backward of the `last` one reduces and reshards.
+def set_microbatch(model: nn.Module, *, reduce: bool) -> None:
+    """Prepare for one microbatch. reduce: its backward reduces the gradients of all microbatches
+    so far, layer by layer, and reshards: for a rank's last one, on all ranks or on none.
 
     Raises RuntimeError if the parameters have not been gathered: the forward would do so itself,
     at a place that other ranks may never reach.
@@ -229,8 +233,19 @@ def set_microbatch(model: nn.Module, *, last: bool) -> None:
             "unshard_all(model) before the first microbatch of a step"
         )
     root: Any = model
-    root.set_requires_gradient_sync(last)
-    root.set_reshard_after_backward(last)
+    root.set_requires_gradient_sync(reduce)
+    root.set_reshard_after_backward(reduce)
+
+
+def reduce_gradients(model: nn.Module) -> None:
+    """Reduce the gradients of all microbatches and reshard, after the last backward. Collective.
+
+    For steps in which no backward did it: nothing is hidden behind compute, but no order of
+    microbatches can deadlock.
+    """
+    set_microbatch(model, reduce=True)
+    # What FSDP2 does at the end of a backward for units whose own hook did not fire: here, all.
+    _root_state(model)._root_post_backward_final_callback()
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from hdp.parallel import (
     check_sharded,
     clip_grad_norm,
     full_state_dict,
+    reduce_gradients,
     reshard_all,
     set_microbatch,
     shard,
@@ -58,7 +59,7 @@ class _Collectives(TorchDispatchMode):
 
 # ---- gradients ----
 
-# (seqlens, rings, microbatches by rank); every rank's last microbatch is local or empty
+# (seqlens, rings, microbatches by rank)
 PLANS = {
     1: [([5, 1, 17], [[0]] * 3, [[[0], [1], [2]]])],
     2: [
@@ -72,13 +73,16 @@ PLANS = {
         ),
         # a rank that gets no token at all
         ([12, 6], [[0], [0]], [[[0], [1]], [[]]]),
+        # a ring last on one rank and not on the other: reducing in backward would deadlock
+        ([40, 9], [[0, 1], [1]], [[[0]], [[0], [1]]]),
     ],
     3: [
         (
             [50, 33, 4, 6, 2, 19],
             [[2, 0, 1], [1, 2], [0], [0], [1], [2]],
             [[[2], [0], [3]], [[0], [1], [4]], [[0, 5], [1], []]],
-        )
+        ),
+        ([21, 30, 8], [[0, 1, 2], [1, 2], [0]], [[[2], [0]], [[1], [0]], [[1], [0]]]),
     ],
     4: [
         (
@@ -100,17 +104,24 @@ def _expected_gradients(model, samples, global_count):
     return loss.detach(), grads
 
 
-def _backward_all(model, plan, rank, samples, global_count, comm):
-    """One step's forwards and backwards; returns (local loss, collectives of each microbatch)."""
+def _backward_all(model, plan, rank, samples, global_count, comm, overlap=True):
+    """One step's forwards and backwards; returns (local loss, collectives of each microbatch).
+
+    Without overlap there is one more entry: the reduction.
+    """
     loss_sum, seen = torch.zeros((), dtype=torch.float64), []
     num_microbatches = int(plan.num_microbatches[rank])
     for index in range(num_microbatches):
         batch = pack(plan, rank, index, samples)
-        set_microbatch(model, last=index == num_microbatches - 1)
+        set_microbatch(model, reduce=overlap and index == num_microbatches - 1)
         with _Collectives() as collectives:
             loss = token_cross_entropy(model(batch, comm), global_count=global_count)
             loss.backward()
         loss_sum += loss.detach()
+        seen.append(collectives.names)
+    if not overlap:
+        with _Collectives() as collectives:
+            reduce_gradients(model)
         seen.append(collectives.names)
     return loss_sum, seen
 
@@ -118,7 +129,8 @@ def _backward_all(model, plan, rank, samples, global_count, comm):
 def _check_step(rank, world_size, case, options, tolerance):
     seqlens, rings, microbatches = PLANS[world_size][case]
     plan = StepPlan.from_lists(seqlens, rings, microbatches, max_tokens_per_rank=1000)
-    assert plan.validate().ends_local
+    plan.validate()
+    overlap = options.pop("overlap", plan.ends_local)
     samples = random_samples(seqlens)
     global_count = sum(int((s.labels(0, len(s.input_ids)) != -100).sum()) for s in samples)
     tied = options.pop("tie_word_embeddings", False)
@@ -131,7 +143,7 @@ def _check_step(rank, world_size, case, options, tolerance):
     for step in range(2):
         model.zero_grad()
         unshard_all(model)
-        loss, seen = _backward_all(model, plan, rank, samples, global_count, RingComm())
+        loss, seen = _backward_all(model, plan, rank, samples, global_count, RingComm(), overlap)
         dist.all_reduce(loss)
         assert abs(loss - expected_loss) < tolerance, (loss, expected_loss)
         assert seen[:-1] == [[]] * (len(seen) - 1), f"collectives before the last: {seen}"
@@ -156,10 +168,22 @@ def test_gradients_are_dense_sums(world_size, case):
 
 
 @pytest.mark.parametrize(
-    "options", [{"activation_checkpointing": True}, {"tie_word_embeddings": True}]
+    "options",
+    [
+        {"activation_checkpointing": True},
+        {"tie_word_embeddings": True},
+        {"overlap": False},
+        {"overlap": False, "activation_checkpointing": True, "tie_word_embeddings": True},
+    ],
 )
 def test_gradients_are_dense_sums_with(options):
     run_ranks(_check_step, 3, 0, options, 1e-12)
+
+
+def test_rings_that_end_together_may_overlap():
+    """Every ring's microbatch is the last one of all of its ranks or of none."""
+    assert not StepPlan.from_lists(*PLANS[3][1], max_tokens_per_rank=1000).ends_local
+    run_ranks(_check_step, 3, 1, {"overlap": True}, 1e-12, timeout_s=60)
 
 
 # test_no_collective_in_between: _check_step asserts it for every plan above; here is the proof
@@ -190,12 +214,12 @@ def _forget_unshard(rank, world_size):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     shard(model, _mesh(world_size), layers=list(model))
     with pytest.raises(RuntimeError, match=r"first '0'.*unshard_all"):
-        set_microbatch(model, last=True)
+        set_microbatch(model, reduce=True)
     unshard_all(model)
-    set_microbatch(model, last=True)
+    set_microbatch(model, reduce=True)
     reshard_all(model)
     with pytest.raises(RuntimeError, match="unshard_all"):
-        set_microbatch(model, last=False)
+        set_microbatch(model, reduce=False)
 
 
 def test_forgotten_unshard_is_an_error_not_a_hang():
@@ -203,6 +227,39 @@ def test_forgotten_unshard_is_an_error_not_a_hang():
 
 
 # ---- SUM ----
+
+
+def _frozen_and_forward_only(rank, world_size, frozen):
+    """Forward-only phases before a step, and parameters that do not train."""
+    plan = StepPlan.from_lists(
+        [40, 20, 9], [[0, 1], [0], [1]], [[[0], [1]], [[0], [2]]], max_tokens_per_rank=1000
+    )
+    samples = random_samples(plan.seqlens.tolist())
+    model = keep_norms_exact(tiny_model())
+    _, expected = _expected_gradients(model, samples, 30)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    shard(model, _mesh(world_size), activation_checkpointing=True)
+    unshard_all(model)
+    with torch.no_grad(), _Collectives() as collectives:
+        for index in range(2):
+            model(pack(plan, rank, index, samples), RingComm())
+    assert collectives.names == []
+    reshard_all(model)
+    unshard_all(model)
+    _backward_all(model, plan, rank, samples, 30, RingComm())
+    for name, parameter in model.named_parameters():
+        if frozen in name:
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(
+                parameter.grad.full_tensor(), expected[name], rtol=0, atol=1e-12
+            )
+
+
+@pytest.mark.parametrize("frozen", ["embed", "layers.0", "norm"])
+def test_frozen_parameters_and_forward_only_phases(frozen):
+    run_ranks(_frozen_and_forward_only, 2, frozen)
 
 
 def _forgotten_sum(rank, world_size):
@@ -243,7 +300,7 @@ def _many_microbatches(rank, world_size):
     unshard_all(model)
     count = 1000 + rank
     for index in range(count):
-        set_microbatch(model, last=index == count - 1)
+        set_microbatch(model, reduce=index == count - 1)
         out = model(torch.ones(1, 1, dtype=torch.bfloat16))
         assert out.dtype == torch.bfloat16
         out.sum().backward()
@@ -337,7 +394,7 @@ def _model_with_gradients(world_size, seed=0):
     dense = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     shard(model, _mesh(world_size), layers=list(model))
     unshard_all(model)
-    set_microbatch(model, last=True)
+    set_microbatch(model, reduce=True)
     rank = dist.get_rank()
     share = x if rank == 0 else x[:1]
     ((model(share).square().sum()) * (1.0 if rank == 0 else 0.0)).backward()
