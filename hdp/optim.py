@@ -1,0 +1,211 @@
+"""AdamW on sharded parameters, and the learning rate as a pure function of the step.
+
+AdamW (Loshchilov and Hutter, arXiv 1711.05101): the decay of weights is decoupled from the gradient
+and scaled by the learning rate. Matrices decay; norms, biases and other vectors do not. The update
+is elementwise, so each rank updates its own shards and nothing is communicated.
+
+Three implementations of the same update, with the same state dict: a run may change between them.
+
+    auto    torch's fused kernel where the device has one, else its foreach loops
+    torch   the same
+    apex    apex's multi-tensor kernel (FusedAdam's); an error if apex is not installed
+
+The schedule is a value, not an object that counts: learning rate = schedule(step). Resuming needs
+the step and nothing else.
+
+    optimizer = build_optimizer(model, lr=3e-4, weight_decay=0.1)
+    schedule = WarmupCosine(peak_lr=3e-4, warmup_steps=100, total_steps=2000)
+    set_learning_rate(optimizer, schedule(step))
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+OptimizerBackend = Literal["auto", "torch", "apex"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmupCosine:
+    """Linear warm-up, then half a cosine down to `min_lr`; flat from `total_steps` on.
+
+    Steps count from 0. The first step of a warm-up already learns: peak_lr / warmup_steps; step
+    `warmup_steps` has peak_lr (test_schedule_corners).
+    """
+
+    peak_lr: float
+    warmup_steps: int
+    total_steps: int
+    min_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.peak_lr > 0 and math.isfinite(self.peak_lr)):
+            raise ValueError(f"peak_lr={self.peak_lr} must be positive and finite")
+        if not 0 <= self.min_lr <= self.peak_lr:
+            raise ValueError(f"min_lr={self.min_lr} is not in 0..peak_lr={self.peak_lr}")
+        if self.total_steps < 1 or not 0 <= self.warmup_steps <= self.total_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} of total_steps={self.total_steps}: need at "
+                "least one step, and a warm-up that is no longer than the run"
+            )
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of step `step`."""
+        if step < 0:
+            raise ValueError(f"step={step} is negative; steps count from 0")
+        if step < self.warmup_steps:
+            return self.peak_lr * (step + 1) / self.warmup_steps
+        if step >= self.total_steps:
+            return self.min_lr
+        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.min_lr + (self.peak_lr - self.min_lr) * cosine
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    backend: OptimizerBackend = "auto",
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of `model`, in a decaying and a non-decaying group.
+
+    Call it after `parallel.shard`: sharding replaces the parameters.
+
+    Raises ValueError for values out of range, a model without trainable parameters, and
+    backend="apex" where apex or a CUDA device is missing.
+    """
+    if not (weight_decay >= 0 and math.isfinite(weight_decay)):
+        raise ValueError(f"weight_decay={weight_decay} must be 0 or more")
+    groups = decay_groups(model, weight_decay)
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
+    if backend == "apex":
+        return ApexAdamW(groups, **options)
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"optimizer {backend!r} is unknown; choose 'auto', 'torch' or 'apex'")
+    device = groups[0]["params"][0].device
+    fused = device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(groups, **options, fused=fused, foreach=not fused)
+    optimizer.register_load_state_dict_pre_hook(_keep_implementation)
+    return optimizer
+
+
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """What runs, for the start-up report."""
+    if isinstance(optimizer, ApexAdamW):
+        return "AdamW (apex)"
+    kind = "fused" if optimizer.defaults.get("fused") else "foreach"
+    return f"AdamW (torch, {kind})"
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay by `weight_decay`, norms, biases and all else 1-D do not."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError(f"{type(model).__name__} has no trainable parameters")
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Use `lr` from the next step on, in every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class ApexAdamW(torch.optim.AdamW):
+    """torch's AdamW, its state and its groups, updated by apex's multi-tensor kernel.
+
+    apex's own FusedAdam cannot update DTensors and keeps its step count elsewhere; this gives its
+    kernel the local shards and keeps the state that checkpoints know how to reshard.
+    """
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        self._kernel, self._apply_kernel = _load_apex()
+        super().__init__(params, **options, fused=False, foreach=False)
+        device = self.param_groups[0]["params"][0].device
+        if device.type != "cuda":
+            raise ValueError(
+                f"optimizer 'apex' updates parameters on cuda, these are on {device}: "
+                "move them, or use 'auto'"
+            )
+        self._overflow = torch.zeros(1, dtype=torch.int32, device=device)
+        self.register_load_state_dict_pre_hook(_keep_implementation)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        columns: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
+        self._init_group(group, *columns)
+        params, grads, averages, squares, _, steps = columns
+        by_step: dict[int, list[int]] = defaultdict(list)
+        for i, step in enumerate(steps):  # on the CPU: no wait for the GPU
+            step += 1
+            by_step[int(step.item())].append(i)
+        beta1, beta2 = group["betas"]
+        for count, members in by_step.items():
+            lists = [
+                [_local(tensors[i]) for i in members]
+                for tensors in (grads, params, averages, squares)
+            ]
+            self._apply_kernel(
+                self._kernel,
+                self._overflow,
+                lists,
+                float(group["lr"]),
+                beta1,
+                beta2,
+                group["eps"],
+                count,
+                1,  # decoupled decay
+                1,  # bias correction
+                group["weight_decay"],
+            )
+
+
+def _keep_implementation(
+    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+) -> dict[str, Any]:
+    """A loaded state says what was learnt, not by which kernel: keep this run's choice."""
+    ours = {key: optimizer.defaults[key] for key in ("fused", "foreach")}
+    groups = [{**group, **ours} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _load_apex() -> tuple[Any, Any]:
+    """(multi_tensor_adam kernel, function that applies it to lists of tensors)."""
+    try:
+        import amp_C  # apex's compiled extension
+        from apex.multi_tensor_apply import multi_tensor_applier
+    except ImportError as error:
+        raise ValueError(
+            f"optimizer 'apex' was asked for but apex cannot be imported ({error}); build it with "
+            "its C++ and CUDA extensions (github.com/NVIDIA/apex), or use 'auto'"
+        ) from error
+    return amp_C.multi_tensor_adam, multi_tensor_applier
