@@ -1,0 +1,162 @@
+"""What people see: progress bars, tables and one-time notes. The only file that imports rich.
+
+Three rules keep output useful for people, logs and pipes alike:
+
+* progress is for people: no bar unless the stream is a terminal
+* tables are for both: drawn by rich on a terminal, plain aligned ASCII elsewhere
+* without rich everything still works, plainly
+
+Notes and bars go to stderr, tables to stdout, so that a table can be piped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+Advance = Callable[[float], None]
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a person watches `stream`."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # replaced or closed streams
+        return False
+
+
+@contextmanager
+def progress(
+    description: str,
+    total: float | None = None,
+    *,
+    unit: str = "",
+    enabled: bool | None = None,
+    stream: TextIO | None = None,
+) -> Iterator[Advance]:
+    """A progress bar; yields `advance(amount)`.
+
+    Args:
+        description: what is going on, such as "tokenising".
+        total: the amount at which it is done; None: unknown, a pulse.
+        unit: "bytes" prints sizes and rates as such; anything else is printed as it is.
+        enabled: None shows the bar only on a terminal.
+    """
+    stream = sys.stderr if stream is None else stream
+    if enabled is None:
+        enabled = is_terminal(stream)
+    try:
+        if not enabled:
+            raise ImportError
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        yield lambda amount: None
+        return
+    columns = _bar_columns(unit, known_total=total is not None)
+    with Progress(*columns, console=Console(file=stream), transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda amount: bar.advance(task, amount)
+
+
+def _bar_columns(unit: str, *, known_total: bool) -> list[Any]:
+    from rich import progress as rich_progress
+
+    columns: list[Any] = [rich_progress.TextColumn("{task.description}"), rich_progress.BarColumn()]
+    if unit == "bytes":
+        columns += [rich_progress.DownloadColumn(), rich_progress.TransferSpeedColumn()]
+    elif known_total:
+        columns += [rich_progress.MofNCompleteColumn(), rich_progress.TextColumn(unit)]
+    if known_total:
+        columns.append(rich_progress.TimeRemainingColumn())
+    else:
+        columns.append(rich_progress.TimeElapsedColumn())
+    return columns
+
+
+def note(message: str, *, stream: TextIO | None = None) -> None:
+    """One line for people and logs, such as which fallback was taken."""
+    stream = sys.stderr if stream is None else stream
+    print(f"hdp: {message}", file=stream, flush=True)
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    title: str | None = None,
+    stream: TextIO | None = None,
+) -> None:
+    """Prints rows under column heads; columns of numbers are aligned to the right."""
+    stream = sys.stdout if stream is None else stream
+    try:
+        if not is_terminal(stream):
+            raise ImportError
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        print(table_text(columns, rows, title=title), file=stream)
+        return
+    table = Table(title=title)
+    right = _numeric_columns(columns, rows)
+    for i, column in enumerate(columns):
+        table.add_column(Text(column), justify="right" if right[i] else "left")
+    for row in rows:
+        table.add_row(*[Text(cell_text(cell)) for cell in row])
+    Console(file=stream).print(table)
+
+
+def table_text(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None
+) -> str:
+    """The table as aligned ASCII, without a trailing newline.
+
+    Raises ValueError if a row has another number of cells than there are columns.
+    """
+    right = _numeric_columns(columns, rows)
+    cells = [list(columns), *[[cell_text(cell) for cell in row] for row in rows]]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+
+    def line_text(line: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(line, widths, right, strict=True)
+        ]
+        return "  ".join(padded).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    lines = [line_text(cells[0]), rule, *[line_text(line) for line in cells[1:]]]
+    return "\n".join([title, *lines] if title else lines)
+
+
+def cell_text(cell: object) -> str:
+    """One cell: thousands separators for integers, four digits for fractions, "-" for None."""
+    if cell is None:
+        return "-"
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    if isinstance(cell, float):
+        return f"{cell:.4g}"
+    return str(cell)
+
+
+def _numeric_columns(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[bool]:
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(
+                f"a row of {len(row)} cells under {len(columns)} columns {list(columns)}: "
+                f"{list(row)}"
+            )
+    return [
+        bool(rows)
+        and all(
+            row[i] is None or (isinstance(row[i], (int, float)) and not isinstance(row[i], bool))
+            for row in rows
+        )
+        for i in range(len(columns))
+    ]

@@ -1,0 +1,116 @@
+"""Document or Rejected: what one row of a source becomes.
+
+Every row ends as one of the two, so that rows in = documents + rejections, and a report can say
+what happened to each. Damage (the first group below) is an error when the user asked for `strict`;
+rows from which nothing can be learnt are counted and no more.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+UNREADABLE = "unreadable"
+NOT_UTF8 = "not UTF-8"
+MALFORMED = "malformed"
+NO_COLUMN = "without the column"
+TEMPLATE = "refused by the chat template"
+DAMAGE = (UNREADABLE, NOT_UTF8, MALFORMED, NO_COLUMN, TEMPLATE)
+
+EMPTY = "empty"
+NO_ASSISTANT = "without an assistant turn"
+NOTHING_TO_LEARN = (EMPTY, NO_ASSISTANT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """Text, or a conversation for the tokenizer's chat template."""
+
+    text: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """A row that is no document, and why."""
+
+    reason: str  # one of DAMAGE or NOTHING_TO_LEARN
+    detail: str = ""
+
+
+def text_document(value: Any, column: str) -> Document | Rejected:
+    """The document of a text column's value."""
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        return Rejected(reason=MALFORMED, detail=f"{column!r} is a {kind}, not a string")
+    if not value:
+        return Rejected(reason=EMPTY)
+    if not _is_unicode(value):
+        return Rejected(reason=NOT_UTF8, detail="half of a surrogate pair")
+    return Document(text=value)
+
+
+def chat_document(messages: Any, tools: Any = None) -> Document | Rejected:
+    """The document of a `messages` value: a list of objects with a role, an assistant's among them.
+
+    Keys whose value is null are left out, as transformers does: templates print them as "None".
+    """
+    if isinstance(messages, str):  # JSON text in a column: how tables store rows of any shape
+        try:
+            messages = json.loads(messages)
+        except ValueError as error:
+            return Rejected(reason=MALFORMED, detail=f"'messages' is a string, not JSON: {error}")
+    if not isinstance(messages, list):
+        kind = type(messages).__name__
+        return Rejected(reason=MALFORMED, detail=f"'messages' is a {kind}, not a list")
+    if not messages:
+        return Rejected(reason=EMPTY)
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return Rejected(reason=MALFORMED, detail=f"message {i} is no object with a role")
+    if not any(message["role"] == "assistant" for message in messages):
+        return Rejected(reason=NO_ASSISTANT)
+    if not _is_unicode(json.dumps([messages, tools], ensure_ascii=False, default=str)):
+        return Rejected(reason=NOT_UTF8, detail="half of a surrogate pair")
+    given = [{key: v for key, v in message.items() if v is not None} for message in messages]
+    return Document(messages=given, tools=tools or None)
+
+
+def parse_line(line: bytes) -> dict[str, Any] | Rejected | None:
+    """The object of one line of a JSON-lines file; None for a blank line."""
+    try:
+        text = line.decode("utf-8-sig").strip()
+        if not text:
+            return None
+        row = json.loads(text)
+    except UnicodeDecodeError as error:
+        return Rejected(reason=NOT_UTF8, detail=f"byte {error.start}: {error.reason}")
+    except (ValueError, RecursionError) as error:
+        return Rejected(reason=MALFORMED, detail=f"not JSON: {error}")
+    if not isinstance(row, dict):
+        return Rejected(reason=MALFORMED, detail=f"a JSON {type(row).__name__}, not an object")
+    return row
+
+
+def without_none(value: Any) -> Any:
+    """`value` without the keys that are None, at any depth.
+
+    Tables give every row every key; a chat template takes a key that is there for meant.
+    """
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_none(item) for item in value]
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,157 @@
+"""Sealed directories: built by one process, all there or not there.
+
+Four ranks that start together want the same cache. One builds it, three wait and then read it.
+
+  1. look     a directory with a seal that fits its files is ready: nobody locks, nobody waits
+  2. lock     one builder per path on a machine; the kernel drops the lock of a killed process
+  3. build    in a temporary directory beside the final one
+  4. seal     write `meta.json` last: what it holds, and the size of every file
+  5. rename   one atomic step; a reader sees the old state or the whole new one
+
+Invariants, each with a test of its name in tests/data/test_sealed.py:
+
+* built_once              processes that start at once build once and read the same files
+* killed_build_is_no_build   kill -9 at any point leaves nothing that opens, and the next start
+                          cleans up and builds
+* truncation_is_seen      a file of another size than the seal says breaks the seal: it is rebuilt
+
+Where a file system has no locks (some network mounts) several processes may build at once; the
+first rename wins and the others throw their copy away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hdp import console
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None  # type: ignore[assignment]
+
+SEAL = "meta.json"
+
+
+def build_once(path: Path, build: Callable[[Path], dict[str, Any]]) -> bool:
+    """Makes sure that the sealed directory `path` exists; returns whether this call built it.
+
+    `build(directory)` fills an empty directory and returns what else the seal shall hold (JSON).
+    If it raises, nothing is left behind.
+    """
+    if read_seal(path) is not None:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(path) as is_locked:
+        if read_seal(path) is not None:  # another process was faster
+            return False
+        if is_locked:
+            _remove_leftovers(path)
+        directory = _temporary(path)
+        directory.mkdir()
+        try:
+            _seal(directory, build(directory))
+            _replace(directory, path)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+    return True
+
+
+def read_seal(path: Path) -> dict[str, Any] | None:
+    """The seal's content; None if the directory is missing, unsealed, or a file's size is off."""
+    try:
+        meta = json.loads((path / SEAL).read_text(encoding="utf-8"))
+        sizes = meta["files"]
+        if all((path / name).stat().st_size == size for name, size in sizes.items()):
+            return meta
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def _seal(directory: Path, extra: dict[str, Any]) -> None:
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    for file in files:
+        _flush_to_disk(file)
+    sizes = {str(p.relative_to(directory)): p.stat().st_size for p in files}
+    seal = directory / SEAL
+    seal.write_text(json.dumps({**extra, "files": sizes}, indent=1), encoding="utf-8")
+    _flush_to_disk(seal)
+    _flush_to_disk(directory)
+
+
+def _replace(directory: Path, path: Path) -> None:
+    """Renames `directory` to `path`; what is broken there goes, what is whole stays."""
+    for _ in range(8):
+        try:
+            os.replace(directory, path)
+            _flush_to_disk(path.parent)
+            return
+        except OSError:
+            if not os.path.lexists(path):
+                raise
+        if read_seal(path) is not None:  # without locks: another process was faster
+            return
+        # A rename first: no other process may see a half-removed directory.
+        trash = _temporary(path)
+        os.replace(path, trash)
+        _remove(trash)
+    raise OSError(f"{path} comes back as fast as it is removed; is another program writing it?")
+
+
+def _temporary(path: Path) -> Path:
+    return path.parent / f"{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def _remove_leftovers(path: Path) -> None:
+    """What killed builds left. Call with the lock held: then no builder of `path` is alive."""
+    for leftover in path.parent.glob(f"{path.name}.tmp-*"):
+        _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass  # some file systems refuse to sync a directory
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Holds the lock of `path`; yields False where the file system has none.
+
+    The lock's file stays: removing it would let two processes hold "the" lock of one path.
+    """
+    with open(path.parent / f"{path.name}.lock", "ab") as file:
+        yield _acquire(file.fileno(), path)
+
+
+def _acquire(fd: int, path: Path) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        console.note(f"another process builds {path}; waiting for it")
+    except OSError:
+        return False
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    return True

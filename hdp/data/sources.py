@@ -1,0 +1,314 @@
+"""Where documents come from: one small interface, three readers.
+
+    FileSource          each text or code file is a document
+    JsonLinesSource     one JSON object per line, with a text column or `messages`
+    DatasetSource       rows of a `datasets.Dataset`: Parquet, Arrow, CSV, the hub
+
+A source cuts itself into *shards*, small descriptions that any process can read on its own, and
+yields one item per row, in order: a `Document`, or a `Rejected` that says why there is none. It
+never drops a row in silence; whether a rejection is an error is decided where shards are collected.
+
+Plain files and JSON lines are read here and not by `datasets`: its text reader stops at the first
+file that is not UTF-8, its JSON reader fails as a whole, without the line, on one malformed row,
+gives rows of one table the same keys (None where a row has none), and both copy the data. Rows of
+every other kind come from `datasets`, which this file alone imports, and only when it is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from hdp import console
+
+from .documents import (
+    EMPTY,
+    NO_COLUMN,
+    NOT_UTF8,
+    UNREADABLE,
+    Document,
+    Rejected,
+    chat_document,
+    parse_line,
+    text_document,
+    without_none,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """Part [start, stop) of a source, in units of the source."""
+
+    file: int  # index into Source.files
+    start: int
+    stop: int
+    num_bytes: int  # about as much work as this
+
+
+class Source(ABC):
+    """Rows in a fixed order. Small to pickle: workers get one, and a shard at a time."""
+
+    label: str
+    files: list[str]  # names for people
+    row_kind: Literal["file", "line", "row"]
+
+    @property
+    @abstractmethod
+    def is_chat(self) -> bool:
+        """Whether documents are conversations; then tokens get a loss mask."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON that changes whenever the documents may have changed. Cheap: no content is read."""
+
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """About how much there is to read."""
+
+    @abstractmethod
+    def shards(self, target_bytes: int) -> list[Shard]:
+        """The source in shards of about `target_bytes`, in order."""
+
+    @abstractmethod
+    def read(self, shard: Shard) -> Iterator[Document | Rejected | None]:
+        """One item per row of the shard, in order; None: a blank line, which is no row."""
+
+
+class FileSource(Source):
+    """Each file is a document. Shard units: files."""
+
+    is_chat = False
+    row_kind = "file"
+
+    def __init__(self, label: str, files: Sequence[str]) -> None:
+        self.label, self.files = label, list(files)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"kind": "files", "files": [_file_state(path) for path in self.files]}
+
+    def num_bytes(self) -> int:
+        return sum(_file_state(path)[1] for path in self.files)
+
+    def shards(self, target_bytes: int) -> list[Shard]:
+        sizes = [_file_state(path)[1] for path in self.files]
+        return _cut_rows(sizes, target_bytes)
+
+    def read(self, shard: Shard) -> Iterator[Document | Rejected]:
+        for path in self.files[shard.start : shard.stop]:
+            try:
+                if not stat.S_ISREG(os.stat(path).st_mode):
+                    yield Rejected(reason=UNREADABLE, detail="not a regular file")
+                    continue
+                content = Path(path).read_bytes()
+            except OSError as error:
+                yield Rejected(reason=UNREADABLE, detail=str(error.strerror or error))
+                continue
+            try:
+                text = content.decode("utf-8-sig")  # a byte order mark is no text
+            except UnicodeDecodeError as error:
+                yield Rejected(reason=NOT_UTF8, detail=f"byte {error.start}: {error.reason}")
+                continue
+            yield Document(text=text) if text else Rejected(reason=EMPTY)
+
+
+class RowSource(Source):
+    """Rows with columns, of which `text` or `messages` becomes a document."""
+
+    def __init__(self, text_column: str = "text") -> None:
+        self.text_column = text_column
+
+    @property
+    @abstractmethod
+    def columns(self) -> list[str]:
+        """Columns of the source, or of its first row."""
+
+    @cached_property
+    def is_chat(self) -> bool:
+        """Rows with `messages` are chats, unless a text column was asked for by name.
+
+        Raises ValueError, with the columns that exist, if there is neither.
+        """
+        if self.text_column in self.columns and self.text_column != "text":
+            return False
+        if "messages" in self.columns and self.text_column == "text":
+            return True
+        if self.text_column in self.columns:
+            return False
+        raise ValueError(
+            f"{self.label} has no column {self.text_column!r}; its columns are {self.columns}: "
+            "name the one with the text by text_column (--text-column); chats need `messages`"
+        )
+
+    def document(self, row: dict[str, Any]) -> Document | Rejected:
+        """The document of one row."""
+        name = "messages" if self.is_chat else self.text_column
+        value = row.get(name)
+        if value is None:
+            return Rejected(reason=NO_COLUMN, detail=f"no {name!r} among {sorted(row)}")
+        if self.is_chat:
+            return chat_document(value, row.get("tools"))
+        return text_document(value, name)
+
+
+class JsonLinesSource(RowSource):
+    """One JSON object per line. Shard units: bytes of one file."""
+
+    row_kind = "line"
+
+    def __init__(self, label: str, files: Sequence[str], text_column: str = "text") -> None:
+        super().__init__(text_column)
+        self.label, self.files = label, list(files)
+
+    def fingerprint(self) -> dict[str, Any]:
+        states = [_file_state(path) for path in self.files]
+        return {"kind": "lines", "files": states, "text_column": self.text_column}
+
+    @cached_property
+    def columns(self) -> list[str]:
+        first_problem = "no line at all"
+        for path in self.files:
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    row = parse_line(line)
+                    if isinstance(row, dict):
+                        return list(row)
+                    if row is not None and first_problem == "no line at all":
+                        first_problem = f"{path}:{number}: {row.detail}"
+        raise ValueError(f"{self.label} holds no JSON object: {first_problem}")
+
+    def num_bytes(self) -> int:
+        return sum(os.path.getsize(path) for path in self.files)
+
+    def shards(self, target_bytes: int) -> list[Shard]:
+        spans = [
+            (i, start, min(size, start + target_bytes))
+            for i, size in enumerate(map(os.path.getsize, self.files))
+            for start in range(0, size, target_bytes)
+        ]
+        return [
+            Shard(file=i, start=start, stop=stop, num_bytes=stop - start)
+            for i, start, stop in spans
+        ]
+
+    def read(self, shard: Shard) -> Iterator[Document | Rejected | None]:
+        with open(self.files[shard.file], "rb") as file:
+            position = 0
+            if shard.start:  # a line belongs to the shard in which it begins
+                file.seek(shard.start - 1)
+                position = shard.start - 1 + len(file.readline())
+            while position < shard.stop:
+                line = file.readline()
+                if not line:
+                    return
+                position += len(line)
+                row = parse_line(line)
+                yield self.document(row) if isinstance(row, dict) else row
+
+
+class DatasetSource(RowSource):
+    """Rows of a `datasets.Dataset`, loaded when first needed. Shard units: rows."""
+
+    row_kind = "row"
+
+    def __init__(
+        self,
+        label: str,
+        *,
+        load: dict[str, Any] | None = None,
+        dataset: Any = None,
+        text_column: str = "text",
+    ) -> None:
+        """`load` are the arguments of `datasets.load_dataset`, or {"disk": path}."""
+        super().__init__(text_column)
+        self.label, self.files = label, [label]
+        self._load, self._dataset = load, dataset
+
+    @property
+    def dataset(self) -> Any:
+        if self._dataset is None:
+            assert self._load is not None, "neither a dataset nor how to load one"
+            self._dataset = _load_dataset(self.label, self._load)
+        return self._dataset
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.dataset.column_names)
+
+    def fingerprint(self) -> dict[str, Any]:
+        description: dict[str, Any] = {"kind": "rows", "text_column": self.text_column}
+        if self._load is not None and "data_files" in self._load:  # no need to load it to know
+            states = [_file_state(path) for path in self._load["data_files"]]
+            return {**description, "builder": self._load["path"], "files": states}
+        return {**description, "dataset": self.dataset._fingerprint}
+
+    def num_bytes(self) -> int:
+        return max(self.dataset.data.nbytes, len(self.dataset))
+
+    def shards(self, target_bytes: int) -> list[Shard]:
+        num_rows = len(self.dataset)
+        row_bytes = self.num_bytes() / max(1, num_rows)
+        step = max(1, int(target_bytes / max(1.0, row_bytes)))
+        spans = [(start, min(num_rows, start + step)) for start in range(0, num_rows, step)]
+        return [
+            Shard(file=0, start=start, stop=stop, num_bytes=int((stop - start) * row_bytes))
+            for start, stop in spans
+        ]
+
+    def read(self, shard: Shard) -> Iterator[Document | Rejected]:
+        wanted = [self.text_column, *(["messages", "tools"] if self.is_chat else [])]
+        names = [name for name in self.columns if name in wanted]
+        rows = self.dataset.select_columns(names).with_format(None)
+        for start in range(shard.start, shard.stop, 64):
+            batch = rows[start : min(start + 64, shard.stop)]
+            for values in zip(*batch.values(), strict=True):
+                yield self.document(without_none(dict(zip(batch, values, strict=True))))
+
+
+def _file_state(path: str) -> tuple[str, int, int]:
+    try:
+        state = os.stat(path)
+    except OSError:
+        return os.path.abspath(path), 0, 0
+    return os.path.abspath(path), state.st_size, state.st_mtime_ns
+
+
+def _cut_rows(sizes: Sequence[int], target_bytes: int) -> list[Shard]:
+    shards: list[Shard] = []
+    start = total = 0
+    for row, size in enumerate(sizes):
+        total += size
+        if total >= target_bytes or row + 1 == len(sizes):
+            shards.append(Shard(file=0, start=start, stop=row + 1, num_bytes=total))
+            start, total = row + 1, 0
+    return shards
+
+
+def _load_dataset(label: str, load: dict[str, Any]) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"reading {label} needs the package `datasets`: pip install 'hdp[hf]'; folders of text "
+            "and .jsonl files are read without it"
+        ) from None
+    if not console.is_terminal(sys.stderr):
+        datasets.disable_progress_bars()
+    try:
+        if "disk" in load:
+            dataset = datasets.load_from_disk(load["disk"])
+        else:
+            dataset = datasets.load_dataset(**load)
+    except Exception as error:  # its many exception classes, network errors among them
+        cause = f"{error}; {error.__cause__}" if error.__cause__ else str(error)
+        what = "files" if "data_files" in load else "no local file or folder; as a dataset"
+        raise ValueError(f"cannot load {label} ({what}): {cause}") from error
+    if isinstance(dataset, dict):
+        raise ValueError(f"{label} holds splits {list(dataset)}: name the folder of one of them")
+    return dataset
