@@ -28,10 +28,13 @@ def assemble(
 
     degree (num_seqs,) and ring_ranks (sum of degree,) are the rings of the sequences in order;
     index (sum of degree,) is for each entry of ring_ranks the local index of its microbatch on
-    that rank. An index that nothing uses below a used one is an empty microbatch. ratio
-    (num_seqs,) is the offload ratio of each sequence's microbatch; those that share one agree.
+    that rank. An index that nothing uses is closed up, but with pp_size > 1 it is an empty
+    microbatch, because a shared microbatch has one index. ratio (num_seqs,) is the offload ratio
+    of each sequence's microbatch; those that share one agree.
     """
     seq = np.repeat(np.arange(batch.num_seqs), degree)
+    if batch.pp_size == 1:
+        index = _closed_up(ring_ranks, index, batch.hdp_size)
     counts = np.ones(batch.hdp_size, dtype=np.int64)
     np.maximum.at(counts, ring_ranks, index + 1)
     if batch.equal_counts:
@@ -60,3 +63,12 @@ def assemble(
         offloadable=batch.cost.offloadable if batch.offload else 0.0,
         notes=notes or {},
     )
+
+
+def _closed_up(ranks: np.ndarray, index: np.ndarray, hdp_size: int) -> np.ndarray:
+    """The same microbatches with indices 0, 1, .. on every rank."""
+    width = int(index.max()) + 1
+    used = np.zeros(hdp_size * width, dtype=bool)
+    used[ranks * width + index] = True
+    dense = np.cumsum(used.reshape(hdp_size, width), axis=1) - 1
+    return dense[ranks, index]

@@ -1,63 +1,206 @@
-"""hdp: any degree for each sequence, chosen by work and by memory."""
+"""hdp: any degree for each sequence, chosen by work and by memory; near-optimal, in milliseconds.
+
+The objective is the finishing time of the step under the plan's real semantics (simulate.py): this
+is scheduling of moldable parallel tasks. What makes it tractable is the long tail of short ones.
+
+1. Target: the lower bound (bounds.py) times some head room.
+2. Degrees: the least that memory allows, widened until no job takes longer than the target times
+   `grain`. Wider rings are more work, so the target rises to what the work now needs.
+3. Rings, widest and longest first, go to columns of ranks (columns.py); those for which no column is
+   low enough join several columns (joins.py).
+4. Local jobs, longest first, go to the least loaded rank (fill.py).
+5. On each rank local jobs are packed into microbatches by best fit. They come after the rings, so
+   that a rank with local work ends with it (StepPlan.ends_local).
+6. Steps 1 to 5 are tried with less grain and more head room, and with large local jobs among the
+   rings (they may then widen too), until a plan is close enough to the bound or the tries are used
+   up. The first of the best wins.
+"""
 
 from __future__ import annotations
 
-from heapq import heapify, heapreplace
+from dataclasses import dataclass
 
 import numpy as np
 
 from .assemble import assemble
+from .columns import Column, Columns, Ring
+from .degrees import Degrees, Widening
+from .fill import best_fit_by_rank, longest_first
 from .jobs import Batch
-from .memory import least_ratio, min_degrees
-from .packing import best_fit
+from .joins import Joins
+from .memory import least_ratio
 from .plan import StepPlan
 
+# (head room, grain, coarse): local jobs longer than coarse * target are placed among the rings.
+_TRIES = (
+    (1.0, 1.0, 2.0),
+    (1.01, 1.0, 2.0),
+    (1.0, 1.0, 0.1),
+    (1.02, 1.0, 0.1),
+    (1.05, 1.0, 0.1),
+    (1.0, 0.5, 0.1),
+    (1.02, 0.5, 0.1),
+    (1.05, 0.5, 0.1),
+    (1.1, 1.0, 0.1),
+    (1.0, 0.34, 0.1),
+    (1.02, 0.34, 0.1),
+    (1.05, 0.34, 0.1),
+    (1.0, 0.25, 0.1),
+    (1.02, 0.25, 0.1),
+    (1.05, 0.25, 0.1),
+    (1.1, 0.5, 0.1),
+    (1.2, 1.0, 0.1),
+    (1.0, 0.125, 0.1),
+    (1.05, 0.125, 0.1),
+    (1.3, 1.0, 0.1),
+    (1.4, 1.0, 0.1),
+    (1.6, 1.0, 0.1),
+)
 
-def plan_hdp(batch: Batch) -> StepPlan:
-    """List scheduling of moldable tasks: rings first, long ones first, then local pieces."""
-    ranks, capacity = batch.hdp_size, batch.max_tokens_per_rank
-    low = min_degrees(batch)
-    degree = _degrees(batch, low)
-    seconds = batch.job_sum(batch.cost.piece_s(batch.seqlens, batch.by_seq(degree)))
-    load, depth = np.zeros(ranks), np.zeros(ranks, dtype=np.int64)
-    rings: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * batch.num_jobs
-    index: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * batch.num_jobs
-    wide = np.flatnonzero(degree > 1)
-    for job in wide[np.lexsort((-seconds[wide], -degree[wide]))].tolist():
-        chosen = np.sort(np.argsort(load, kind="stable")[: degree[job]])
-        load[chosen] = load[chosen].max() + seconds[job]
-        if batch.pp_size > 1:
-            depth[chosen] = depth[chosen].max()
-        rings[job], index[job] = chosen, depth[chosen].copy()
-        depth[chosen] += 1
-    heap = [(float(x), r) for r, x in enumerate(load)]
-    heapify(heap)
-    local: list[list[int]] = [[] for _ in range(ranks)]
-    single = np.flatnonzero(degree == 1)
-    for job in single[np.argsort(-seconds[single], kind="stable")].tolist():
-        at_s, rank = heap[0]
-        heapreplace(heap, (at_s + float(seconds[job]), rank))
-        local[rank].append(job)
-    tokens = np.minimum(batch.job_tokens, capacity)
-    for rank, jobs in enumerate(local):
-        bins = best_fit(tokens[jobs], capacity)
-        for job, b in zip(jobs, bins, strict=True):
-            rings[job], index[job] = np.array([rank]), depth[rank : rank + 1] + b
-    by_seq = batch.by_seq(np.arange(batch.num_jobs)).tolist()
-    return assemble(
-        batch,
-        policy="hdp",
-        degree=batch.by_seq(degree),
-        ring_ranks=np.concatenate([rings[j] for j in by_seq]),
-        index=np.concatenate([index[j] for j in by_seq]),
-        ratio=batch.by_seq(least_ratio(batch, degree)),
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Attempt:
+    """One way to run the batch; ticks as in Degrees."""
+
+    degree: np.ndarray  # (num_jobs,) int64
+    jobs: np.ndarray  # those that columns hold
+    rings: dict[int, Ring]  # by position in `jobs`
+    depth: np.ndarray  # (hdp_size,) int64, microbatches before the free local jobs
+    free: np.ndarray  # the other jobs
+    ranks: np.ndarray  # (len(free),) int64
+    bins: np.ndarray  # (len(free),) int64
+    end: int  # finishing time
+
+
+def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
+    """The policy of the module docstring; `bound` is the lower bound in ticks."""
+    best: _Attempt | None = None
+    spent = 0
+    for head_room, grain, coarse in _TRIES:
+        attempt = _attempt(degrees, int(bound * head_room), grain, coarse)
+        if best is None or attempt.end < best.end:
+            best = attempt
+        spent += len(attempt.jobs) + len(attempt.free) // 16 + 16
+        if best.end <= _close_enough(spent) * bound:
+            break
+    assert best is not None
+    return _build(batch, best)
+
+
+def _close_enough(spent: int) -> float:
+    """Gap at which the search stops: the more it has cost, the sooner."""
+    return 1.002 + spent / 50000
+
+
+def _attempt(degrees: Degrees, target: int, grain: float, coarse: float) -> _Attempt:
+    batch = degrees.batch
+    # 2. Degrees.
+    degree, ticks = degrees.low.copy(), degrees.low_ticks.copy()
+    limit = max(int(target * grain), 1)
+    jobs = np.flatnonzero((degree > 1) | (ticks > min(limit, int(target * coarse))))
+    widening = Widening(degrees, jobs)
+    degree[jobs], ticks[jobs] = widening.fit(limit)
+    work = int((ticks * degree).sum())
+    target = max(target, -(-work // batch.hdp_size), int(ticks.max()))
+    # 3. Rings.
+    columns, rings = _place(degrees, widening, degree[jobs], ticks[jobs], target, work)
+    degree[jobs] = [rings[i].degree for i in range(len(jobs))]
+    load, depth = np.zeros((2, batch.hdp_size), dtype=np.int64)
+    for column in columns:
+        for start, width in column.spans:
+            load[start : start + width], depth[start : start + width] = column.load, column.depth
+    # 4. Local jobs. Their share of fixed_s is that of the tokens.
+    free = np.ones(batch.num_jobs, dtype=bool)
+    free[jobs] = False
+    local = np.flatnonzero(free)
+    tokens = np.minimum(batch.job_tokens[local], batch.max_tokens_per_rank)
+    own = ticks[local] - degrees.fixed
+    order = np.argsort(-own, kind="stable")
+    local, own, tokens = local[order], own[order], tokens[order]
+    share = own + degrees.fixed * tokens // batch.max_tokens_per_rank
+    ranks, _ = longest_first(load, share)
+    # 5. Microbatches.
+    bins, num_bins = best_fit_by_rank(ranks, tokens, batch.max_tokens_per_rank, batch.hdp_size)
+    end = load + degrees.fixed * num_bins
+    np.add.at(end, ranks, own)
+    return _Attempt(
+        degree=degree,
+        jobs=jobs,
+        rings=rings,
+        depth=depth,
+        free=local,
+        ranks=ranks,
+        bins=bins,
+        end=int(end.max()),
     )
 
 
-def _degrees(batch: Batch, low: np.ndarray) -> np.ndarray:
-    """Fewest ranks by memory, widened until no job is longer than the mean load."""
-    seqlens, cost = batch.seqlens, batch.cost
-    seconds = batch.job_sum(cost.piece_s(seqlens, batch.by_seq(low)))
-    target_s = float((seconds * low).sum()) / batch.hdp_size
-    wanted = np.ceil(seconds * low / target_s).astype(np.int64)
-    return np.clip(np.maximum(wanted, low), 1, batch.hdp_size)
+def _place(
+    degrees: Degrees,
+    widening: Widening,
+    degree: np.ndarray,
+    ticks: np.ndarray,
+    target: int,
+    work: int,
+) -> tuple[list[Column], dict[int, Ring]]:
+    """Step 3: columns, then joins."""
+    batch, known = widening.batch, {}
+
+    def ticks_at(ring: int, width: int) -> int:
+        key = (ring, width)
+        if key not in known:
+            one = batch.subset(np.array([ring]))
+            known[key] = int(degrees.ticks(one, np.array([width]))[0])
+        return known[key]
+
+    cap = widening.cap
+    columns = Columns(
+        num_ranks=batch.hdp_size, node=degrees.node, target=target, cap=cap, ticks_at=ticks_at
+    )
+    late = columns.place(degree, ticks, work - int((degree * ticks).sum()))
+    if not late:
+        return columns.columns(), columns.rings
+    joins = Joins(
+        columns.columns(),
+        node=degrees.node,
+        num_ranks=batch.hdp_size,
+        low=widening.low.tolist(),
+        cap=cap.tolist(),
+        ticks_at=ticks_at,
+    )
+    size = (degree * ticks).tolist()
+    for ring in sorted(late, key=lambda r: (-size[r], r)):
+        joins.place(ring)
+    return joins.columns(), {**columns.rings, **joins.rings}
+
+
+def _build(batch: Batch, attempt: _Attempt) -> StepPlan:
+    rings = [attempt.rings[i] for i in range(len(attempt.jobs))]
+    # Every job as (job, first rank, number of ranks, index), then ranks in a row for each.
+    spans = [(r.depth, first, size) for r in rings for first, size in r.spans]
+    owner = np.repeat(attempt.jobs, [len(r.spans) for r in rings])
+    depth, first, size = np.array(spans, dtype=np.int64).reshape(-1, 3).T
+    job = np.concatenate([owner, attempt.free])
+    first = np.concatenate([first, attempt.ranks])
+    size = np.concatenate([size, np.ones_like(attempt.ranks)])
+    index = np.concatenate([depth, attempt.depth[attempt.ranks] + attempt.bins])
+    order = np.argsort(job, kind="stable")
+    job, first, size, index = job[order], first[order], size[order], index[order]
+    along = np.arange(int(size.sum())) - np.repeat(np.cumsum(size) - size, size)
+    ranks, index = np.repeat(first, size) + along, np.repeat(index, size)
+    if batch.has_units:  # every sequence of a job has the job's ring
+        degree = attempt.degree
+        offsets = np.cumsum(degree) - degree
+        by_seq = batch.by_seq(np.arange(batch.num_jobs))
+        count = degree[by_seq]
+        take = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+        take += np.repeat(offsets[by_seq], count)
+        ranks, index = ranks[take], index[take]
+    return assemble(
+        batch,
+        policy="hdp",
+        degree=batch.by_seq(attempt.degree),
+        ring_ranks=ranks,
+        index=index,
+        ratio=batch.by_seq(least_ratio(batch, attempt.degree)),
+    )

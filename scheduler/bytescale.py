@@ -142,24 +142,11 @@ def _build(
 ) -> StepPlan:
     unit = batch.by_seq(units.unit_of_job)
     degree = units.degree[unit]
-    at = index
-    if batch.pp_size == 1:
-        at = _closed(rings, index, batch.hdp_size)
     return assemble(
         batch,
         policy=policy,
         degree=degree,
         ring_ranks=np.concatenate([rings[u] for u in unit.tolist()]),
-        index=np.concatenate([at[u] for u in unit.tolist()]),
+        index=np.concatenate([index[u] for u in unit.tolist()]),
         ratio=units.ratio[unit],
     )
-
-
-def _closed(rings: list[np.ndarray], index: list[np.ndarray], hdp_size: int) -> list[np.ndarray]:
-    """The same indices without unused ones: a rank that a time step leaves out skips it."""
-    ranks, steps = np.concatenate(rings), np.concatenate(index)
-    order = np.lexsort((steps, ranks))
-    starts = np.searchsorted(ranks[order], np.arange(hdp_size))
-    dense = np.empty(len(ranks), dtype=np.int64)
-    dense[order] = np.arange(len(ranks)) - starts[ranks[order]]
-    return np.split(dense, np.cumsum([len(ring) for ring in rings])[:-1])

@@ -7,7 +7,7 @@ on the same ranks, such as the two of a DPO pair). Jobs are in the order of thei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -69,6 +69,22 @@ class Batch:
         result = np.empty(self.num_seqs, dtype=per_job.dtype)
         result[self.job_seqs] = np.repeat(per_job, np.diff(self.job_offsets))
         return result
+
+    def subset(self, jobs: np.ndarray) -> Batch:
+        """The same cluster with only these jobs, in this order."""
+        if not self.has_units:
+            count = np.arange(len(jobs) + 1)
+            return replace(self, seqlens=self.seqlens[jobs], job_offsets=count, job_seqs=count[:-1])
+        sizes = np.diff(self.job_offsets)[jobs]
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        shift = np.repeat(self.job_offsets[:-1][jobs] - offsets[:-1], sizes)
+        seqs = self.job_seqs[np.arange(offsets[-1]) + shift]
+        return replace(
+            self,
+            seqlens=self.seqlens[seqs],
+            job_offsets=offsets,
+            job_seqs=np.arange(len(seqs)),
+        )
 
     @classmethod
     def check(

@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 
 from .balance import plan_hdp
-from .bounds import lower_bound_s
+from .bounds import lower_bound_s, lower_bound_ticks
 from .bytescale import plan_bytescale, plan_dp_balance, plan_naive, plan_pp_balance
 from .cost import CostModel
+from .degrees import Degrees
 from .jobs import Batch
 from .plan import StepPlan
 from .simulate import finish_s
@@ -88,5 +89,8 @@ def plan(
     options: dict[str, Any] = {}
     if policy == "static":
         options["cp_size"] = cp_size
+    if policy == "hdp":
+        degrees = Degrees(batch)
+        options = {"degrees": degrees, "bound": lower_bound_ticks(degrees)}
     result = POLICIES[policy](batch, **options)
     return replace(result, predicted_s=finish_s(result, cost), lower_bound_s=lower_bound_s(batch))

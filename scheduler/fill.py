@@ -1,0 +1,102 @@
+"""Filling ranks with local jobs: who gets which, and what shares a microbatch. Columnar.
+
+Times are integer ticks, so that sums do not depend on the order or the machine.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+from .packing import best_fit
+
+# Rounds of longest_first that place fewer jobs than this go through a heap instead.
+_FEW = 24
+_HEAP_RUN = 512
+# Ranks with more jobs than this are packed one after the other.
+_MANY = 256
+
+
+def longest_first(load: np.ndarray, ticks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Longest job to the least loaded rank, again and again (LPT), on top of what ranks have.
+
+    load: (num_ranks,) int64, ticks; ticks: (num_jobs,) int64, falling. Returns the rank of each
+    job (num_jobs,) int64 and the new loads. Jobs are placed in rounds: the k least loaded ranks
+    take one job each, with the largest k for which plain LPT would have done the same.
+    """
+    load = load.copy()
+    ranks = np.empty(len(ticks), dtype=np.int64)
+    at = 0
+    while at < len(ticks):
+        order = np.argsort(load, kind="stable")[: len(ticks) - at]
+        low, sizes = load[order], ticks[at : at + len(order)]
+        ends = low + sizes
+        # Job k goes to a fresh rank while that is not fuller than any that got a job this round.
+        late = low[1:] > np.minimum.accumulate(ends[:-1])
+        count = int(np.argmax(late)) + 1 if late.any() else len(order)
+        if count < _FEW < len(ticks) - at:
+            stop = min(at + _HEAP_RUN, len(ticks))
+            _by_heap(load, ticks, ranks, at, stop)
+            at = stop
+            continue
+        load[order[:count]] = ends[:count]
+        ranks[at : at + count] = order[:count]
+        at += count
+    return ranks, load
+
+
+def _by_heap(load: np.ndarray, ticks: np.ndarray, ranks: np.ndarray, at: int, stop: int) -> None:
+    """Plain LPT for jobs [at, stop), in place."""
+    # Only the least loaded ranks can be reached by so few jobs.
+    order = np.argsort(load, kind="stable")[: stop - at]
+    heap = list(zip(load[order].tolist(), order.tolist(), strict=True))  # sorted is a heap
+    chosen = []
+    for size in ticks[at:stop].tolist():
+        low, rank = heap[0]
+        heapq.heapreplace(heap, (low + size, rank))
+        chosen.append(rank)
+    ranks[at:stop] = chosen
+    for end, rank in heap:
+        load[rank] = end
+
+
+def best_fit_by_rank(
+    ranks: np.ndarray, sizes: np.ndarray, capacity: int, num_ranks: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Best-fit decreasing packing, on each rank by itself and on all ranks at once.
+
+    ranks, sizes: (num_jobs,) int64 rank and tokens of each job, every size <= capacity. Returns the
+    bin of each job on its rank (num_jobs,) int64, numbered from 0 in the order of opening, and the
+    number of bins of each rank (num_ranks,) int64.
+    """
+    bins = np.zeros(len(sizes), dtype=np.int64)
+    num_bins = np.zeros(num_ranks, dtype=np.int64)
+    if not len(sizes):
+        return bins, num_bins
+    order = np.lexsort((-sizes, ranks))
+    count = np.bincount(ranks, minlength=num_ranks)
+    if int(count.max()) > _MANY:
+        for jobs in np.split(order, np.cumsum(count)[:-1]):
+            bins[jobs] = best_fit(sizes[jobs], capacity)
+        np.maximum.at(num_bins, ranks, bins + 1)
+        return bins, num_bins
+    first = np.cumsum(count) - count
+    busiest = np.argsort(-count, kind="stable")
+    falling = count[busiest]
+    room = np.full((num_ranks, 4), capacity, dtype=np.int64)  # rows in the order of `busiest`
+    for k in range(int(falling[0])):
+        active = int(np.searchsorted(-falling, -k, side="left"))  # ranks with more than k jobs
+        jobs = order[first[busiest[:active]] + k]
+        size = sizes[jobs]
+        left = room[:active] - size[:, None]
+        chosen = np.argmin(np.where(left >= 0, left, capacity + 1), axis=1)
+        rows = np.arange(active)
+        if bool((left[rows, chosen] < 0).any()):  # some rank has no bin left: make more
+            room = np.concatenate([room, np.full_like(room, capacity)], axis=1)
+            left = room[:active] - size[:, None]
+            chosen = np.argmin(np.where(left >= 0, left, capacity + 1), axis=1)
+        room[rows, chosen] = left[rows, chosen]
+        bins[jobs] = chosen
+    num_bins[busiest] = (room < capacity).sum(axis=1)
+    return bins, num_bins
