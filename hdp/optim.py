@@ -4,18 +4,16 @@ AdamW (Loshchilov and Hutter, arXiv 1711.05101): the decay of weights is decoupl
 and scaled by the learning rate. Matrices decay; norms, biases and other vectors do not. The update
 is elementwise, so each rank updates its own shards and nothing is communicated.
 
-Three implementations of the same update, with the same state dict: a run may change between them.
+Two implementations of the same update, with the same state dict: a run may change between them.
 
-    auto    torch's fused kernel where the device has one, else its foreach loops
-    torch   the same
+    adamw   torch's fused kernel where the device has one, else its foreach loops
     apex    apex's multi-tensor kernel (FusedAdam's); an error if apex is not installed
 
 The schedule is a value, not an object that counts: learning rate = schedule(step). Resuming needs
 the step and nothing else.
 
     optimizer = build_optimizer(model, lr=3e-4, weight_decay=0.1)
-    schedule = WarmupCosine(peak_lr=3e-4, warmup_steps=100, total_steps=2000)
-    set_learning_rate(optimizer, schedule(step))
+    set_learning_rate(optimizer, learning_rate(config, step))
 """
 
 from __future__ import annotations
@@ -24,13 +22,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-OptimizerBackend = Literal["auto", "torch", "apex"]
+if TYPE_CHECKING:
+    from .config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +69,18 @@ class WarmupCosine:
         return self.min_lr + (self.peak_lr - self.min_lr) * cosine
 
 
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of the run's `step`, counted from 1. A run that is shorter than its warm-up
+    stops within it."""
+    schedule = WarmupCosine(
+        peak_lr=config.lr,
+        warmup_steps=config.warmup_steps,
+        total_steps=max(config.steps, config.warmup_steps),
+        min_lr=config.lr * config.min_lr_ratio,
+    )
+    return schedule(step - 1)
+
+
 def build_optimizer(
     model: nn.Module,
     *,
@@ -77,7 +88,7 @@ def build_optimizer(
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
-    backend: OptimizerBackend = "auto",
+    backend: Literal["adamw", "apex"] = "adamw",
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `model`, in a decaying and a non-decaying group.
 
@@ -92,8 +103,8 @@ def build_optimizer(
     options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
     if backend == "apex":
         return ApexAdamW(groups, **options)
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"optimizer {backend!r} is unknown; choose 'auto', 'torch' or 'apex'")
+    if backend != "adamw":
+        raise ValueError(f"optimizer {backend!r} is unknown; choose 'adamw' or 'apex'")
     device = groups[0]["params"][0].device
     fused = device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(groups, **options, fused=fused, foreach=not fused)
@@ -141,7 +152,7 @@ class ApexAdamW(torch.optim.AdamW):
         if device.type != "cuda":
             raise ValueError(
                 f"optimizer 'apex' updates parameters on cuda, these are on {device}: "
-                "move them, or use 'auto'"
+                "move them, or use 'adamw'"
             )
         self._overflow = torch.zeros(1, dtype=torch.int32, device=device)
         self.register_load_state_dict_pre_hook(_keep_implementation)
@@ -206,6 +217,6 @@ def _load_apex() -> tuple[Any, Any]:
     except ImportError as error:
         raise ValueError(
             f"optimizer 'apex' was asked for but apex cannot be imported ({error}); build it with "
-            "its C++ and CUDA extensions (github.com/NVIDIA/apex), or use 'auto'"
+            "its C++ and CUDA extensions (github.com/NVIDIA/apex), or use 'adamw'"
         ) from error
     return amp_C.multi_tensor_adam, multi_tensor_applier

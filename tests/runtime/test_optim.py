@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from hdp.config import TrainConfig
 from hdp.optim import (
     ApexAdamW,
     WarmupCosine,
     _keep_implementation,
     build_optimizer,
     decay_groups,
+    learning_rate,
     optimizer_name,
     set_learning_rate,
 )
@@ -57,6 +59,15 @@ def test_schedule_rises_then_falls(peak, ratio, warmup, rest):
     falling = rates[warmup:]
     assert all(a >= b - 1e-12 * peak for a, b in itertools.pairwise(falling))
     assert rates[0] > 0
+
+
+def test_learning_rate_of_a_run_counts_from_1():
+    config = TrainConfig(lr=1.0, min_lr_ratio=0.1, warmup_steps=2, steps=10)
+    assert [learning_rate(config, step) for step in (1, 2, 3)] == [0.5, 1.0, 1.0]
+    assert learning_rate(config, 7) == pytest.approx(0.55)  # half way down
+    assert 0.1 < learning_rate(config, 10) < 0.15
+    short = TrainConfig(lr=1.0, warmup_steps=10, steps=3)
+    assert learning_rate(short, 3) == pytest.approx(0.3)
 
 
 def test_schedule_is_a_value():
@@ -155,7 +166,7 @@ def _sharded_run(rank, world_size):
     assert optimizer_name(optimizer) == "AdamW (torch, fused)"
     for step_gradients in gradients:
         unshard_all(model)
-        set_microbatch(model, reduce=True)
+        set_microbatch(model, last=True)
         # A loss whose gradient is the given one, all of it from the last rank.
         share = 1.0 if rank == world_size - 1 else 0.0
         out = model(torch.ones(1, 7, dtype=torch.float64)).sum() * 0
@@ -261,5 +272,5 @@ def test_apex_is_the_same_update_with_the_same_state(fake_apex):
 
 def test_missing_apex_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "amp_C", None)
-    with pytest.raises(ValueError, match=r"apex cannot be imported .*use 'auto'"):
+    with pytest.raises(ValueError, match=r"apex cannot be imported .*use 'adamw'"):
         build_optimizer(nn.Linear(2, 2), lr=1e-3, backend="apex")

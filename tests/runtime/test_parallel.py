@@ -113,7 +113,7 @@ def _backward_all(model, plan, rank, samples, global_count, comm, overlap=True):
     num_microbatches = int(plan.num_microbatches[rank])
     for index in range(num_microbatches):
         batch = pack(plan, rank, index, samples)
-        set_microbatch(model, reduce=overlap and index == num_microbatches - 1)
+        set_microbatch(model, last=overlap and index == num_microbatches - 1)
         with _Collectives() as collectives:
             loss = token_cross_entropy(model(batch, comm), global_count=global_count)
             loss.backward()
@@ -214,12 +214,12 @@ def _forget_unshard(rank, world_size):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     shard(model, _mesh(world_size), layers=list(model))
     with pytest.raises(RuntimeError, match=r"first '0'.*unshard_all"):
-        set_microbatch(model, reduce=True)
+        set_microbatch(model, last=True)
     unshard_all(model)
-    set_microbatch(model, reduce=True)
+    set_microbatch(model, last=True)
     reshard_all(model)
     with pytest.raises(RuntimeError, match="unshard_all"):
-        set_microbatch(model, reduce=False)
+        set_microbatch(model, last=False)
 
 
 def test_forgotten_unshard_is_an_error_not_a_hang():
@@ -300,7 +300,7 @@ def _many_microbatches(rank, world_size):
     unshard_all(model)
     count = 1000 + rank
     for index in range(count):
-        set_microbatch(model, reduce=index == count - 1)
+        set_microbatch(model, last=index == count - 1)
         out = model(torch.ones(1, 1, dtype=torch.bfloat16))
         assert out.dtype == torch.bfloat16
         out.sum().backward()
@@ -394,7 +394,7 @@ def _model_with_gradients(world_size, seed=0):
     dense = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     shard(model, _mesh(world_size), layers=list(model))
     unshard_all(model)
-    set_microbatch(model, reduce=True)
+    set_microbatch(model, last=True)
     rank = dist.get_rank()
     share = x if rank == 0 else x[:1]
     ((model(share).square().sum()) * (1.0 if rank == 0 else 0.0)).backward()
