@@ -54,10 +54,11 @@ class Workload:
 class Buckets:
     """Mixture of length buckets that is specified by shares of *tokens*.
 
-    `edges` has one entry more than `token_share`; bucket i is (edges[i], edges[i + 1]]. The first
-    bucket is uniform, the others are log-uniform, and with `last_at_edge` all samples of the last
-    one have exactly its upper edge (what a corpus looks like whose longest documents were cut
-    there).
+    `edges` has one entry more than `token_share`; bucket i is (edges[i], edges[i + 1]]. Samples are
+    uniform in the first bucket; in the others *tokens* are spread evenly over the logarithm of the
+    length, as they are over octaves in the corpora that this describes (density of samples: 1 /
+    length^2). With `last_at_edge` all samples of the last bucket have exactly its upper edge: what
+    a corpus looks like whose longest documents were cut there.
     """
 
     edges: tuple[int, ...]
@@ -67,7 +68,7 @@ class Buckets:
     def means(self) -> np.ndarray:
         """(num_buckets,) float64: mean length per bucket, tokens."""
         low, high = np.array(self.edges[:-1], float), np.array(self.edges[1:], float)
-        means = (high - low) / np.log(high / low)
+        means = np.log(high / low) / (1 / low - 1 / high)
         means[0] = (low[0] + high[0]) / 2
         if self.last_at_edge:
             means[-1] = high[-1]
@@ -85,7 +86,7 @@ class Buckets:
             np.array(self.edges[:-1], float)[bucket],
             np.array(self.edges[1:], float)[bucket],
         )
-        lengths = low * (high / low) ** u
+        lengths = low / (1 - u * (1 - low / high))
         lengths = np.where(bucket == 0, low + (high - low) * u, lengths)
         if self.last_at_edge:
             lengths = np.where(bucket == len(self.token_share) - 1, high, lengths)
