@@ -14,6 +14,7 @@ Invariants:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -42,21 +43,26 @@ class Shift:
         for work in self._works:
             work.wait()
         self._comm.stats.waits.append((start, self._comm.clock.now()))
+        self._comm.on_exchange()
         return self._received
 
 
 class RingComm:
     """Sends tensors one position along a ring.
 
-    group: the HDP axis, the default group if None. device: where the tensors live.
+    group: the HDP axis, the default group if None. device: where the tensors live. on_exchange is
+    called when a transfer has arrived: a sign of life for a watchdog.
     """
 
     def __init__(
         self,
         group: dist.ProcessGroup | None = None,
         device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
+        *,
+        on_exchange: Callable[[], None] = lambda: None,
     ) -> None:
         self.group = group
+        self.on_exchange = on_exchange
         self.clock = Clock(device)
         self.stats = CommStats()
 

@@ -106,33 +106,44 @@ def peak_flops(device_name: str) -> float | None:
 
 
 class MetricsWriter:
-    """Appends each step to `metrics.jsonl` and, if asked for, to TensorBoard. One rank writes."""
+    """Appends each step to `metrics.jsonl` and, if asked for, to TensorBoard.
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+    A context manager. `enabled=False` (all ranks but one) writes nothing.
+    """
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool, enabled: bool = True) -> None:
+        self._file: TextIO | None = None
         self._board: Any = None
+        if not enabled:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise ValueError(
-                    "tensorboard is asked for and not installed: pip install tensorboard, "
-                    "or --no-tensorboard"
+                    "--tensorboard needs the tensorboard package: pip install tensorboard"
                 ) from None
             self._board = SummaryWriter(str(run_dir / "tensorboard"))
 
     def write(self, metrics: StepMetrics) -> None:
+        if self._file is None:
+            return
         values = asdict(metrics)
         self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        self._file.flush()  # a killed run keeps its last step
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self._board.add_scalar(name, value, metrics.step)
 
-    def close(self) -> None:
-        self._file.close()
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

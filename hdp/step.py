@@ -10,16 +10,16 @@
 Nothing is divided by a number of microbatches or ranks: each microbatch adds
 -sum(logprobs) / num_loss_tokens, with the count of the whole step, known from the lengths.
 
-No collective runs between 2 and 4. A rank deep in its third ring must not wait for one that still
-sums alone, and the reduction inside the last backward is such a wait. So the reduction gets a
-microbatch of its own, one padding token that adds zero, which every rank runs last. Where every
-rank's last microbatch is local (`StepPlan.ends_local`) nobody waits for a rank that is in it, and
-on a GPU the reduction overlaps with the backward of that microbatch instead (`overlap_reduce`).
+No collective runs between 2 and 4: a rank in its third ring would wait for one that reaches the
+collective later, and that one may wait for its part of the ring. Where every rank's last microbatch
+is local (`StepPlan.ends_local`) nobody waits for a rank that is in it, and on a GPU the reduction
+overlaps with the backward of that microbatch (`overlap_reduce`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,8 @@ from torch import Tensor, nn
 
 from .comm import RingComm
 from .data.feed import StepBatch
-from .data.pack import PackedBatch, empty_batch
 from .mesh import HDPMesh, agree_on_plan
-from .parallel import NonFiniteError, clip_grad_norm, set_microbatch, unshard_all
+from .parallel import NonFiniteError, clip_grad_norm, reduce_gradients, set_microbatch, unshard_all
 from .recorder import StepRecorder
 
 
@@ -46,6 +45,7 @@ class StepContext:
     recorder: StepRecorder
     grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
     overlap_reduce: bool = False  # reduce inside the last backward where the plan allows it
+    on_microbatch: Callable[[int, tuple[int, ...]], None] = lambda index, ring: None  # it starts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,31 +71,24 @@ def train_step(context: StepContext, step: StepBatch) -> StepResult:
     overlap = context.overlap_reduce and step.plan.ends_local
     losses = []
     for i, batch in enumerate(step.batches):  # 3
+        context.on_microbatch(i, batch.layout.ring)
         with recorder.span("compute", f"microbatch {i}"):
-            last = overlap and i == len(step.batches) - 1
-            losses.append(_forward_backward(context, batch, step.num_loss_tokens, last))
+            set_microbatch(model, reduce=overlap and i == len(step.batches) - 1)
+            logprobs = model(batch.to(mesh.device), context.comm)
+            loss = -logprobs.sum() / max(step.num_loss_tokens, 1)
+            loss.backward()
+            losses.append(loss.detach())
     if not overlap:
         with recorder.span("reduce", "reduce gradients"):
-            _forward_backward(context, empty_batch(), step.num_loss_tokens, last=True)  # 4
-    loss = _sum_losses(context, step, torch.stack(losses))  # 5
+            reduce_gradients(model)  # 4
+    total = _sum_losses(context, step, torch.stack(losses))  # 5
     try:
         grad_norm = clip_grad_norm(model, context.grad_clip or None)
     except NonFiniteError as error:
         raise NonFiniteError(f"{error}; sequences {_some(step.seq_ids.tolist())}") from None
     context.optimizer.step()  # 6
     context.optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss=loss, grad_norm=grad_norm)
-
-
-def _forward_backward(
-    context: StepContext, batch: PackedBatch, num_loss_tokens: int, last: bool
-) -> Tensor:
-    """Forward and backward of one microbatch; returns its share of the loss, (), detached."""
-    set_microbatch(context.model, last=last)
-    logprobs = context.model(batch.to(context.mesh.device), context.comm)
-    loss = -logprobs.sum() / max(num_loss_tokens, 1)
-    loss.backward()
-    return loss.detach()
+    return StepResult(loss=total, grad_norm=grad_norm)
 
 
 def _sum_losses(context: StepContext, step: StepBatch, losses: Tensor) -> float:

@@ -3,7 +3,7 @@
 Every rank computes the same plan from the same lengths (design.md, decision 1), so there is no
 scheduler process and nothing is broadcast. One background thread does, per step:
 
-  1. take the step's sequence ids from the sampler (a function of the position, not of the past)
+  1. take the step's sequence ids from the sampler, a function of the position and not of the past
   2. plan from their lengths
   3. read this rank's tokens and pack its microbatches
 
@@ -17,32 +17,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
 from hdp.scheduler import StepPlan
 
+from .dataset import TokenDataset
 from .pack import PackedBatch, Sample, pack_microbatch
-
-Position = tuple[int, ...]
-
-
-class Sampler(Protocol):
-    """Global batches as a pure function of a position."""
-
-    def batch_at(self, position: Position) -> tuple[np.ndarray, Position]:
-        """(sequence ids of the batch at `position`, position of the next batch)."""
-        ...
-
-
-class Dataset(Protocol):
-    """What the feed needs of a dataset."""
-
-    seqlens: np.ndarray  # (n,) int64, tokens
-    num_loss_tokens: np.ndarray  # (n,) int64
-
-    def __getitem__(self, index: int) -> Sample: ...
+from .sampler import Position, Sampler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +44,7 @@ class StepFeed:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: TokenDataset,
         sampler: Sampler,
         make_plan: Callable[[np.ndarray], StepPlan],
         *,
@@ -79,7 +61,8 @@ class StepFeed:
         plan = self._make_plan(self._dataset.seqlens[seq_ids])  # 2
         samples = _LazySamples(self._dataset, seq_ids)
         batches = [
-            pack_microbatch(mb, self._rank, samples) for mb in plan.microbatches(self._rank)  # 3
+            pack_microbatch(mb, self._rank, samples)
+            for mb in plan.microbatches(self._rank)  # 3
         ]
         return StepBatch(
             plan=plan,
@@ -108,7 +91,7 @@ class StepFeed:
 class _LazySamples:
     """samples[s] of a plan: only sequences that this rank holds are touched."""
 
-    def __init__(self, dataset: Dataset, seq_ids: np.ndarray) -> None:
+    def __init__(self, dataset: TokenDataset, seq_ids: np.ndarray) -> None:
         self._dataset, self._seq_ids = dataset, seq_ids
 
     def __len__(self) -> int:

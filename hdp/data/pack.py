@@ -130,8 +130,3 @@ def _empty(microbatch: Microbatch, layout: RingLayout) -> PackedBatch:
         ),
         offload_ratio=microbatch.offload_ratio,
     )
-
-
-def empty_batch() -> PackedBatch:
-    """The batch of a microbatch without pieces: a forward and backward that add exactly zero."""
-    return _empty(Microbatch(), RingLayout())

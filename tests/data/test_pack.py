@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdp.data.pack import IGNORE_INDEX, Sample, empty_batch, pack
+from hdp.data.pack import IGNORE_INDEX, Sample, pack
 from hdp.scheduler import StepPlan
 from tests.random_plans import random_plan
 
@@ -77,10 +77,3 @@ def test_a_plan_for_other_data_is_refused():
     plan = StepPlan.from_lists([5], [[0]], [[[0]]], max_tokens_per_rank=8)
     with pytest.raises(ValueError, match="has 6 tokens, the plan was made for 5"):
         pack(plan, 0, 0, [Sample(input_ids=np.arange(6))])
-
-
-def test_the_empty_batch_is_one_padding_token():
-    batch = empty_batch()
-    assert batch.total_tokens == batch.layout.total_tokens == 1
-    assert batch.seqs == ()
-    assert batch.labels.tolist() == [IGNORE_INDEX]

@@ -1,0 +1,136 @@
+"""Observer: a finished step's figures, and its planned and measured timelines side by side.
+
+Measured and predicted are the same quantities: busy is the time in which a rank computes; the bubble
+is the share of ranks x time, from the agreement on the plan to the end of the reduction, in which
+they wait: for the ring, for other ranks, for gradients.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hdp.scheduler import Span, StepPlan, Timeline, simulate
+from hdp.scheduler.picture import draw_plans
+from hdp.scheduler.simulate import microbatch_times
+
+from .data.feed import StepBatch
+from .hf import transformer_shape
+from .metrics import StepMetrics, model_flops, peak_flops, ring_counts
+from .run import Run
+from .step import StepResult
+
+
+class Observer:
+    """Turns steps of one run into metrics."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        shape = transformer_shape(run.model)
+        embedding = run.model.model.get_input_embeddings().weight
+        head = run.model.model.get_output_embeddings().weight
+        parameters = sum(p.numel() for p in run.model.parameters())
+        self._flops = {
+            # a tied embedding works once, as the head; an untied one is looked up, not multiplied
+            "num_params": parameters - (0 if embedding is head else embedding.numel()),
+            "num_layers": shape["num_layers"],
+            "attention_width": shape["num_heads"] * shape["head_dim"],
+        }
+        device = run.mesh.device
+        self._peak = (
+            peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        )
+
+    def measure(
+        self,
+        step: int,
+        batch: StepBatch,
+        result: StepResult,
+        *,
+        lr: float,
+        step_s: float,
+        total_tokens: int,
+    ) -> StepMetrics:
+        """Metrics of the step that has just ended, the same on all ranks. Collective."""
+        run, plan = self._run, batch.plan
+        spans = run.context.recorder.spans()
+        mine = [
+            sum(span.duration_s for span in spans if span.kind == "compute"),
+            max((span.end_s for span in spans), default=0.0),
+            float(run.context.recorder.bytes_sent),
+            float(_memory_bytes(run.mesh.device)),
+        ]
+        size = run.mesh.hdp_size
+        table = torch.empty(size, len(mine), dtype=torch.float64, device=run.mesh.device)
+        row = torch.tensor(mine, dtype=torch.float64, device=run.mesh.device)
+        dist.all_gather(list(table.unbind()), row, group=run.mesh.hdp_group)
+        busy_s, end_s, bytes_sent, mem_bytes = table.T.tolist()
+        seqlens = plan.seqlens.tolist()
+        num_tokens = sum(seqlens)
+        flops = model_flops(seqlens=seqlens, **self._flops)
+        return StepMetrics(
+            step=step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=lr,
+            num_tokens=num_tokens,
+            num_loss_tokens=batch.num_loss_tokens,
+            num_seqs=plan.num_seqs,
+            total_tokens=total_tokens,
+            hdp_size=size,
+            step_s=step_s,
+            tokens_per_s_per_rank=num_tokens / step_s / size,
+            mfu=flops / step_s / size / self._peak if self._peak else None,
+            bubble=1.0 - sum(busy_s) / (size * max(end_s)) if max(end_s) > 0 else 0.0,
+            planned_bubble=planned_bubble(plan, run),
+            planned_s=plan.predicted_s,
+            bytes_sent=int(sum(bytes_sent)),
+            mem_bytes=int(max(mem_bytes)),
+            data_wait_s=batch.wait_s,
+            rings=ring_counts(plan),
+        )
+
+
+def planned_bubble(plan: StepPlan, run: Run) -> float:
+    """The bubble that the planner expects: 1 - compute / (ranks * predicted time)."""
+    compute_s = float(microbatch_times(plan, run.cost).compute_s.sum())
+    available_s = plan.hdp_size * plan.predicted_s
+    return 1.0 - compute_s / available_s if available_s > 0 else 0.0
+
+
+def write_trace(run: Run, step: int, batch: StepBatch) -> None:
+    """Write `timeline_STEP.json` (Perfetto) and `timeline_STEP.png`: planned over measured.
+
+    Collective: each rank adds the spans that it measured.
+    """
+    by_rank: list[list[Span]] = [[] for _ in range(run.mesh.hdp_size)]
+    dist.all_gather_object(by_rank, run.context.recorder.spans(), group=run.mesh.hdp_group)
+    if not run.is_main:
+        return
+    measured = Timeline(
+        spans=tuple(span for spans in by_rank for span in spans),
+        num_ranks=run.mesh.hdp_size,
+        title="measured",
+    )
+    planned = simulate(batch.plan, run.cost)
+    folder = Path(run.config.run_dir)
+    planned.to_perfetto(folder / f"timeline_{step}.json", others=[measured])
+    draw_plans(
+        [("planned", batch.plan, planned), ("measured", batch.plan, measured)],
+        folder / f"timeline_{step}.png",
+        cost=run.cost,
+        title=f"step {step}",
+    )
+    run.say(f"wrote {folder / f'timeline_{step}.json'} and .png")
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Most memory in use so far: on the GPU, or this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

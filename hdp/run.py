@@ -1,0 +1,198 @@
+"""Run: the parts of a training run, built from its configuration and connected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hdp.scheduler import CostModel, StepPlan, plan
+
+from . import console
+from .comm import RingComm
+from .config import DEMO_MODEL, TrainConfig
+from .data import Sampler, TokenDataset, open_dataset
+from .hf import CausalLM, build_model, load_model, transformer_shape
+from .kernels import select_kernel
+from .mesh import HDPMesh
+from .optim import build_optimizer
+from .parallel import shard
+from .recorder import StepRecorder
+from .step import StepContext
+from .watchdog import Watchdog
+
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+# What one rank sustains, where nothing was measured: it makes the first plans reasonable. Relative
+# sizes matter, as they decide how wide rings get. On a CPU: one thread of a server core, gloo over
+# loopback, and 1.5 ms for each of a ring step's three transfers per layer.
+_CPU_FLOPS_PER_S = 30e9
+_CPU_BYTES_PER_S = 1e9
+_CPU_TRANSFER_S = 1.5e-3
+_GPU_FLOPS_PER_S = 400e12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What stays the same from step to step."""
+
+    config: TrainConfig
+    mesh: HDPMesh
+    watchdog: Watchdog
+    dataset: TokenDataset
+    sampler: Sampler
+    cost: CostModel
+    model: CausalLM
+    context: StepContext
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes for all."""
+        return self.mesh.hdp_rank == 0
+
+    def plan(self, seqlens: np.ndarray) -> StepPlan:
+        """The plan of a batch: a pure function of its lengths and the configuration."""
+        return plan(
+            seqlens,
+            hdp_size=self.mesh.hdp_size,
+            max_tokens_per_rank=self.config.max_tokens_per_rank,
+            cost=self.cost,
+            policy=self.config.policy,
+            cp_size=self.config.cp_size,
+            ranks_per_node=self.mesh.ranks_per_node,
+        )
+
+    def say(self, message: str) -> None:
+        """One line for people, once."""
+        if self.is_main:
+            for line in message.splitlines():
+                console.note(line)
+
+
+def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
+    """Open the data, build and shard the model, make the optimizer. Collective.
+
+    Raises ValueError for data, a model or options that cannot be trained.
+    """
+    dtype = _compute_dtype(config, mesh.device)
+    dataset = _open_data(config)
+    dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=config.max_tokens_per_rank)
+    model = _open_model(config, dataset, mesh, dtype)
+    cost = CostModel.load(config.cost) if config.cost else estimate_cost(model, mesh.device, dtype)
+    shard(
+        model,
+        mesh.device_mesh,
+        param_dtype=dtype if dtype == torch.bfloat16 else None,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+    comm = RingComm(mesh.hdp_group, mesh.device, on_exchange=watchdog.touch)
+    context = StepContext(
+        mesh=mesh,
+        model=model,
+        optimizer=build_optimizer(
+            model,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            backend=config.optimizer,
+        ),
+        comm=comm,
+        recorder=StepRecorder(mesh.hdp_rank, comm),
+        on_microbatch=lambda index, ring: watchdog.progress(microbatch=index, ring=ring),
+        grad_clip=config.grad_clip,
+        overlap_reduce=mesh.device.type == "cuda",
+    )
+    run = Run(
+        config=config,
+        mesh=mesh,
+        watchdog=watchdog,
+        dataset=dataset,
+        sampler=Sampler(dataset.seqlens, batch_tokens=config.batch_tokens, seed=config.seed),
+        cost=cost,
+        model=model,
+        context=context,
+    )
+    _introduce(run, dtype)
+    return run
+
+
+def estimate_cost(model: CausalLM, device: torch.device, dtype: torch.dtype) -> CostModel:
+    """A cost model from the model's shape alone; `--cost FILE` replaces it by a measured one."""
+    shape = transformer_shape(model)
+    if device.type == "cuda":
+        return CostModel.from_transformer(
+            **shape, flops_per_s=_GPU_FLOPS_PER_S, bytes_per_element=dtype.itemsize
+        )
+    return CostModel.from_transformer(
+        **shape,
+        flops_per_s=_CPU_FLOPS_PER_S,
+        intra_node_bytes_per_s=_CPU_BYTES_PER_S,
+        inter_node_bytes_per_s=_CPU_BYTES_PER_S,
+        bytes_per_element=dtype.itemsize,
+        ring_step_s=3 * _CPU_TRANSFER_S * shape["num_layers"],
+    )
+
+
+def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[config.dtype]
+
+
+def _open_data(config: TrainConfig) -> TokenDataset:
+    tokenizer = config.tokenizer
+    if tokenizer == "auto":
+        tokenizer = "bpe:4096" if config.model == "demo" else config.model
+    return open_dataset(
+        config.data,
+        tokenizer=tokenizer,
+        text_column=config.text_column,
+        max_length=config.max_length,
+        overlong=config.overlong,
+        strict=config.strict,
+        cache_dir=config.cache_dir,
+    )
+
+
+def _open_model(
+    config: TrainConfig, dataset: TokenDataset, mesh: HDPMesh, dtype: torch.dtype
+) -> CausalLM:
+    """The model with fp32 (fp64) weights on rank 0; others get theirs when it is sharded."""
+    options = {
+        "dtype": torch.float64 if dtype == torch.float64 else torch.float32,
+        "skeleton": mesh.hdp_rank != 0,
+        "attn_backend": config.attention,
+    }
+    if config.model == "demo":
+        shape = {**DEMO_MODEL, "vocab_size": dataset.vocab_size}
+        return build_model(shape, seed=config.seed, **options)
+    if config.random_init:
+        model = build_model(config.model, seed=config.seed, **options)
+    else:
+        model = load_model(config.model, **options)
+    if dataset.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer makes ids up to {dataset.vocab_size - 1}, model {config.model!r} has "
+            f"a vocabulary of {model.config.vocab_size}; use the model's own tokenizer"
+        )
+    return model
+
+
+def _introduce(run: Run, dtype: torch.dtype) -> None:
+    """Say once what runs where: fallbacks are announced, never silent."""
+    mesh, config = run.mesh, run.config
+    kernel = select_kernel(mesh.device, dtype, config.attention)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    run.say(f"{mesh.hdp_size} ranks on {mesh.device.type}, {mesh.ranks_per_node} per node")
+    run.say(
+        f"model {config.model}: {parameters / 1e6:,.1f}M parameters, compute in "
+        f"{str(dtype).removeprefix('torch.')}; attention: {kernel.name}"
+    )
+    run.say(str(run.dataset.report))
+    source = config.cost or "estimated from the model's shape"
+    cp_size = f" with cp_size {config.cp_size}" if config.cp_size else ""
+    run.say(
+        f"plan: {config.policy}{cp_size}, at most {config.max_tokens_per_rank:,} tokens per rank "
+        f"and microbatch; costs: {source}"
+    )

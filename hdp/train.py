@@ -1,0 +1,151 @@
+"""train(): a run, from its configuration to a trained model.
+
+The path, in reading order: data (tokens and lengths) -> sampler (ids of a global batch) -> plan
+(who holds what) -> feed (packed microbatches, one step ahead) -> step (forward, backward, reduce,
+optimize) -> metrics, checkpoints. `run.py` builds the parts and `step.py` is one step; this file
+walks the steps, and resumes, saves and exports.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from .checkpoint import Checkpointer, CheckpointError
+from .config import TrainConfig
+from .data.feed import StepFeed
+from .hf import export_model
+from .mesh import HDPMesh
+from .metrics import MetricsWriter, StepMetrics
+from .observe import Observer, write_trace
+from .optim import learning_rate, set_learning_rate
+from .parallel import full_state_dict
+from .run import Run, set_up
+from .step import train_step
+from .watchdog import Watchdog
+
+_LONG_S = 3600.0  # loading, saving and exporting may take so long before a rank counts as hung
+
+
+def train(config: TrainConfig) -> list[StepMetrics]:
+    """Train as `config` says, on all ranks that torchrun started (without torchrun: on one).
+
+    Returns the metrics of the logged steps, the same on all ranks. Raises ValueError for what
+    cannot be run, NonFiniteError before harm is done, RankFailure when another rank is lost, and
+    CheckpointError if the last save failed.
+    """
+    device = None if config.device == "auto" else config.device
+    with (
+        HDPMesh.create(hdp_size=config.hdp_size, device=device, timeout_s=_LONG_S) as mesh,
+        Watchdog.start(mesh, timeout_s=config.timeout_s) as watchdog,
+    ):
+        with watchdog.allow(_LONG_S, "loading data and model"):
+            run = set_up(config, mesh, watchdog)
+        with Checkpointer(
+            Path(config.run_dir) / "checkpoints",
+            mesh=mesh,
+            keep_last=config.keep_last,
+            model_config=run.model.config.to_dict(),
+            seed=config.seed,
+        ) as checkpointer:
+            with watchdog.allow(_LONG_S, "loading a checkpoint"):
+                last_step, total_tokens = _resume(run, checkpointer)
+            metrics = list(_steps(run, checkpointer, last_step + 1, total_tokens))
+            with watchdog.allow(_LONG_S, "writing the last checkpoint and the model"):
+                checkpointer.wait()
+                if config.export_hf:
+                    _export(run, Path(config.export_hf))
+    return metrics
+
+
+def _steps(
+    run: Run, checkpointer: Checkpointer, first_step: int, total_tokens: int
+) -> Iterator[StepMetrics]:
+    """Run steps first_step .. config.steps; yield the metrics of those that are logged.
+
+    total_tokens: tokens that the run has trained on before.
+    """
+    config, watchdog, sampler = run.config, run.watchdog, run.sampler
+    observer = Observer(run)
+    with (
+        MetricsWriter(
+            Path(config.run_dir), tensorboard=config.tensorboard, enabled=run.is_main
+        ) as writer,
+        StepFeed(
+            run.dataset,
+            sampler,
+            run.plan,
+            rank=run.mesh.hdp_rank,
+            position=sampler.position,
+        ) as feed,
+    ):
+        batches, began = iter(feed), time.perf_counter()
+        for step in range(first_step, config.steps + 1):
+            watchdog.progress(step=step, what="waiting for its plan and tokens")
+            batch = next(batches)
+            lr = learning_rate(config, step)
+            set_learning_rate(run.context.optimizer, lr)
+            result = train_step(run.context, batch)
+            sampler.position = batch.next_position
+            total_tokens += int(batch.plan.seqlens.sum())
+            ended = time.perf_counter()
+            if step % config.log_every == 0 or step == config.steps:
+                metrics = observer.measure(
+                    step,
+                    batch,
+                    result,
+                    lr=lr,
+                    step_s=ended - began,
+                    total_tokens=total_tokens,
+                )
+                run.say(metrics.line(config.steps))
+                writer.write(metrics)
+                yield metrics
+            began = ended
+            if step == config.trace_step:
+                write_trace(run, step, batch)
+            if step == config.steps or (config.save_every and step % config.save_every == 0):
+                with watchdog.allow(_LONG_S, f"saving step {step}"):
+                    _save(run, checkpointer, step, total_tokens)
+
+
+def _resume(run: Run, checkpointer: Checkpointer) -> tuple[int, int]:
+    """(last step trained, tokens trained on) of the newest checkpoint; (0, 0) for a new run."""
+    newest = checkpointer.latest()
+    if newest is None:
+        return 0, 0
+    if not run.config.resume:
+        raise ValueError(
+            f"{newest} exists and --no-resume was given: choose another --run-dir, or remove it"
+        )
+    restored = checkpointer.load(model=run.model, optimizer=run.context.optimizer)
+    assert restored is not None
+    run.sampler.load_state_dict(restored.extra["sampler"])
+    run.say(
+        f"resumed from {restored.path}, step {restored.step}, "
+        f"written by {restored.world_size} ranks"
+    )
+    return restored.step, restored.extra["total_tokens"]
+
+
+def _save(run: Run, checkpointer: Checkpointer, step: int, total_tokens: int) -> None:
+    """Start a save. One that failed before is reported and does not stop the run."""
+    try:
+        checkpointer.wait()
+    except CheckpointError as error:
+        run.say(f"{error}; training goes on")
+    checkpointer.save(
+        step,
+        model=run.model,
+        optimizer=run.context.optimizer,
+        extra={"sampler": run.sampler.state_dict(), "total_tokens": total_tokens},
+    )
+
+
+def _export(run: Run, folder: Path) -> None:
+    """Write the model for `from_pretrained`. Collective; one rank writes."""
+    state = full_state_dict(run.model)
+    if run.is_main:
+        export_model(run.model, folder, state, tokenizer=run.dataset.tokenizer)
+        run.say(f"wrote {folder}: load it with AutoModelForCausalLM.from_pretrained")

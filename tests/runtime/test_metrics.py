@@ -1,0 +1,85 @@
+"""The step line, its file, and the figures in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from hdp.metrics import MetricsWriter, StepMetrics, model_flops, peak_flops, ring_counts
+from hdp.scheduler import StepPlan
+
+METRICS = StepMetrics(
+    step=120,
+    loss=2.34171,
+    grad_norm=0.874,
+    lr=3e-4,
+    num_tokens=350_571,
+    num_loss_tokens=350_000,
+    num_seqs=422,
+    total_tokens=42_000_000,
+    hdp_size=8,
+    step_s=3.912,
+    tokens_per_s_per_rank=11_203.7,
+    mfu=0.4132,
+    bubble=0.0211,
+    planned_bubble=0.018,
+    planned_s=3.8,
+    bytes_sent=123,
+    mem_bytes=int(61.2 * 2**30),
+    data_wait_s=0.0,
+    rings={1: 412, 2: 9, 8: 1},
+)
+
+
+def test_step_line_is_the_documented_one():
+    assert METRICS.line(2000) == (
+        "step 120/2000  loss 2.3417  grad 0.87  lr 3.0e-4  tok/s/rank 11,204  mfu 41.3%  "
+        "bubble 2.1% (plan 1.8%)  rings 1x412 2x9 8x1  mem 61.2 GiB  dt 3.91 s"
+    )
+
+
+def test_step_line_leaves_out_what_is_not_known():
+    line = dataclasses.replace(METRICS, mfu=None).line(2000)
+    assert "mfu" not in line
+    assert "tok/s/rank 11,204  bubble" in line
+
+
+def test_writer_appends_and_tensorboard_reads_back(tmp_path):
+    for step in (1, 2):
+        with MetricsWriter(tmp_path, tensorboard=True) as writer:
+            writer.write(dataclasses.replace(METRICS, step=step))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0]["rings"] == {"1": 412, "2": 9, "8": 1}
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2]
+
+
+def test_disabled_writer_writes_nothing(tmp_path):
+    with MetricsWriter(tmp_path / "run", tensorboard=True, enabled=False) as writer:
+        writer.write(METRICS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_model_flops_by_hand():
+    # one layer of width 8, 100 matmul parameters, sequences of 3 and 5 tokens
+    expected = 6 * 100 * 8 + 6 * 8 * (9 + 25)
+    assert model_flops(num_params=100, num_layers=1, attention_width=8, seqlens=[3, 5]) == expected
+
+
+def test_peak_flops_takes_the_longest_name():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("Somebody's abacus") is None
+
+
+def test_ring_counts():
+    plan = StepPlan.from_lists(
+        [4, 1, 1], [[0, 1], [0], [1]], [[[0, 1]], [[0, 2]]], max_tokens_per_rank=8
+    )
+    assert ring_counts(plan) == {1: 2, 2: 1}
