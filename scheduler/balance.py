@@ -1,19 +1,19 @@
 """hdp: any degree for each sequence, chosen by work and by memory; near-optimal, in milliseconds.
 
-The objective is the finishing time of the step under the plan's real semantics (simulate.py): this
+The objective is the finishing time of the step under the semantics of simulate.py: this
 is scheduling of moldable parallel tasks. What makes it tractable is the long tail of short ones.
 
 1. Target: the lower bound (bounds.py) times some head room.
 2. Degrees: the least that memory allows, widened until no job takes longer than the target times
    `grain`. Wider rings are more work, so the target rises to what the work now needs.
-3. Rings, widest and longest first, go to columns of ranks (columns.py); those for which no column is
-   low enough join several columns (joins.py).
+3. Rings, widest and longest first, go to columns of ranks (columns.py); those for which no column
+   is low enough join several columns (joins.py).
 4. Local jobs, longest first, go to the least loaded rank (fill.py).
 5. On each rank local jobs are packed into microbatches by best fit. They come after the rings, so
    that a rank with local work ends with it (StepPlan.ends_local).
 6. Steps 1 to 5 are tried with less grain and more head room, and with large local jobs among the
-   rings (they may then widen too), until a plan is close enough to the bound or the tries are used
-   up. The first of the best wins.
+   rings (they may then widen too), until a plan is close to the bound or the tries are used up. The
+   first of the best wins.
 """
 
 from __future__ import annotations

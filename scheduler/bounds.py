@@ -12,7 +12,8 @@ rank-seconds. The bound is the smallest T, up to 0.1 %, for which it does. It co
 * pipeline a microbatch passes all pp_size stages before the last one can start, and again after
            it is done: fixed_s for each
 
-Units are left out of account: without them a plan could only be faster.
+The bound is for plans in which a ring is one sequence's. Units are left out of account, and so is
+what sequences of a unit save by going round together: communication is free for batches with units.
 """
 
 from __future__ import annotations
@@ -23,19 +24,21 @@ from dataclasses import replace
 import numpy as np
 
 from .degrees import Degrees, Widening
-from .jobs import Batch
 
 _PRECISION = 1000  # the bound is found up to one part of this
 
 
-def lower_bound_s(batch: Batch, degrees: Degrees | None = None) -> float:
-    """Seconds below which no valid plan can finish (module docstring)."""
-    if degrees is None or batch.has_units:
+def lower_bound_s(degrees: Degrees, ticks: int | None = None) -> float:
+    """Seconds below which no valid plan can finish; `ticks` of lower_bound_ticks if known."""
+    batch = degrees.batch
+    if batch.has_units:
         count = np.arange(batch.num_seqs + 1)
-        degrees = Degrees(replace(batch, job_offsets=count, job_seqs=count[:-1]))
-    ticks = lower_bound_ticks(degrees)
-    fill_s = (batch.pp_size - 1) * batch.cost.fixed_s
-    return ticks * degrees.tick_s + fill_s
+        cost = replace(batch.cost, kv_bytes_per_token=0.0, ring_step_s=0.0)
+        alone = replace(batch, job_offsets=count, job_seqs=count[:-1], cost=cost)
+        degrees, ticks = Degrees(alone), None
+    if ticks is None:
+        ticks = lower_bound_ticks(degrees)
+    return ticks * degrees.tick_s + (batch.pp_size - 1) * batch.cost.fixed_s
 
 
 def lower_bound_ticks(degrees: Degrees) -> int:

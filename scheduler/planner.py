@@ -86,11 +86,16 @@ def plan(
         offload=offload,
         equal_counts=equal_counts,
     )
+    degrees = Degrees(batch)
+    bound = lower_bound_ticks(degrees)
     options: dict[str, Any] = {}
     if policy == "static":
-        options["cp_size"] = cp_size
-    if policy == "hdp":
-        degrees = Degrees(batch)
-        options = {"degrees": degrees, "bound": lower_bound_ticks(degrees)}
+        options = {"cp_size": cp_size}
+    elif policy == "hdp":
+        options = {"degrees": degrees, "bound": bound}
     result = POLICIES[policy](batch, **options)
-    return replace(result, predicted_s=finish_s(result, cost), lower_bound_s=lower_bound_s(batch))
+    return replace(
+        result,
+        predicted_s=finish_s(result, cost),
+        lower_bound_s=lower_bound_s(degrees, bound),
+    )
