@@ -11,9 +11,8 @@ The model stays the ecosystem's and single-device (design.md, decision 9). Three
 * the head: `CausalLM` asks the base model for hidden states and turns them into the labels'
   log-probabilities chunk by chunk (hdp/losses.py); the logits never exist.
 
-A model whose layers need what the ring cannot do is refused by `check_supported` (hf_check.py), by
-the layer's name, rather than trained wrongly. For what is accepted, logprobs and gradients equal
-those of the plain model run sequence by sequence (test_equals_plain_model).
+What the ring cannot do is refused by the layer's name (hf_check.py). For what is accepted, logprobs
+and gradients equal those of the plain model run sequence by sequence (test_equals_plain_model).
 
     model = load_model("Qwen/Qwen3-0.6B")             # or build_model({"model_type": "llama", ...})
     logprobs = model(batch, comm)                     # (total_tokens,)
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 
 ATTENTION = "hdp"  # name in transformers' AttentionInterface
 
-# Keywords by which a layer asks its attention function for what the ring cannot do.
+# Keywords by which a layer asks for what the ring cannot do.
 _FEATURES = {
     "sliding_window": "sliding window",
     "softcap": "soft-capping of attention scores",
@@ -74,8 +73,7 @@ class AttnInputs:
 class CausalLM(nn.Module):
     """A Hugging Face causal LM whose forward gives log-probabilities of a packed microbatch.
 
-    It is the root of FSDP2's wrapping: all parameters of a forward, the LM head's too, are used
-    inside of this one forward.
+    It is FSDP2's root: all parameters, the LM head's too, are used inside of this one forward.
 
     model: a supported `*ForCausalLM`. attn_backend: block kernel by name; None: the best one.
     chunk_tokens: tokens whose logits exist at once; None: see `chunked_logprobs`.
@@ -143,15 +141,13 @@ def build_model(
 
     Args:
         config: {"model_type": "llama", "hidden_size": ...}, a folder or hub name, or a config.
-        dtype: of the weights; fp32 master weights are the rule, `parallel.shard` sets what the
-            layers compute in.
+        dtype: of the weights (fp32 masters); `parallel.shard` sets what the layers compute in.
         seed: of the weights. The same seed gives the same weights whatever the number of ranks.
         skeleton: no weights (meta device): for ranks that get them from rank 0 in `shard`.
         attn_backend: block kernel by name; None: the best one for device and dtype.
         config_overrides: entries of the config to change, for example {"sliding_window": None}.
 
-    Raises:
-        ValueError: no such model type or path, or a model that the ring cannot run.
+    Raises ValueError for no such model type or path, and for a model that the ring cannot run.
     """
     from transformers import AutoModelForCausalLM
 
@@ -206,7 +202,7 @@ def load_model(
     if broken:
         raise ValueError(
             f"checkpoint {str(path)!r} lacks {len(broken)} weights of {type(model).__name__}, "
-            f"first {broken[0]}: it was saved by another kind of model, or is incomplete"
+            f"first {broken[0]}: another kind of model, or incomplete"
         )
     return CausalLM(model.train(), attn_backend=attn_backend)
 
@@ -245,8 +241,7 @@ def export_model(
         tokenizer: anything with `save_pretrained(folder)`, or None.
         dtype: of the written weights; None: as they are.
 
-    Raises:
-        ValueError: weights are missing, or `path` holds something else than an export.
+    Raises ValueError if weights are missing, or if `path` holds something else than an export.
     """
     from transformers import AutoModelForCausalLM
 
@@ -259,9 +254,9 @@ def export_model(
     }
     config = copy.deepcopy(model.config)
     config._attn_implementation = None  # ours; the loading side chooses its own
-    first = next(iter(weights.values()), torch.empty(0))
+    written_dtype = next(iter(weights.values())).dtype if weights else dtype
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=first.dtype)
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=written_dtype)
     skeleton.generation_config = model.model.generation_config
     missing = sorted(skeleton.state_dict().keys() - weights.keys())
     if missing:
@@ -298,8 +293,8 @@ def transformer_shape(model: CausalLM | PreTrainedModel) -> dict[str, int]:
 def register_attention() -> None:
     """Make `attn_implementation="hdp"` known to transformers; again and again does no harm.
 
-    No mask function is registered beside it: then transformers builds no mask at all, and does not
-    search the position ids for document boundaries either (which waits for the GPU).
+    No mask function beside it: then transformers builds no mask, and does not search the position
+    ids for document boundaries either (which would wait for the GPU).
     """
     from transformers import AttentionInterface
 
@@ -345,7 +340,7 @@ def hdp_attention(
     return out[None], None
 
 
-# ---- configs ----
+# ---- configs and files ----
 
 
 def _resolve_config(config: Any, overrides: Mapping[str, Any] | None) -> PreTrainedConfig:
@@ -402,4 +397,4 @@ def _is_export_or_empty(path: Path) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__

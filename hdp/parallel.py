@@ -14,7 +14,7 @@ next would wait for a rank that waits for us. So:
 
     unshard_all(model)                          # 1. all-gathers, all ranks, before the first one
     for i, batch in enumerate(batches):         #    any number of them, rings included
-        set_microbatch(model, last=overlap and i == len(batches) - 1)
+        set_microbatch(model, reduce=overlap and i == len(batches) - 1)
         loss(model(batch, comm)).backward()     # 2. the last backward: reduce-scatters, reshards
     if not overlap:
         reduce_gradients(model)                 # 2. or after it, where the last is on a ring
@@ -29,7 +29,8 @@ is the last one of all of its ranks or of none; StepPlan.ends_local says that it
 The price of that order: between 1 and 2 a rank holds all parameters in `param_dtype` and, if it has
 more than one microbatch, all gradients in fp32.
 
-Invariants (each has a test of the same name in tests/runtime/test_parallel.py):
+Invariants (each has a test of the same name in tests/runtime/test_parallel.py or
+test_shards.py):
 
 * gradients_are_dense_sums       on any number of ranks and microbatches, rings included
 * no_collective_in_between       nothing but ring transfers between 1 and the last backward
@@ -219,8 +220,8 @@ def reshard_all(model: nn.Module) -> None:
         module.reshard()
 
 
-def set_microbatch(model: nn.Module, *, last: bool) -> None:
-    """Prepare for one microbatch. last: its backward reduces the gradients of all microbatches
+def set_microbatch(model: nn.Module, *, reduce: bool) -> None:
+    """Prepare for one microbatch. reduce: its backward reduces the gradients of all microbatches
     so far, layer by layer, and reshards: for a rank's last one, on all ranks or on none.
 
     Raises RuntimeError if the parameters have not been gathered: the forward would do so itself,
@@ -233,8 +234,8 @@ def set_microbatch(model: nn.Module, *, last: bool) -> None:
             "unshard_all(model) before the first microbatch of a step"
         )
     root: Any = model
-    root.set_requires_gradient_sync(last)
-    root.set_reshard_after_backward(last)
+    root.set_requires_gradient_sync(reduce)
+    root.set_reshard_after_backward(reduce)
 
 
 def reduce_gradients(model: nn.Module) -> None:
@@ -243,7 +244,7 @@ def reduce_gradients(model: nn.Module) -> None:
     For steps in which no backward did it: nothing is hidden behind compute, but no order of
     microbatches can deadlock.
     """
-    set_microbatch(model, last=True)
+    set_microbatch(model, reduce=True)
     # What FSDP2 does at the end of a backward for units whose own hook did not fire: here, all.
     _root_state(model)._root_post_backward_final_callback()
 

@@ -71,6 +71,7 @@ FOREIGN = {
     "tqdm": "hdp/console.py",
     "tensorboard": "hdp/metrics.py",
     "apex": "hdp/optim.py",
+    "amp_C": "hdp/optim.py",
 }
 # Parts of libraries with the same rule: everything else goes through that file.
 FOREIGN_PARTS = {

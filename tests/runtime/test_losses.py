@@ -228,3 +228,20 @@ def test_bad_counts_are_named():
         token_cross_entropy(torch.zeros(3), global_count=0)
     with pytest.raises(ValueError, match="chunk_tokens=0"):
         chunked_logprobs(*_inputs(2, 3, 4)[:3], chunk_tokens=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_cuda_bf16_is_as_close_as_its_inputs(softcap):
+    """On CUDA the half-precision matmuls return their fp32 sums: another path than the CPU's."""
+    hidden, weight, labels, _ = _inputs(4000, 256, 5000, dtype=torch.bfloat16)
+    hidden, weight = (x.detach().cuda().requires_grad_() for x in (hidden / 8, weight / 8))
+    labels = labels.cuda()
+    ours = chunked_logprobs(hidden, weight, labels, chunk_tokens=700, softcap=softcap)
+    exact_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    exact = _dense_logprobs(*exact_inputs, labels, softcap=softcap)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+    got = torch.autograd.grad(ours.sum(), [hidden, weight])
+    want = torch.autograd.grad(exact.sum(), exact_inputs)
+    for g, w in zip(got, want, strict=True):
+        assert (g.double() - w).norm() / w.norm() < 5e-3

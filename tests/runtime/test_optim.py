@@ -166,7 +166,7 @@ def _sharded_run(rank, world_size):
     assert optimizer_name(optimizer) == "AdamW (torch, fused)"
     for step_gradients in gradients:
         unshard_all(model)
-        set_microbatch(model, last=True)
+        set_microbatch(model, reduce=True)
         # A loss whose gradient is the given one, all of it from the last rank.
         share = 1.0 if rank == world_size - 1 else 0.0
         out = model(torch.ones(1, 7, dtype=torch.float64)).sum() * 0
