@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .comm import RingComm
+from .comm import RingComm, Shift
 from .kernels import BlockKernel, lse_dtype, select_kernel
 from .layout import RingLayout
 
@@ -171,24 +171,25 @@ class _Rotation:
         self, block: Tensor, layout: RingLayout, comm: RingComm | None, round_trip: bool = False
     ) -> None:
         self._layout, self._comm = layout, comm
-        size = layout.ring_size
-        self._hops_left = (size if round_trip else size - 1) if size > 1 else 0
+        self._num_hops = len(layout.steps) + (round_trip and bool(layout.steps))
         self._hop = 0
-        self._pending = None
+        self._pending: Shift | None = None
         self.send(block)
 
     def send(self, block: Tensor) -> None:
         """Start the next hop, if there is one, with `block`, the one that arrived last."""
-        if self._hop == self._hops_left:
+        if self._hop == self._num_hops:
             return
         self._hop += 1
         layout = self._layout
+        assert self._comm is not None  # _check_inputs
         source = (layout.ring_rank - self._hop) % layout.ring_size
         shape = (2, layout.ring_tokens_at(source), *block.shape[2:])
         self._pending = self._comm.shift(block, layout.ring, layout.ring_rank, shape)
 
     def next(self, forward: bool = True) -> Tensor:
         """The block that arrives now; `forward` sends it on at once, unchanged."""
+        assert self._pending is not None, "more blocks asked for than there are hops"
         block = self._pending.wait()
         if forward:
             self.send(block)

@@ -1,8 +1,8 @@
 """Observer: a finished step's figures, and its planned and measured timelines side by side.
 
-Measured and predicted are the same quantities: busy is the time in which a rank computes; the bubble
-is the share of ranks x time, from the agreement on the plan to the end of the reduction, in which
-they wait: for the ring, for other ranks, for gradients.
+Measured and predicted are the same quantities: busy is the time in which a rank computes; the
+bubble is the share of ranks x time, from the agreement on the plan to the end of the reduction, in
+which they wait: for the ring, for other ranks, for gradients.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,8 +32,9 @@ class Observer:
     def __init__(self, run: Run) -> None:
         self._run = run
         shape = transformer_shape(run.model)
-        embedding = run.model.model.get_input_embeddings().weight
-        head = run.model.model.get_output_embeddings().weight
+        hf_model: Any = run.model.model
+        embedding = hf_model.get_input_embeddings().weight
+        head = hf_model.get_output_embeddings().weight
         parameters = sum(p.numel() for p in run.model.parameters())
         self._flops = {
             # a tied embedding works once, as the head; an untied one is looked up, not multiplied

@@ -57,6 +57,6 @@ class StepRecorder:
                 wait_at = self._clock.seconds(self._origin, wait_begin)
                 add(kind, name, at, wait_at)
                 at = self._clock.seconds(self._origin, wait_end)
-                add("wait", f"{name}: ring", wait_at, at)
+                add("wait", name, wait_at, at)
             add(kind, name, at, self._clock.seconds(self._origin, end))
         return result

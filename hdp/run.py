@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,7 +160,7 @@ def _open_model(
     config: TrainConfig, dataset: TokenDataset, mesh: HDPMesh, dtype: torch.dtype
 ) -> CausalLM:
     """The model with fp32 (fp64) weights on rank 0; others get theirs when it is sharded."""
-    options = {
+    options: dict[str, Any] = {
         "dtype": torch.float64 if dtype == torch.float64 else torch.float32,
         "skeleton": mesh.hdp_rank != 0,
         "attn_backend": config.attention,

@@ -72,7 +72,7 @@ def train_step(context: StepContext, step: StepBatch) -> StepResult:
     losses = []
     for i, batch in enumerate(step.batches):  # 3
         context.on_microbatch(i, batch.layout.ring)
-        with recorder.span("compute", f"microbatch {i}"):
+        with recorder.span("compute", str(i)):
             set_microbatch(model, reduce=overlap and i == len(step.batches) - 1)
             logprobs = model(batch.to(mesh.device), context.comm)
             loss = -logprobs.sum() / max(step.num_loss_tokens, 1)

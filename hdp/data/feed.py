@@ -94,8 +94,5 @@ class _LazySamples:
     def __init__(self, dataset: TokenDataset, seq_ids: np.ndarray) -> None:
         self._dataset, self._seq_ids = dataset, seq_ids
 
-    def __len__(self) -> int:
-        return len(self._seq_ids)
-
     def __getitem__(self, index: int) -> Sample:
         return self._dataset[int(self._seq_ids[index])]

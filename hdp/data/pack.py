@@ -8,8 +8,8 @@ which lives on another rank).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -74,7 +74,13 @@ class PackedBatch:
         )
 
 
-def pack(plan: StepPlan, rank: int, index: int, samples: Sequence[Sample]) -> PackedBatch:
+class Samples(Protocol):
+    """Sequence s of a plan by index: a list, or something that reads when asked."""
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+def pack(plan: StepPlan, rank: int, index: int, samples: Samples) -> PackedBatch:
     """Rank `rank`'s `index`-th microbatch of the plan, on the CPU.
 
     samples[s] is sequence s of the plan. Raises ValueError if its length is not plan.seqlens[s].
@@ -82,7 +88,7 @@ def pack(plan: StepPlan, rank: int, index: int, samples: Sequence[Sample]) -> Pa
     return pack_microbatch(plan.microbatches(rank)[index], rank, samples)
 
 
-def pack_microbatch(microbatch: Microbatch, rank: int, samples: Sequence[Sample]) -> PackedBatch:
+def pack_microbatch(microbatch: Microbatch, rank: int, samples: Samples) -> PackedBatch:
     """`pack()` for a microbatch already taken from the plan."""
     for piece in microbatch.pieces:
         if len(samples[piece.seq].input_ids) != piece.seqlen:
