@@ -129,7 +129,11 @@ class Watchdog:
         ring: tuple[int, ...] = (),
         what: str = "",
     ) -> None:
-        """A sign of progress, and where this rank is. `ring`: ranks that share the microbatch."""
+        """A sign of progress, and where this rank is; without `step`, in the same step as before.
+
+        `ring`: ranks that share the microbatch.
+        """
+        step = self._place.get("step") if step is None else step
         self._place = {"step": step, "microbatch": microbatch, "ring": ring, "what": what}
         self._progress += 1
 
