@@ -43,16 +43,24 @@ IMPORTS: dict[str, set[str]] = {
     "parallel": set(),
     "recorder": {"clock", "comm", "scheduler"},
     "step": {"comm", "data", "mesh", "parallel", "recorder"},
-    # a run
+    # what a run needs beside steps
     "config": set(),
     "monitor": set(),
     "watchdog": {"mesh", "monitor"},
     "optim": set(),
-    "checkpoint": set(),
+    "rng": set(),
+    "checkpoint_dir": set(),
+    "checkpoint": {"checkpoint_dir", "mesh", "rng"},
     "metrics": {"scheduler"},
+    # a run: its parts connected, watched, walked
+    "run": {
+        *("comm", "config", "console", "data", "hf", "kernels", "mesh", "optim", "parallel"),
+        *("recorder", "scheduler", "step", "watchdog"),
+    },
+    "observe": {"data", "hf", "metrics", "run", "scheduler", "step"},
     "train": {
-        *("checkpoint", "comm", "config", "console", "data", "hf", "mesh", "metrics", "optim"),
-        *("parallel", "recorder", "scheduler", "step", "watchdog"),
+        *("checkpoint", "config", "data", "hf", "mesh", "metrics", "observe", "optim"),
+        *("parallel", "run", "step", "watchdog"),
     },
     # the command line
     "machine": {"kernels"},
