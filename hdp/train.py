@@ -49,6 +49,8 @@ def train(config: TrainConfig) -> list[StepMetrics]:
             model_config=run.model.config.to_dict(),
             seed=config.seed,
         ) as checkpointer:
+            if run.is_main:
+                (Path(config.run_dir) / "config.json").write_text(config.to_json() + "\n")
             with watchdog.allow(_LONG_S, "loading a checkpoint"):
                 last_step, total_tokens = _resume(run, checkpointer)
             metrics = list(_steps(run, checkpointer, last_step + 1, total_tokens))

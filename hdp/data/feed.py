@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -24,7 +25,15 @@ from hdp.scheduler import StepPlan
 
 from .dataset import TokenDataset
 from .pack import PackedBatch, Sample, pack_microbatch
-from .sampler import Position, Sampler
+from .sampler import Position
+
+
+class Batches(Protocol):
+    """Global batches as a pure function of a position: a `Sampler`, or another order."""
+
+    def batch_at(self, position: Position, /) -> tuple[np.ndarray, Position]:
+        """(sequence ids of the batch at `position`, position of the next batch)."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +54,7 @@ class StepFeed:
     def __init__(
         self,
         dataset: TokenDataset,
-        sampler: Sampler,
+        sampler: Batches,
         make_plan: Callable[[np.ndarray], StepPlan],
         *,
         rank: int,

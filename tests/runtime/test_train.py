@@ -1,0 +1,185 @@
+"""Whole runs: the same batches and losses on any number of ranks, resumed or not."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from hdp.config import TrainConfig
+from tests.run_ranks import RankError, run_ranks
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder of long-tailed text files and a model's config."""
+    root = tmp_path_factory.mktemp("inputs")
+    rng = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "ring", "rank", "plan", "\n"]
+    (root / "text").mkdir()
+    for i in range(60):
+        length = min(700, int(rng.lognormvariate(4.0, 1.2)) + 1)
+        text = " ".join(rng.choice(words) for _ in range(length))[:length]
+        (root / "text" / f"{i:03}.txt").write_text(text)
+    (root / "model").mkdir()
+    (root / "model" / "config.json").write_text(json.dumps(MODEL))
+    return root
+
+
+def config(inputs, run_dir, **options) -> TrainConfig:
+    defaults = {
+        "model": str(inputs / "model"),
+        "random_init": True,
+        "data": str(inputs / "text"),
+        "tokenizer": "bytes",
+        "cache_dir": str(inputs / "cache"),
+        "device": "cpu",
+        "steps": 30,
+        "batch_tokens": 900,
+        "max_tokens_per_rank": 704,
+        "warmup_steps": 5,
+        "lr": 1e-2,
+        "run_dir": str(run_dir),
+        "tensorboard": False,
+        "timeout_s": 60.0,
+    }
+    return TrainConfig(**{**defaults, **options})
+
+
+def _train(rank, world, options):
+    from hdp.train import train
+
+    return [(m.step, m.loss, m.num_seqs, m.num_loss_tokens, m.rings) for m in train(options)]
+
+
+def _losses(rows):
+    return np.array([loss for _, loss, *_ in rows])
+
+
+def test_losses_do_not_depend_on_the_world_size_or_the_policy(inputs, tmp_path):
+    """30 steps in fp32 on 1, 2 and 4 ranks, hdp and static: same batches, losses to 1e-4."""
+    runs = {
+        "1 rank": (1, {}),
+        "2 ranks": (2, {"max_tokens_per_rank": 352}),
+        "4 ranks": (4, {"max_tokens_per_rank": 176}),
+        "4 ranks, static": (
+            4,
+            {"policy": "static", "cp_size": 4, "max_tokens_per_rank": 176},
+        ),
+        "2 ranks, checkpointing": (
+            2,
+            {"max_tokens_per_rank": 400, "activation_checkpointing": True},
+        ),
+    }
+    results = {}
+    for i, (name, (world, options)) in enumerate(runs.items()):
+        by_rank = run_ranks(_train, world, config(inputs, tmp_path / str(i), **options))
+        assert all(rows == by_rank[0] for rows in by_rank), "metrics differ between ranks"
+        results[name] = by_rank[0]
+    one = results["1 rank"]
+    assert len(one) == 30
+    assert _losses(one)[-5:].mean() < _losses(one)[:5].mean() - 0.5, "it does not learn"
+    for name, rows in results.items():
+        assert [row[2:4] for row in rows] == [row[2:4] for row in one], f"{name}: other batches"
+        np.testing.assert_allclose(_losses(rows), _losses(one), rtol=1e-4, err_msg=name)
+    # the runs really differed in how they cut the batches
+    assert set(results["1 rank"][0][4]) == {1}
+    assert any(max(row[4]) == 4 and min(row[4]) < 4 for row in results["4 ranks"])
+    assert all(set(row[4]) == {4} for row in results["4 ranks, static"])
+
+
+def test_resume_on_another_number_of_ranks_continues_the_run(inputs, tmp_path):
+    whole = run_ranks(_train, 2, config(inputs, tmp_path / "whole", steps=12))[0]
+    part = config(inputs, tmp_path / "part", steps=12, save_every=5, keep_last=1)
+    # the schedule is that of 12 steps; stop after 7 as a time limit would, with 5 saved
+    first = run_ranks(_train_until, 2, part, 7)[0]
+    second = run_ranks(_train, 3, part)[0]
+    assert [row[0] for row in first] == [*range(1, 8)]
+    assert [row[0] for row in second] == [*range(6, 13)]
+    np.testing.assert_allclose(_losses(second), _losses(whole)[5:], rtol=1e-4)
+    assert [row[2:4] for row in second] == [row[2:4] for row in whole[5:]]
+    saved = [path.name for path in (tmp_path / "part" / "checkpoints").iterdir() if path.is_dir()]
+    assert len(saved) == 1
+    # a finished run has nothing left to do
+    assert run_ranks(_train, 1, part)[0] == []
+
+
+def _train_until(rank, world, options, last):
+    """Leave the loop after a step, with all background work done: as if the job's time were up."""
+    import hdp.train as module
+
+    steps = module._steps
+
+    def some(run, checkpointer, *rest):
+        rows = []
+        for metrics in steps(run, checkpointer, *rest):
+            rows.append(metrics)
+            if metrics.step == last:
+                break
+        return rows
+
+    module._steps = some
+    return _train(rank, world, options)
+
+
+def test_export_is_what_from_pretrained_loads(inputs, tmp_path):
+    out = tmp_path / "exported"
+    options = config(inputs, tmp_path / "run", steps=3, export_hf=str(out))
+    trained = run_ranks(_train, 2, options)[0]
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("alpha beta gamma", return_tensors="pt").input_ids
+    assert model(ids).logits.isfinite().all()
+    # and it goes on as a model to train: its loss is where the run left it
+    again = config(inputs, tmp_path / "again", steps=1, model=str(out), random_init=False, lr=1e-9)
+    resumed = run_ranks(_train, 1, again)[0]
+    assert abs(resumed[0][1] - trained[-1][1]) < 0.6
+
+
+def test_a_document_that_no_ring_can_hold_is_an_error_with_a_remedy(inputs, tmp_path):
+    with pytest.raises(RankError, match=r"2 ranks of 100 tokens hold 200 .*--max-length 200"):
+        run_ranks(_train, 2, config(inputs, tmp_path, max_tokens_per_rank=100))
+
+
+def test_trace_step_writes_planned_and_measured(inputs, tmp_path):
+    run_ranks(_train, 2, config(inputs, tmp_path, steps=2, trace_step=2))
+    events = json.loads((tmp_path / "timeline_2.json").read_text())["traceEvents"]
+    names = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert len(names) == 2
+    assert any("measured" in name for name in names)
+    assert (tmp_path / "timeline_2.png").stat().st_size > 10_000
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert 0.0 <= rows[0]["bubble"] < 1.0
+    assert json.loads((tmp_path / "config.json").read_text())["trace_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "--steps must be 1 or more, got 0"),
+        ({"lr": 0.0}, "--lr must be above 0"),
+        ({"policy": "static"}, "--cp-size belongs to --policy static"),
+        ({"cp_size": 2}, "--cp-size belongs to --policy static"),
+        ({"overlong": "drop"}, "--max-length"),
+        ({"min_lr_ratio": 2.0}, "in \\[0, 1\\]"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)

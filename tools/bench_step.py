@@ -1,0 +1,183 @@
+"""Training steps under HDP and under static context parallelism: same batches, same run.
+
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tools/bench_step.py
+
+Each batch has one long document and short ones beside it. All policies train each batch in turn,
+the order rotating from batch to batch, so that noise of the machine hits all alike; figures are
+medians over the batches and ratios to the first policy. On a CPU use 2 ranks of one thread each on
+two cores: more ranks share the cores, and the time that one waits goes to the others.
+
+Learning rate 0: every policy sees the same weights, and their losses must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+
+from hdp import console
+from hdp.config import TrainConfig
+from hdp.data.feed import StepBatch, StepFeed
+from hdp.mesh import HDPMesh
+from hdp.observe import Observer
+from hdp.run import Run, set_up
+from hdp.step import train_step
+from hdp.watchdog import Watchdog
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneLongEach:
+    """A sampler: batch i is the i-th long document and the short ones that fit beside it."""
+
+    seqlens: np.ndarray
+    batch_tokens: int
+    long_tokens: int  # documents of at least this length are the long ones
+    short_tokens: int  # documents of at most this length are the short ones
+
+    def batch_at(self, position: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+        order = np.random.default_rng(0).permutation(len(self.seqlens))
+        long = order[self.seqlens[order] >= self.long_tokens]
+        short = order[self.seqlens[order] <= self.short_tokens]
+        first = long[position[1] % len(long)]
+        start = position[1] * 97 % len(short)
+        others = np.roll(short, -start)
+        room = self.batch_tokens - self.seqlens[first]
+        others = others[np.cumsum(self.seqlens[others]) <= room]
+        return np.concatenate([[first], others]), (0, position[1] + 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One policy on one batch."""
+
+    step_s: float
+    predicted_s: float
+    bubble: float
+    planned_bubble: float
+    bytes_sent: int
+    num_tokens: int
+    loss: float
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--policies", default="static,hdp", help="the first is the baseline")
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--long-tokens", type=int, default=8192, help="the long document")
+    parser.add_argument("--short-tokens", type=int, default=1024, help="the longest short one")
+    parser.add_argument("--batch-tokens", type=int, default=24576)
+    parser.add_argument("--max-tokens-per-rank", type=int, default=4096)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--data", default="stdlib")
+    parser.add_argument("--cost", help="JSON of a CostModel (tools/profile.py)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(1)
+    config = TrainConfig(
+        model=args.model,
+        data=args.data,
+        max_length=args.long_tokens,
+        overlong="truncate",
+        max_tokens_per_rank=args.max_tokens_per_rank,
+        batch_tokens=args.batch_tokens,
+        cost=args.cost,
+        device=args.device,
+        lr=1e-30,  # the smallest that TrainConfig takes: weights stay what they are
+        weight_decay=0.0,
+    )
+    device = None if args.device == "auto" else args.device
+    with HDPMesh.create(device=device) as mesh, Watchdog.start(mesh, timeout_s=3600) as watchdog:
+        run = set_up(config, mesh, watchdog)
+        rows = bench(run, args)
+        if run.is_main:
+            report(run, args, rows)
+
+
+def bench(run: Run, args: argparse.Namespace) -> dict[str, list[Row]]:
+    """All policies on all batches, after one batch of warm-up each."""
+    sampler = OneLongEach(
+        seqlens=run.dataset.seqlens,
+        batch_tokens=args.batch_tokens,
+        long_tokens=args.long_tokens,
+        short_tokens=args.short_tokens,
+    )
+    policies = args.policies.split(",")
+    feeds = {}
+    for policy in policies:
+        cp_size = run.mesh.hdp_size if policy == "static" else None
+        options = dataclasses.replace(run.config, policy=policy, cp_size=cp_size)
+        planner = dataclasses.replace(run, config=options)
+        feeds[policy] = StepFeed(
+            run.dataset, sampler, planner.plan, rank=run.mesh.hdp_rank, position=(0, 0)
+        )
+    observer = Observer(run)
+    rows: dict[str, list[Row]] = {policy: [] for policy in policies}
+    for batch in range(args.batches + 1):
+        shift = batch % len(policies)
+        for policy in policies[shift:] + policies[:shift]:
+            step = feeds[policy].make((0, batch))
+            row = measure(run, observer, step)
+            if batch:
+                rows[policy].append(row)
+    return rows
+
+
+def measure(run: Run, observer: Observer, step: StepBatch) -> Row:
+    """One step: forward, backward, reduction, optimizer."""
+    began = time.perf_counter()
+    result = train_step(run.context, step)
+    step_s = time.perf_counter() - began
+    metrics = observer.measure(1, step, result, lr=0.0, step_s=step_s, total_tokens=0)
+    return Row(
+        step_s=step_s,
+        predicted_s=metrics.planned_s,
+        bubble=metrics.bubble,
+        planned_bubble=metrics.planned_bubble,
+        bytes_sent=metrics.bytes_sent,
+        num_tokens=metrics.num_tokens,
+        loss=metrics.loss,
+    )
+
+
+def report(run: Run, args: argparse.Namespace, rows: dict[str, list[Row]]) -> None:
+    """Print the table; fail if the policies' losses differ."""
+    base = next(iter(rows.values()))
+    table = []
+    for policy, mine in rows.items():
+        speedup = median(b.step_s / m.step_s for b, m in zip(base, mine, strict=True))
+        table.append(
+            [
+                policy,
+                f"{median(m.num_tokens / m.step_s for m in mine):,.0f}",
+                f"{median(m.step_s for m in mine):.3f}",
+                f"{median(m.predicted_s for m in mine):.3f}",
+                f"{median(m.bubble for m in mine):.1%}",
+                f"{median(m.planned_bubble for m in mine):.1%}",
+                f"{median(m.bytes_sent for m in mine) / 1e6:.1f}",
+                f"{speedup:.2f}x",
+            ]
+        )
+    columns = ["policy", "tokens/s", "step s", "plan s", "bubble", "plan", "MB sent", "speed-up"]
+    title = (
+        f"{run.mesh.hdp_size} ranks on {run.mesh.device.type}, {args.batches} batches of "
+        f"{args.batch_tokens:,} tokens, one document of {args.long_tokens:,} in each"
+    )
+    console.print_table(columns, table, title=title)
+    for policy, mine in rows.items():
+        worst = max(abs(m.loss - b.loss) / b.loss for m, b in zip(mine, base, strict=True))
+        tolerance = 1e-5 if run.mesh.device.type == "cpu" else 1e-2
+        assert worst < tolerance, f"{policy}: losses differ by {worst:.2e} from the baseline's"
+
+
+if __name__ == "__main__":
+    main()
