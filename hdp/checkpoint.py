@@ -30,24 +30,25 @@ A checkpoint is trusted input: torch's own part of it is a pickle.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import shutil
 import time
 import uuid
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -60,6 +61,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from . import __version__
+from .agree import on_all_ranks, on_rank_0
 from .checkpoint_dir import (
     CheckpointInfo,
     ChecksumStream,
@@ -77,9 +79,9 @@ from .checkpoint_dir import (
 from .mesh import HDPMesh
 from .rng import pack_rng, seed_rng, unpack_rng
 
-T = TypeVar("T")
 SAVE_TIMEOUT_S = 3600.0
 _SHARED_S = 10.0
+_LEAVE_S = 30.0
 # One name per tensor whatever the order of parameters and groups.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -112,8 +114,9 @@ class Checkpointer:
     ) -> None:
         """Take `directory` (made if need be, shared by all nodes) and clean up after killed saves.
 
-        `model_config`: anything JSON can hold; loading into a model with another one is an error.
-        `keep_last`: complete checkpoints to keep, None for all. Raises ValueError on all ranks.
+        `model_config`: what defines the model, as JSON can hold it; loading a checkpoint with
+        another one is an error, so leave out what may change (versions, paths). `keep_last`:
+        complete checkpoints to keep, None for all. Raises ValueError on all ranks.
         """
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"keep_last={keep_last} must be at least 1, or None to keep all")
@@ -144,7 +147,7 @@ class Checkpointer:
                 use_non_blocking_copy=cuda,
             )
         )
-        self._start = self._on_rank_0(self._take_directory)
+        self._start = on_rank_0(self._take_directory, self._group)
         self._check_shared()
 
     # ---- saving ----
@@ -180,13 +183,9 @@ class Checkpointer:
         final = step_path(self.directory, step)
         writer = _Writer(saving_path(final, self._start), final, info, self.keep_last)
         self.status = f"saving step {step}"
-        with _quiet():
-            self._saving = dcp.async_save(  # type: ignore[assignment]
-                state,
-                storage_writer=writer,
-                process_group=self._group,
-                async_stager=self._stager,
-            )
+        self._saving = dcp.async_save(  # type: ignore[assignment]
+            state, storage_writer=writer, process_group=self._group, async_stager=self._stager
+        )
 
     def wait(self) -> None:
         """Wait for the save in progress. Raises CheckpointError on all ranks if it failed."""
@@ -195,9 +194,7 @@ class Checkpointer:
             return
         try:
             saving.result()
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # dcp.CheckpointException is no Exception
+        except (Exception, CheckpointException) as error:
             self.status = f"saving step {self._step} failed"
             final = step_path(self.directory, self._step)
             if self._mesh.hdp_rank == 0:
@@ -218,7 +215,7 @@ class Checkpointer:
 
     def latest(self) -> Path | None:
         """The checkpoint committed last; the same on all ranks."""
-        found = self._on_rank_0(lambda: committed(self.directory))
+        found = on_rank_0(lambda: committed(self.directory), self._group)
         return found[-1] if found else None
 
     def load(
@@ -238,23 +235,29 @@ class Checkpointer:
         checkpoint = self.latest() if path is None else Path(path).absolute()
         if checkpoint is None:
             return None
-        info = self._on_rank_0(lambda: self._read_info(checkpoint))
+        info = on_rank_0(lambda: self._read_info(checkpoint), self._group)
         names = sorted(info.files)[self._mesh.hdp_rank :: self._mesh.hdp_size]
-        self._agreed(lambda: info.verify(checkpoint, names))
+        on_all_ranks(lambda: info.verify(checkpoint, names), self._group)
         reader = dcp.FileSystemReader(checkpoint)
-        metadata = self._agreed(reader.read_metadata)
+        metadata = on_all_ranks(reader.read_metadata, self._group)
         state = _state_of(model, optimizer)
-        self._agreed(lambda: _compare(state, metadata, checkpoint))
+        on_all_ranks(lambda: _compare(state, metadata, checkpoint), self._group)
         own_rng = f"rng.{self._mesh.hdp_rank}"
         continues = info.world_size == self._mesh.hdp_size
         if continues:
             saved = cast(TensorStorageMetadata, metadata.state_dict_metadata[own_rng])
             state["rng"] = {str(self._mesh.hdp_rank): torch.empty(saved.size, dtype=torch.uint8)}
-        with _quiet():
+        try:
             dcp.load(state, storage_reader=reader, process_group=self._group)
-            set_model_state_dict(model, state["model"])
-            if optimizer is not None:
-                set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
+        except CheckpointException as error:
+            raise CheckpointError(
+                f"reading {checkpoint} failed{_reason(error)}, after all checks; model and "
+                "optimizer "
+                "may hold a part of it"
+            ) from error
+        set_model_state_dict(model, state["model"])
+        if optimizer is not None:
+            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
         if continues:
             unpack_rng(state["rng"][str(self._mesh.hdp_rank)], self._mesh.device)
         else:
@@ -300,13 +303,16 @@ class Checkpointer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # After an error other ranks may be gone, and a save with them: waiting could take for ever.
         if error is None:
             self.close()
-        else:
-            self._release()
+            return
+        # The error may be everybody's (a non-finite loss), and then the save is worth finishing; or
+        # another rank is gone, and it never will.
+        if self._saving is not None:
+            concurrent.futures.wait([self._saving], timeout=_LEAVE_S)
+        self._release()
 
-    # ---- agreement between ranks, over the checkpointer's own group ----
+    # ---- the folder ----
 
     def _take_directory(self) -> str:
         try:
@@ -320,13 +326,11 @@ class Checkpointer:
     def _check_shared(self) -> None:
         """All ranks must see one folder, or their shards would end in different ones."""
         mark = self.directory / ".shared"
-        self._on_rank_0(lambda: mark.write_text("all ranks of this run must see this file"))
+        on_rank_0(lambda: mark.write_text("all ranks must see this file"), self._group)
 
         def seen() -> None:
-            deadline = (
-                time.monotonic() + _SHARED_S
-            )  # network file systems remember what was not there
-            while not mark.exists():
+            deadline = time.monotonic() + _SHARED_S
+            while not mark.exists():  # network file systems remember for a while what was not there
                 if time.monotonic() > deadline:
                     raise ValueError(
                         f"{self.directory} is not the folder that rank 0 sees; checkpoints need a "
@@ -334,40 +338,12 @@ class Checkpointer:
                     )
                 time.sleep(0.1)
 
-        self._agreed(seen)
-        self._on_rank_0(lambda: mark.unlink(missing_ok=True))
-
-    def _on_rank_0(self, call: Callable[[], T]) -> T:
-        """The result of `call` on rank 0, on all ranks; what it raises there is raised on all."""
-        outcome: list[Any] = [None, None]
-        if self._mesh.hdp_rank == 0:
-            try:
-                outcome[0] = call()
-            except (OSError, ValueError) as error:
-                outcome[1] = error
-        source = dist.get_global_rank(self._group, 0)
-        dist.broadcast_object_list(outcome, src=source, group=self._group)
-        if outcome[1] is not None:
-            raise ValueError(str(outcome[1])) from outcome[1]
-        return outcome[0]
-
-    def _agreed(self, call: Callable[[], T]) -> T:
-        """`call` on each rank; if it raises on one, ValueError on all, in the first one's words."""
-        result, failure = None, ""
-        try:
-            result = call()
-        except Exception as error:
-            failure = str(error) if isinstance(error, ValueError) else repr(error)
-        failures = [""] * self._mesh.hdp_size
-        dist.all_gather_object(failures, failure, group=self._group)
-        for rank, text in enumerate(failures):
-            if text:
-                raise ValueError(f"{text} (found by rank {rank})")
-        return cast(T, result)
+        on_all_ranks(seen, self._group)
+        on_rank_0(lambda: mark.unlink(missing_ok=True), self._group)
 
 
 def full_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state, unsharded, on rank 0 in host memory; {} on other ranks. Collective."""
+    """The model's state, unsharded, on global rank 0 in host memory; {} elsewhere. Collective."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return cast(dict[str, torch.Tensor], get_model_state_dict(model, options=options))
 
@@ -379,10 +355,9 @@ def _state_of(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> dict[str, dict[str, Any]]:
     """Sharded state by name; a fresh optimizer gets its (zero) state here."""
-    with _quiet():
-        state: dict[str, dict[str, Any]] = {"model": dict(get_model_state_dict(model))}
-        if optimizer is not None:
-            state["optimizer"] = dict(get_optimizer_state_dict(model, optimizer, options=_OPTIONS))
+    state: dict[str, dict[str, Any]] = {"model": dict(get_model_state_dict(model))}
+    if optimizer is not None:
+        state["optimizer"] = dict(get_optimizer_state_dict(model, optimizer, options=_OPTIONS))
     return state
 
 
@@ -504,12 +479,3 @@ def _plain(value: Mapping[str, Any], what: str) -> dict[str, Any]:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what} must hold only what JSON can: {error}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warnings about its own deprecated calls."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
-        yield

@@ -277,6 +277,42 @@ def test_failed_save_leaves_the_previous_one_and_error_reaches_all_ranks(tmp_pat
     assert "failed on rank 0: OSError: [Errno 122] Disk quota exceeded" in commit
 
 
+def _error_in_training(rank, world_size, directory):
+    mesh = HDPMesh.create(device="cpu")
+    model, optimizer = _build(mesh)
+    _slow(0.0005)
+    try:
+        with _saver(directory, mesh) as saver:
+            saver.save(1, model=model, optimizer=optimizer)
+            assert saver.busy
+            raise ValueError("non-finite loss")
+    except ValueError:
+        return committed(Path(directory))
+
+
+def test_save_in_progress_survives_an_error_of_all(tmp_path):
+    assert run_ranks(_error_in_training, 2, str(tmp_path)) == [[tmp_path / "step-00000001"]] * 2
+
+
+def _two_meshes(rank, world_size, directory):
+    """As with other parallel axes: the HDP axis is a part of the world."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mesh = HDPMesh.from_group(groups[rank // 2], device="cpu")
+    model, optimizer = _build(mesh, seed=rank // 2)
+    with _saver(Path(directory) / str(rank // 2), mesh) as saver:
+        before = [p.to_local().tolist() for p in model.parameters()]
+        saver.save(1, model=model, optimizer=optimizer)
+        _step(model, optimizer, 0)
+        changed = [p.to_local().tolist() for p in model.parameters()]
+        saver.load(model=model, optimizer=optimizer)
+        return before, changed, [p.to_local().tolist() for p in model.parameters()]
+
+
+def test_part_of_the_world(tmp_path):
+    for before, changed, after in run_ranks(_two_meshes, 4, str(tmp_path)):
+        assert before == after != changed
+
+
 # ---- killed saves ----
 
 

@@ -1,0 +1,49 @@
+"""Agreement between ranks: a failure on one rank becomes the same error on all, not a hang.
+
+A rank that raises while the others go on into a collective leaves them waiting for it. These two
+run something that may fail and then let all ranks return, or all raise ValueError, together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def on_rank_0(call: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """The result of `call` on rank 0 of `group`, on all ranks (it must pickle).
+
+    An OSError or ValueError there is raised on all ranks, as ValueError. Collective.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank(group) == 0:
+        try:
+            outcome[0] = call()
+        except (OSError, ValueError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=dist.get_global_rank(group, 0), group=group)
+    if outcome[1] is not None:
+        raise ValueError(str(outcome[1])) from outcome[1]
+    return outcome[0]
+
+
+def on_all_ranks(call: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """`call` on each rank of `group`; if it raises on any, ValueError on all. Collective.
+
+    The text is that of the lowest rank that failed, with its number.
+    """
+    result, failure = None, ""
+    try:
+        result = call()
+    except Exception as error:
+        failure = str(error) if isinstance(error, ValueError) else repr(error)
+    failures = [""] * dist.get_world_size(group)
+    dist.all_gather_object(failures, failure, group=group)
+    for rank, text in enumerate(failures):
+        if text:
+            raise ValueError(f"{text} (found by rank {rank})")
+    return cast(T, result)
