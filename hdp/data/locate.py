@@ -92,7 +92,8 @@ def _file_source(
     if len(set(formats.values())) > 1:
         first, other = _examples(formats)
         raise ValueError(f"{label} holds files of different kinds, such as {first} and {other}")
-    files, file_format = list(formats), next(iter(formats.values()))
+    files = [path for path in files if path in formats]
+    file_format = formats[files[0]]
     if file_format is None:
         return FileSource(label, files)
     if file_format == "lines":

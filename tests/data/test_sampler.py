@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_budget_kept(seqlens, seed, batch_tokens):
 @given(lengths, seeds, budgets)
 def test_batches_are_full(seqlens, seed, batch_tokens):
     batches = epoch_batches(Sampler(seqlens, seed=seed, batch_tokens=batch_tokens), 0)
-    for ids, following in zip(batches, batches[1:], strict=False):
+    for ids, following in pairwise(batches):
         assert seqlens[ids].sum() + seqlens[following[0]] > batch_tokens
 
 

@@ -1,0 +1,296 @@
+"""open_dataset(): the same tokens however they were made, and nothing half made."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hdp.data.cache import open_dataset
+from hdp.data.dataset import TokenDataset
+from hdp.data.tokenizer import ByteTokenizer
+
+NUM_FILES = 12
+FILES = ("tokens.bin", "seqlens.npy", "offsets.npy", "num_loss_tokens.npy", "rows.npy")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Files of 0.5 to 70 KB in shards of 10: one file, and several, to a shard."""
+    monkeypatch.setattr("hdp.data.build._MIN_SHARD_BYTES", 10_000)
+    path = tmp_path / "docs"
+    path.mkdir()
+    for i in range(NUM_FILES):
+        text = f"def f{i}(x):\n    return x + {i}  # \u00e4\n" * (20 + 2000 * (i == 5) + 20 * i)
+        (path / f"{i:02}.py").write_text(text)
+    return path
+
+
+def load(folder, tmp_path, name: str = "cache", **options) -> TokenDataset:
+    options = {"tokenizer": "bytes", **options}
+    return open_dataset(str(folder), cache_dir=tmp_path / name, show_progress=False, **options)
+
+
+def contents(dataset: TokenDataset) -> dict[str, bytes]:
+    path = Path(dataset.report.cache_path)
+    return {name: (path / name).read_bytes() for name in FILES}
+
+
+def test_tokens_are_those_of_the_files(folder, tmp_path):
+    dataset = load(folder, tmp_path)
+    assert len(dataset) == NUM_FILES
+    for i, sample in enumerate(dataset):
+        text = (folder / f"{i:02}.py").read_text()
+        assert dataset.tokenizer.decode(sample.input_ids) == text + "<|endoftext|>"
+        assert dataset.name(i) == str(folder / f"{i:02}.py")
+        assert dataset.seqlens[i] == len(sample.input_ids) == dataset.num_loss_tokens[i] + 1
+    plain = load(folder, tmp_path, append_eos=False)
+    assert (plain.seqlens == dataset.seqlens - 1).all()
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:400"])
+def test_workers_change_nothing(folder, tmp_path, tokenizer):
+    """The files are the same for any number of workers."""
+    pytest.importorskip("tokenizers")
+    one = load(folder, tmp_path, "one", tokenizer=tokenizer, num_workers=1)
+    three = load(folder, tmp_path, "three", tokenizer=tokenizer, num_workers=3)
+    assert contents(one) == contents(three)
+    assert one.fingerprint == three.fingerprint
+
+
+def test_smallest_dtype(folder, tmp_path):
+    pytest.importorskip("tokenizers")
+    assert load(folder, tmp_path)[0].input_ids.dtype == np.uint8
+    assert load(folder, tmp_path, tokenizer="bpe:400")[0].input_ids.dtype == np.uint16
+
+    class Wide(ByteTokenizer):
+        vocab_size = 65537
+
+        def fingerprint(self) -> str:
+            return "wide"
+
+    assert load(folder, tmp_path, tokenizer=Wide())[0].input_ids.dtype == np.uint32
+
+
+def test_second_opening_builds_nothing(folder, tmp_path, monkeypatch):
+    first = load(folder, tmp_path)
+    monkeypatch.setattr("hdp.data.cache.build", None)
+    again = load(folder, tmp_path)
+    assert again.fingerprint == first.fingerprint
+    assert load(folder, tmp_path, max_length=50, overlong="split").fingerprint != first.fingerprint
+
+
+def test_change_is_seen(folder, tmp_path):
+    pytest.importorskip("tokenizers")
+    seen = [load(folder, tmp_path)]
+    seen.append(load(folder, tmp_path, tokenizer="bpe:400"))
+    seen.append(load(folder, tmp_path, append_eos=False))
+    (folder / "00.py").write_text("changed")
+    seen.append(load(folder, tmp_path))
+    assert len({dataset.report.cache_path for dataset in seen}) == 4
+    assert seen[-1].tokenizer.decode(seen[-1][0].input_ids) == "changed<|endoftext|>"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "seal"])
+def test_broken_cache_is_rebuilt(folder, tmp_path, damage):
+    first = load(folder, tmp_path)
+    whole, path = contents(first), Path(first.report.cache_path)
+    if damage == "truncate":
+        os.truncate(path / "tokens.bin", 1000)
+    elif damage == "remove":
+        (path / "offsets.npy").unlink()
+    else:
+        (path / "meta.json").write_text("{")
+    assert contents(load(folder, tmp_path)) == whole
+
+
+# -- several processes --
+
+CHILD = """
+import os, sys
+from hdp.data import open_dataset
+folder, cache, tokenizer, workers = sys.argv[1:]
+dataset = open_dataset(folder, cache_dir=cache, tokenizer=tokenizer, num_workers=int(workers))
+path = dataset.report.cache_path
+print(os.stat(path + "/tokens.bin").st_ino, dataset.fingerprint, flush=True)
+"""
+
+
+def start(folder, cache, tokenizer="bpe:400", workers=1, **options) -> subprocess.Popen:
+    arguments = [sys.executable, "-c", CHILD, folder, cache, tokenizer, workers]
+    return subprocess.Popen(list(map(str, arguments)), stdout=subprocess.PIPE, text=True, **options)
+
+
+def test_ranks_that_start_at_once_build_once(folder, tmp_path):
+    pytest.importorskip("tokenizers")
+    ranks = [start(folder, tmp_path / "cache", stderr=subprocess.DEVNULL) for _ in range(4)]
+    answers = {rank.communicate(timeout=120)[0] for rank in ranks}
+    assert [rank.returncode for rank in ranks] == [0] * 4
+    assert len(answers) == 1  # one inode, one fingerprint
+    names = sorted(p.name.split("-")[0] for p in (tmp_path / "cache").iterdir())
+    assert names == ["tokenizer", "tokenizer", "tokens", "tokens"]  # folders and their locks
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.3])
+def test_kill_during_build(folder, tmp_path, delay_s):
+    """kill -9 of a building process: nothing opens, no worker stays, the next build is whole."""
+    for i in range(30):
+        (folder / f"more{i}.py").write_text("x = 1\n" * 200_000)
+    cache = tmp_path / "cache"
+    victim = start(folder, cache, "bytes", workers=2, stderr=subprocess.DEVNULL)
+    wait_for(lambda: victim.poll() is not None or list(cache.glob("tokens-*.tmp-*/shard-*")))
+    time.sleep(delay_s)
+    victim.kill()
+    victim.wait()
+    wait_for(lambda: not workers_of(cache))
+    rebuilt = load(folder, tmp_path)
+    assert contents(rebuilt) == contents(load(folder, tmp_path, "other"))
+    assert not list(cache.glob("*.tmp-*"))
+
+
+def wait_for(condition, timeout_s: float = 30.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.005)
+
+
+def workers_of(cache: Path) -> list[str]:
+    """Processes that have a file below `cache` open."""
+    found = []
+    for fd in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(fd).startswith(str(cache)):
+                found.append(str(fd))
+        except OSError:
+            continue
+    return [fd for fd in found if not fd.startswith(f"/proc/{os.getpid()}/")]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_full_disk(folder, tmp_path, workers):
+    """A write that fails ends the build with its error and leaves no folder behind."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    cache = tmp_path / "cache"
+    child = start(folder, cache, "bytes", workers, stderr=subprocess.PIPE, preexec_fn=limit)
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == 1 and "File too large" in stderr
+    assert [p.suffix for p in cache.iterdir()] == [".lock"]
+    assert len(load(folder, tmp_path)) == NUM_FILES
+
+
+def test_worker_that_is_killed_is_an_error(folder, tmp_path):
+    """The kernel may take a worker when memory is short."""
+    with pytest.raises(RuntimeError, match="SIGKILL"):
+        load(folder, tmp_path, tokenizer=Deadly(), num_workers=2)
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+class Deadly(ByteTokenizer):
+    def fingerprint(self) -> str:
+        return "deadly"
+
+    def encode_texts(self, texts):
+        os.kill(os.getpid(), 9)
+        return super().encode_texts(texts)
+
+
+# -- bad input --
+
+
+def test_strict_at_build_and_from_the_cache(folder, tmp_path):
+    (folder / "bad.py").write_bytes(b"\xff")
+    message = r"bad.py is not UTF-8 \(byte 0: invalid start byte\); without strict it is skipped"
+    with pytest.raises(ValueError, match=message):
+        load(folder, tmp_path, strict=True)
+    assert not list((tmp_path / "cache").glob("tokens-*/"))
+    assert len(load(folder, tmp_path)) == NUM_FILES
+    with pytest.raises(ValueError, match=message):
+        load(folder, tmp_path, strict=True)
+
+
+def test_strict_names_the_first_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("hdp.data.build._MIN_SHARD_BYTES", 50_000)
+    rows = ['{"text": "a"}'] * 9_999 + ["not json", '{"text": 3}'] + ['{"text": "b"}'] * 9_999
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    for workers in (1, 3):
+        with pytest.raises(ValueError, match=r"a\.jsonl:10000 is malformed \(not JSON"):
+            load(tmp_path / "a.jsonl", tmp_path, strict=True, num_workers=workers)
+
+
+def test_empty_documents_are_no_damage(folder, tmp_path):
+    (folder / "empty.py").write_text("")
+    dataset = load(folder, tmp_path, strict=True)
+    assert dataset.report.num_rejected == {"empty": 1}
+
+
+def test_no_document(tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "a").write_text("")
+    (folder / "b").write_bytes(b"\xff")
+    with pytest.raises(
+        ValueError, match=r"no document in .*docs: of 2 rows, 1 empty, first .*a; 1 not"
+    ):
+        load(folder, tmp_path)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}))
+    with pytest.raises(ValueError, match=r"1 without an assistant turn, first .*a.jsonl:1"):
+        load(tmp_path / "a.jsonl", tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}')
+    with pytest.raises(ValueError, match="no column 'text'; its columns are"):
+        load(tmp_path / "a.jsonl", tmp_path)
+
+
+def test_source_that_changes_while_it_is_read(folder, tmp_path):
+    class Changing(ByteTokenizer):
+        def encode_texts(self, texts):
+            (folder / "late.py").write_text("late")
+            os.utime(folder / "00.py", ns=(1, 1))
+            return super().encode_texts(texts)
+
+    with pytest.raises(ValueError, match="changed while it was read"):
+        load(folder, tmp_path, tokenizer=Changing(), num_workers=1)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [("bpe:many", "bpe:4096"), ("bpe:100", "need 259"), ("./no/such", "no tokenizer")],
+)
+def test_bad_tokenizers(folder, tmp_path, tokenizer, message):
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match=message):
+        load(folder, tmp_path, tokenizer=tokenizer)
+
+
+def test_chats_with_a_trained_tokenizer(tmp_path):
+    """Byte pairs are learnt from the messages; loss masks are cached with the tokens."""
+    pytest.importorskip("tokenizers")
+    chat = [{"role": "user", "content": "hello hello"}, {"role": "assistant", "content": "bye bye"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for _ in range(50)))
+    dataset = load(tmp_path / "a.jsonl", tmp_path, tokenizer="bpe:300")
+    assert dataset.is_chat and len(dataset) == 50
+    for sample in dataset:
+        assert sample.loss_mask.dtype == bool
+        learnt = sample.input_ids[sample.loss_mask]
+        assert dataset.tokenizer.decode(learnt).strip() == "bye bye<|im_end|>"
+    assert (dataset.num_loss_tokens == np.count_nonzero(dataset[0].loss_mask)).all()
+
+
+def test_import_needs_no_torch_and_no_datasets(folder, tmp_path):
+    code = (
+        "import sys; from hdp.data import open_dataset, Sampler; "
+        f"d = open_dataset({str(folder)!r}, tokenizer='bytes', cache_dir={str(tmp_path)!r}); "
+        "Sampler(d.seqlens, batch_tokens=100).batch_at((0, 0)); d.name(0); "
+        "print([m for m in ('torch', 'datasets', 'transformers', 'rich') if m in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"

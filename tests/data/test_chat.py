@@ -1,0 +1,252 @@
+"""Spans of assistant turns against an oracle per template, and the token masks made from them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hdp.data.chat import ChatTemplate, SpanError, spans2mask
+
+from .chat_templates import CHATML, KINDS, Kind, expected
+
+jinja2 = pytest.importorskip("jinja2")
+pytest.importorskip("jinja2.ext")
+pytest.importorskip("jinja2.sandbox")
+
+
+def make_render(template: str, kind: Kind):
+    """A renderer with the settings of transformers, without importing it."""
+
+    class Generation(jinja2.ext.Extension):
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment.globals["raise_exception"] = raise_exception
+    compile_once = functools.cache(environment.from_string)
+    bos = next((s for s in ("<s>", "<|begin_of_text|>") if s in kind.special), "")
+
+    def render(
+        messages: Any, *, tools: Any = None, add_generation_prompt: bool, chat_template: str
+    ) -> str:
+        return compile_once(chat_template).render(
+            messages=messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=bos,
+            eos_token=kind.eos,
+        )
+
+    return render
+
+
+@functools.cache
+def make_template(name: str, template: str | None = None) -> ChatTemplate:
+    kind = KINDS[name]
+    template = template or kind.template
+    return ChatTemplate(
+        make_render(template, kind), template, special_tokens=kind.special, eos_token=kind.eos
+    )
+
+
+# Contents that look like what templates write, with spaces where templates trim.
+LOOKALIKES = ["", " ", "\n", " a ", "\n\nb\n\n", "assistant", "\u00e9\U0001f600", "a" * 50]
+LOOKALIKES += ["<|im_end|>", "</s>", "### user:\n", "<think>x</think>y", "<|im_start|>assistant\n"]
+# Not of the categories Cs and Co: half a surrogate is no text, and marks are for private use.
+any_text = st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=12)
+contents = st.one_of(any_text, st.sampled_from(LOOKALIKES))
+
+
+@st.composite
+def chats(draw: Any) -> list[dict]:
+    messages = [{"role": "system", "content": draw(contents)}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 4))):
+        messages.append({"role": "user", "content": draw(contents)})
+        messages.append({"role": "assistant", "content": draw(contents)})
+    if draw(st.booleans()):
+        messages.append({"role": "user", "content": draw(contents)})
+    return messages
+
+
+def has_any(messages: list[dict], *parts: str) -> bool:
+    return any(part in m["content"] for m in messages for part in parts)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@given(messages=chats())
+def test_spans_hold_the_turns(name, messages):
+    """Content and end of turn are inside, headers and other roles outside: by the oracle."""
+    if name == "think" and has_any(messages, "think>"):
+        messages = [m if "think>" not in m["content"] else {**m, "content": "z"} for m in messages]
+    kind = KINDS[name]
+    text, spans = make_template(name).render_spans(messages)
+    expected_text, expected_spans = expected(kind, messages)
+    assert text == expected_text, "the oracle of the test is wrong"
+    assert [text[a:b] for a, b in spans] == [text[a:b] for a, b in expected_spans]
+    assert spans == expected_spans
+
+
+@given(messages=chats())
+def test_both_ways_agree(messages):
+    """The same template with and without {% generation %} gives the same spans."""
+    marked = CHATML.replace(
+        "{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' -}}",
+        "{{- '<|im_start|>' + m['role'] + '\\n' -}}{%- if m['role'] == 'assistant' -%}"
+        "{%- generation -%}{{- m['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
+        "{%- else -%}{{- m['content'] + '<|im_end|>' -}}{%- endif -%}{{- '\\n' -}}",
+    )
+    assert marked != CHATML
+    plain = make_template("chatml").render_spans(messages)
+    assert make_template("chatml", marked).render_spans(messages) == plain
+
+
+SPACED = """
+  {% for m in messages %}
+    <{{ m['role'] }}>
+    {%L generation %}
+      {{ m['content'] }}
+    {% endgeneration R%}
+  {% endfor %}
+"""
+
+
+@pytest.mark.parametrize("left", ["", "-", "+"])
+@pytest.mark.parametrize("right", ["", "-", "+"])
+def test_marks_change_nothing(left, right):
+    """Whitespace control of the tags stays what it was, whatever it is."""
+    template = SPACED.replace("L", left).replace("R", right)
+    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    chat = make_template("chatml", template)
+    text, spans = chat.render_spans(messages)
+    plain = re.sub(r"(end)?generation", "if true", template, count=1)
+    plain = re.sub(r"endgeneration", "endif", plain)
+    compiled = make_render(plain, KINDS["chatml"])
+    assert text == compiled(messages, add_generation_prompt=False, chat_template=plain)
+    assert [text[a:b].strip() for a, b in spans] == ["u", "a"]
+
+
+def test_generation_inside_a_macro():
+    """Text that passes through a macro takes its marks along."""
+    template = (
+        "{% macro turn(m) %}[{% generation %}{{ m.content }}{% endgeneration %}]{% endmacro %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ turn(m) }}{% else %}"
+        "{{ m.content }}{% endif %}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "abc"}]
+    assert make_template("chatml", template).render_spans(messages) == ("u[abc]", [(2, 5)])
+
+
+def test_generation_that_is_processed_afterwards_is_refused():
+    """A filter over the marked text sees the marks: the check against the plain text finds it."""
+    template = (
+        "{% set t %}{% generation %} {{ messages[0].content }} {% endgeneration %}{% endset %}"
+        "{{ t | trim }}"
+    )
+    with pytest.raises(SpanError, match="change what it renders"):
+        make_template("chatml", template).render_spans([{"role": "assistant", "content": "x"}])
+
+
+def test_chat_that_starts_with_the_assistant():
+    text, spans = make_template("chatml").render_spans(
+        [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "x"}]
+    )
+    assert [text[a:b] for a, b in spans] == ["hi<|im_end|>"]
+
+
+def test_assistant_turns_in_a_row():
+    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "same"}]
+    text, spans = make_template("chatml").render_spans([*messages, messages[1]])
+    assert [text[a:b] for a, b in spans] == ["same<|im_end|>"] * 2
+
+
+def test_content_in_parts():
+    template = CHATML.replace("m['content']", "m['content'][0]['text']")
+    part = [{"type": "text", "text": "hello"}]
+    messages = [{"role": "user", "content": part}, {"role": "assistant", "content": part}]
+    text, spans = make_template("chatml", template).render_spans(messages)
+    assert [text[a:b] for a, b in spans] == ["hello<|im_end|>"]
+
+
+TOOLS = CHATML.replace(
+    "m['content'] + '<|im_end|>\\n' -}}",
+    "m['content'] -}}{%- for c in m.tool_calls or [] -%}{{- '<call>' + c.name + '</call>' -}}"
+    "{%- endfor -%}{{- '<|im_end|>\\n' -}}",
+)
+TOOL_CHAT = [
+    {"role": "user", "content": "u"},
+    {"role": "assistant", "content": "let me see", "tool_calls": [{"name": "f"}, {"name": "g"}]},
+    {"role": "tool", "content": "42"},
+    {"role": "assistant", "content": "it is 42"},
+]
+
+
+def test_tool_calls_are_learnt_and_answers_are_not():
+    text, spans = make_template("chatml", TOOLS).render_spans(TOOL_CHAT)
+    calls = "let me see<call>f</call><call>g</call><|im_end|>"
+    assert [text[a:b] for a, b in spans] == [calls, "it is 42<|im_end|>"]
+
+
+def test_tool_answer_inside_the_turn_is_refused():
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.tool_calls %}"
+        "{{ '(' + messages[loop.index].content + ')' }}{% endif %}{{ m.content }}<|im_end|>"
+        "{% elif m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(SpanError, match="tool's answer"):
+        make_template("chatml", template).render_spans(TOOL_CHAT)
+
+
+def test_templates_that_cannot_be_read():
+    one = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    twice = "{% for m in messages %}{{ m.content + m.content }}{% endfor %}"
+    with pytest.raises(SpanError, match="renders message 1 2 times"):
+        make_template("chatml", twice).render_spans(one)
+    picky = "{{ raise_exception('no') if messages[1].content != 'a' else 'a' }}"
+    with pytest.raises(SpanError, match="refuses another content"):
+        make_template("chatml", picky).render_spans(one)
+    with pytest.raises(SpanError, match="reserved"):
+        make_template("chatml").render_spans([{"role": "assistant", "content": "\U000f8a31"}])
+    nested = "{% generation %}{% generation %}x{% endgeneration %}{% endgeneration %}"
+    with pytest.raises(SpanError, match="nests"):
+        make_template("chatml", nested).render_spans(one)
+
+
+@given(
+    st.lists(st.integers(0, 4), max_size=30),
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=6),
+)
+def test_mask_is_tokens_with_a_character_in_a_span(token_sizes, gaps_and_sizes):
+    stops = np.cumsum(token_sizes, dtype=int)
+    offsets = np.stack([stops - token_sizes, stops], axis=1).reshape(-1, 2)
+    spans, position = [], 0
+    for gap, size in gaps_and_sizes:
+        spans.append((position + gap, position + gap + size))
+        position += gap + size
+    inside = {c for start, stop in spans for c in range(start, stop)}
+    for (start, stop), is_learnt in zip(offsets, spans2mask(offsets, spans), strict=True):
+        if start < stop:
+            assert is_learnt == any(c in inside for c in range(start, stop))
+        else:  # a token of no character is learnt inside of a span only
+            assert not is_learnt or (start in inside and start - 1 in inside)
+
+
+def test_mask_of_characters_in_several_tokens():
+    """Byte-level tokens of one character all have the character's offsets."""
+    offsets = np.array([[0, 1], [1, 2], [1, 2], [1, 2], [2, 3]])
+    assert spans2mask(offsets, [(1, 2)]).tolist() == [False, True, True, True, False]
+    assert spans2mask(np.zeros((0, 2)), [(0, 1)]).shape == (0,)

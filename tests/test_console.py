@@ -1,0 +1,87 @@
+"""Bars for people only; tables for people and pipes; everything without rich, too."""
+
+from __future__ import annotations
+
+import builtins
+import io
+
+import pytest
+
+from hdp import console
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+ROWS = [("ring", 1234567, 0.123456), ("[red]static", None, 2.0)]
+
+
+def test_progress_is_silent_off_a_terminal():
+    stream = io.StringIO()
+    with console.progress("work", 10, unit="bytes", stream=stream) as advance:
+        advance(10)
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("total", [10, None])
+@pytest.mark.parametrize("unit", ["bytes", "steps", ""])
+def test_progress_draws_on_a_terminal(total, unit):
+    pytest.importorskip("rich")
+    stream = Terminal()
+    with console.progress("work", total, unit=unit, stream=stream) as advance:
+        advance(10)
+    assert "work" in stream.getvalue()
+
+
+def test_progress_passes_errors_on():
+    with pytest.raises(KeyError), console.progress("work", 1, stream=Terminal()):
+        raise KeyError
+
+
+def test_table_text_aligns_numbers_right():
+    assert console.table_text(["policy", "tokens", "s"], ROWS, title="T").splitlines() == [
+        "T",
+        "policy          tokens       s",
+        "-----------  ---------  ------",
+        "ring         1,234,567  0.1235",
+        "[red]static          -       2",
+    ]
+
+
+def test_table_on_a_terminal_prints_markup_as_text():
+    pytest.importorskip("rich")
+    stream = Terminal()
+    console.print_table(["policy", "tokens", "s"], ROWS, stream=stream)
+    assert "[red]static" in stream.getvalue() and "1,234,567" in stream.getvalue()
+
+
+def test_everything_works_without_rich(monkeypatch):
+    real_import = builtins.__import__
+
+    def no_rich(name, *args, **kwargs):
+        if name.split(".")[0] == "rich":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_rich)
+    stream = Terminal()
+    with console.progress("work", 1, stream=stream) as advance:
+        advance(1)
+    console.print_table(["a"], [(1,)], stream=stream)
+    assert stream.getvalue() == "a\n-\n1\n"
+
+
+def test_wrong_rows_and_closed_streams():
+    with pytest.raises(ValueError, match="2 cells under 1 columns"):
+        console.table_text(["a"], [(1, 2)])
+    stream = io.StringIO()
+    stream.close()
+    assert not console.is_terminal(stream)
+    assert console.table_text(["a", "b"], []) == "a  b\n-  -"
+
+
+def test_note_goes_to_stderr(capsys):
+    console.note("attention: torch flash")
+    assert capsys.readouterr() == ("", "hdp: attention: torch flash\n")
