@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .jobs import Batch
+from .memory import least_ratio
 from .plan import StepPlan
 
 
@@ -21,7 +22,6 @@ def assemble(
     degree: np.ndarray,
     ring_ranks: np.ndarray,
     index: np.ndarray,
-    ratio: np.ndarray | None = None,
     notes: dict[str, Any] | None = None,
 ) -> StepPlan:
     """StepPlan from rings and microbatch indices.
@@ -29,8 +29,8 @@ def assemble(
     degree (num_seqs,) and ring_ranks (sum of degree,) are the rings of the sequences in order;
     index (sum of degree,) is for each entry of ring_ranks the local index of its microbatch on
     that rank. An index that nothing uses is closed up, but with pp_size > 1 it is an empty
-    microbatch, because a shared microbatch has one index. ratio (num_seqs,) is the offload ratio
-    of each sequence's microbatch; those that share one agree.
+    microbatch, because a shared microbatch has one index. Microbatches that are over the capacity
+    get the smallest offload ratio with which they fit.
     """
     seq = np.repeat(np.arange(batch.num_seqs), degree)
     if batch.pp_size == 1:
@@ -44,9 +44,11 @@ def assemble(
     local = np.repeat(degree == 1, degree)
     order = np.argsort(microbatch * 2 + local, kind="stable")
     num_pieces = np.bincount(microbatch, minlength=microbatch_offsets[-1])
-    ratios = np.zeros(microbatch_offsets[-1])
-    if ratio is not None:
-        ratios[microbatch] = np.repeat(ratio, degree)
+    ratio = np.zeros(microbatch_offsets[-1])
+    if batch.offload:
+        shards = -(-batch.seqlens // degree)  # of the fullest rank: all ranks of a ring agree
+        tokens = np.bincount(microbatch, weights=np.repeat(shards, degree), minlength=len(ratio))
+        ratio = least_ratio(batch, tokens)
     return StepPlan(
         policy=policy,
         hdp_size=batch.hdp_size,
@@ -59,7 +61,7 @@ def assemble(
         microbatch_offsets=microbatch_offsets,
         piece_offsets=np.concatenate([[0], np.cumsum(num_pieces)]),
         piece_seqs=seq[order],
-        offload_ratio=ratios,
+        offload_ratio=ratio,
         offloadable=batch.cost.offloadable if batch.offload else 0.0,
         notes=notes or {},
     )

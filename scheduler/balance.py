@@ -28,7 +28,7 @@ from .degrees import Degrees, Widening
 from .fill import best_fit_by_rank, longest_first
 from .jobs import Batch
 from .joins import Joins
-from .memory import least_ratio
+from .memory import max_pack_tokens
 from .plan import StepPlan
 
 # (head room, grain, coarse): local jobs longer than coarse * target are placed among the rings.
@@ -93,15 +93,19 @@ def _close_enough(spent: int) -> float:
 
 
 def _attempt(degrees: Degrees, target: int, grain: float, coarse: float) -> _Attempt:
-    batch = degrees.batch
-    # 2. Degrees.
+    batch, capacity = degrees.batch, max_pack_tokens(degrees.batch)
+    # 2. Degrees. A local job's share of fixed_s is that of its tokens in a microbatch.
     degree, ticks = degrees.low.copy(), degrees.low_ticks.copy()
+    tokens = np.minimum(degrees.tokens, capacity)
+    share = ticks - degrees.fixed + degrees.fixed * tokens // capacity
     limit = max(int(target * grain), 1)
-    jobs = np.flatnonzero((degree > 1) | (ticks > min(limit, int(target * coarse))))
+    jobs = np.flatnonzero((degree > 1) | (share > min(limit, int(target * coarse))))
     widening = Widening(degrees, jobs)
     degree[jobs], ticks[jobs] = widening.fit(limit)
-    work = int((ticks * degree).sum())
-    target = max(target, -(-work // batch.hdp_size), int(ticks.max()))
+    share[jobs] = ticks[jobs]
+    work = int((share * degree).sum())
+    longest = int(ticks[jobs].max()) if len(jobs) else 0
+    target = max(target, -(-work // batch.hdp_size), longest)
     # 3. Rings.
     columns, rings = _place(degrees, widening, degree[jobs], ticks[jobs], target, work)
     degree[jobs] = [rings[i].degree for i in range(len(jobs))]
@@ -109,20 +113,16 @@ def _attempt(degrees: Degrees, target: int, grain: float, coarse: float) -> _Att
     for column in columns:
         for start, width in column.spans:
             load[start : start + width], depth[start : start + width] = column.load, column.depth
-    # 4. Local jobs. Their share of fixed_s is that of the tokens.
+    # 4. Local jobs.
     free = np.ones(batch.num_jobs, dtype=bool)
     free[jobs] = False
     local = np.flatnonzero(free)
-    tokens = np.minimum(batch.job_tokens[local], batch.max_tokens_per_rank)
-    own = ticks[local] - degrees.fixed
-    order = np.argsort(-own, kind="stable")
-    local, own, tokens = local[order], own[order], tokens[order]
-    share = own + degrees.fixed * tokens // batch.max_tokens_per_rank
-    ranks, _ = longest_first(load, share)
+    local = local[np.argsort(-share[local], kind="stable")]
+    ranks, _ = longest_first(load, share[local])
     # 5. Microbatches.
-    bins, num_bins = best_fit_by_rank(ranks, tokens, batch.max_tokens_per_rank, batch.hdp_size)
+    bins, num_bins = best_fit_by_rank(ranks, tokens[local], capacity, batch.hdp_size)
     end = load + degrees.fixed * num_bins
-    np.add.at(end, ranks, own)
+    np.add.at(end, ranks, ticks[local] - degrees.fixed)
     return _Attempt(
         degree=degree,
         jobs=jobs,
@@ -144,13 +144,13 @@ def _place(
     work: int,
 ) -> tuple[list[Column], dict[int, Ring]]:
     """Step 3: columns, then joins."""
-    batch, known = widening.batch, {}
+    batch = degrees.batch
+    known: dict[tuple[int, int], int] = {}
 
     def ticks_at(ring: int, width: int) -> int:
         key = (ring, width)
         if key not in known:
-            one = batch.subset(np.array([ring]))
-            known[key] = int(degrees.ticks(one, np.array([width]))[0])
+            known[key] = int(degrees.ticks(widening.jobs[ring], width))
         return known[key]
 
     cap = widening.cap
@@ -202,5 +202,4 @@ def _build(batch: Batch, attempt: _Attempt) -> StepPlan:
         degree=batch.by_seq(attempt.degree),
         ring_ranks=ranks,
         index=index,
-        ratio=batch.by_seq(least_ratio(batch, attempt.degree)),
     )

@@ -25,7 +25,7 @@ import numpy as np
 
 from .assemble import assemble
 from .jobs import Batch
-from .memory import least_ratio, min_degrees
+from .memory import min_degrees
 from .packing import best_fit
 from .plan import StepPlan
 
@@ -40,7 +40,6 @@ class _Units:
     degree: np.ndarray  # (num_units,) int64
     seconds: np.ndarray  # (num_units,) float64, on each of its ranks
     longest: np.ndarray  # (num_units,) int64, tokens of its longest job
-    ratio: np.ndarray  # (num_units,) float64, offload ratio
 
 
 def plan_naive(batch: Batch) -> StepPlan:
@@ -115,7 +114,6 @@ def _units(batch: Batch) -> _Units:
     """Steps 1 and 2 of Algorithm 1: D(s) and r of long jobs, best-fit packs of short ones."""
     # 1. Eq. 3 for what does not fit a rank.
     degree = min_degrees(batch)
-    ratio = least_ratio(batch, degree)
     tokens = batch.job_tokens
     long = tokens > batch.max_tokens_per_rank
     # 2. Pack the others up to the capacity; a pack takes the place of its first job.
@@ -133,7 +131,6 @@ def _units(batch: Batch) -> _Units:
         degree=degree[firsts],
         seconds=np.bincount(unit_of_job, weights=seconds),
         longest=longest,
-        ratio=ratio[firsts],
     )
 
 
@@ -148,5 +145,4 @@ def _build(
         degree=degree,
         ring_ranks=np.concatenate([rings[u] for u in unit.tolist()]),
         index=np.concatenate([index[u] for u in unit.tolist()]),
-        ratio=units.ratio[unit],
     )

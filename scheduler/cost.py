@@ -93,9 +93,8 @@ class CostModel:
 
     def transfer_s(self, seqlen: Any, degree: Any, across_nodes: Any = False) -> np.ndarray:
         """Seconds that one ring step of a piece is on the wire, forward + backward. Broadcasts."""
-        bytes_per_s = np.where(
-            across_nodes, self.inter_node_bytes_per_s, self.intra_node_bytes_per_s
-        )
+        slowest = min(self.inter_node_bytes_per_s, self.intra_node_bytes_per_s)
+        bytes_per_s = np.where(across_nodes, slowest, self.intra_node_bytes_per_s)
         return np.asarray(seqlen, dtype=np.float64) / degree * self.kv_bytes_per_token / bytes_per_s
 
     def exposed_s(self, seqlen: Any, degree: Any, across_nodes: Any = False) -> np.ndarray:
@@ -111,6 +110,20 @@ class CostModel:
         whether they are on more than one node. Numbers or broadcastable arrays; returns float64.
         """
         return self.compute_s(seqlen, degree) + self.exposed_s(seqlen, degree, across_nodes)
+
+    def unit_s(
+        self, squares: Any, tokens: Any, degree: Any, across_nodes: Any = False
+    ) -> np.ndarray:
+        """Seconds of pieces that share one ring, on each of its ranks, without `fixed_s`.
+
+        They go round together, so only the sums over the pieces matter: squares of their squared
+        lengths, tokens of their lengths. For one piece this is piece_s. Broadcasts.
+        """
+        steps = np.asarray(degree) - 1
+        attention_s = self.quadratic_s * (squares / degree + self.small_shard_tokens * tokens)
+        kernels_s = attention_s + self.linear_s * tokens / degree + self.ring_step_s * steps
+        late_s = self.transfer_s(tokens, degree, across_nodes) - attention_s / degree
+        return kernels_s + steps * np.maximum(late_s, 0.0)
 
     # ---- memory ----
 

@@ -31,37 +31,38 @@ class Degrees:
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
         self.node = batch.ranks_per_node or batch.hdp_size
-        longest_s = float(batch.cost.piece_s(batch.seqlens.max(), 1)) + batch.cost.fixed_s
-        self.tick_s = math.ldexp(1.0, math.frexp(longest_s)[1] - TICK_BITS)
+        self.squares, self.tokens = batch.job_squares, batch.job_tokens
+        longest_s = float(batch.cost.unit_s(self.squares, self.tokens, 1).max())
+        exponent = math.frexp(longest_s + batch.cost.fixed_s)[1]
+        self.tick_s = math.ldexp(1.0, exponent - TICK_BITS)
         self.fixed = round(batch.cost.fixed_s / self.tick_s)
         low = min_degrees(batch)
         self.low = np.where(low <= self.node, low, -(-low // self.node) * self.node)
-        self.low_ticks = self.ticks(batch, self.low)
+        self.low_ticks = self.ticks(slice(None), self.low)
 
-    def ticks(self, batch: Batch, degree: np.ndarray) -> np.ndarray:
-        """(num_jobs,) int64: ticks of each job of `batch` on each of its ranks, with fixed_s."""
-        by_seq = batch.by_seq(degree)
-        seconds = batch.cost.piece_s(batch.seqlens, by_seq, by_seq > self.node)
-        return batch.job_sum(np.rint(seconds / self.tick_s).astype(np.int64)) + self.fixed
+    def ticks(self, jobs: np.ndarray | slice | int, degree: np.ndarray | int) -> np.ndarray:
+        """int64: ticks of these jobs on each of `degree` ranks, with fixed_s."""
+        seconds = self.batch.cost.unit_s(
+            self.squares[jobs], self.tokens[jobs], degree, np.asarray(degree) > self.node
+        )
+        return np.rint(seconds / self.tick_s).astype(np.int64) + self.fixed
 
 
 class Widening:
     """Some jobs of a batch, and how wide they become when they must end in time."""
 
     def __init__(self, degrees: Degrees, jobs: np.ndarray) -> None:
-        self.degrees, self.jobs = degrees, jobs
-        self.node = degrees.node
-        self.batch = degrees.batch.subset(jobs)
+        self.degrees, self.jobs, self.node = degrees, jobs, degrees.node
         self.low, self.low_ticks = degrees.low[jobs], degrees.low_ticks[jobs]
         # The valley inside a node, then the one across nodes.
-        width = self.batch.hdp_size
-        self.inside = self._valley(self.low, np.maximum(self.low, min(self.node, width)))
-        self.inside_ticks = degrees.ticks(self.batch, self.inside)
+        width = degrees.batch.hdp_size
+        self.inside = self._valley(self.low, np.maximum(self.low, self.node))
+        self.inside_ticks = degrees.ticks(jobs, self.inside)
         self.across, self.across_ticks = self.inside, self.inside_ticks
         if width > self.node:
             bottom = np.maximum(self.low, 2 * self.node)
             self.across = self._valley(bottom, np.full_like(self.low, width))
-            self.across_ticks = degrees.ticks(self.batch, self.across)
+            self.across_ticks = degrees.ticks(jobs, self.across)
 
     @property
     def cap(self) -> np.ndarray:
@@ -83,19 +84,19 @@ class Widening:
         low, high = self._rung(bottom), self._rung(np.where(inside, self.inside, self.across))
         while bool((open_ := low < high).any()):
             middle = (low + high) // 2
-            good = self.degrees.ticks(self.batch, self._degree(middle)) <= target
+            good = self.degrees.ticks(self.jobs, self._degree(middle)) <= target
             high = np.where(open_ & good, middle, high)
             low = np.where(open_ & ~good, middle + 1, low)
         degree = self._degree(high)
-        return degree, self.degrees.ticks(self.batch, degree)
+        return degree, self.degrees.ticks(self.jobs, degree)
 
     def _valley(self, bottom: np.ndarray, top: np.ndarray) -> np.ndarray:
         """The legal degree in [bottom, top] from which a wider ring is no faster."""
         low, high = self._rung(bottom), self._rung(top)
         while bool((open_ := low < high).any()):
             middle = np.minimum((low + high) // 2, np.maximum(high - 1, 0))
-            here = self.degrees.ticks(self.batch, self._degree(middle))
-            next_ = self.degrees.ticks(self.batch, self._degree(middle + 1))
+            here = self.degrees.ticks(self.jobs, self._degree(middle))
+            next_ = self.degrees.ticks(self.jobs, self._degree(middle + 1))
             falling = next_ < here
             low = np.where(open_ & falling, middle + 1, low)
             high = np.where(open_ & ~falling, middle, high)

@@ -7,7 +7,7 @@ on the same ranks, such as the two of a DPO pair). Jobs are in the order of thei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -46,6 +46,11 @@ class Batch:
         """(num_jobs,) int64: tokens of each job."""
         return self.job_sum(self.seqlens)
 
+    @property
+    def job_squares(self) -> np.ndarray:
+        """(num_jobs,) float64: sum of the squared lengths of each job."""
+        return self.job_sum(self.seqlens.astype(np.float64) ** 2)
+
     def job_sum(self, per_seq: np.ndarray) -> np.ndarray:
         """(num_jobs,): sum of a column over the sequences of each job."""
         if not self.has_units:
@@ -61,30 +66,13 @@ class Batch:
     def seconds(self, degree: np.ndarray) -> np.ndarray:
         """(num_jobs,) float64: seconds of each job on each of its `degree` ranks, no fixed_s."""
         across = degree > (self.ranks_per_node or self.hdp_size)
-        by_seq = self.by_seq
-        return self.job_sum(self.cost.piece_s(self.seqlens, by_seq(degree), by_seq(across)))
+        return self.cost.unit_s(self.job_squares, self.job_tokens, degree, across)
 
     def by_seq(self, per_job: np.ndarray) -> np.ndarray:
         """(num_seqs,): each sequence's value of a column over jobs."""
         result = np.empty(self.num_seqs, dtype=per_job.dtype)
         result[self.job_seqs] = np.repeat(per_job, np.diff(self.job_offsets))
         return result
-
-    def subset(self, jobs: np.ndarray) -> Batch:
-        """The same cluster with only these jobs, in this order."""
-        if not self.has_units:
-            count = np.arange(len(jobs) + 1)
-            return replace(self, seqlens=self.seqlens[jobs], job_offsets=count, job_seqs=count[:-1])
-        sizes = np.diff(self.job_offsets)[jobs]
-        offsets = np.concatenate([[0], np.cumsum(sizes)])
-        shift = np.repeat(self.job_offsets[:-1][jobs] - offsets[:-1], sizes)
-        seqs = self.job_seqs[np.arange(offsets[-1]) + shift]
-        return replace(
-            self,
-            seqlens=self.seqlens[seqs],
-            job_offsets=offsets,
-            job_seqs=np.arange(len(seqs)),
-        )
 
     @classmethod
     def check(

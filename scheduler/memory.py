@@ -14,21 +14,51 @@ hides less (`CostModel.hidden_ratio`).
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from .jobs import Batch
 
 
+def _hidden_ratio(batch: Batch) -> np.ndarray:
+    """(num_jobs,) float64: offload ratio that each job's forward hides; may exceed 1."""
+    cost = batch.cost
+    forward_s = cost.forward_share * cost.unit_s(batch.job_squares, batch.job_tokens, 1)
+    return forward_s / (batch.job_tokens * cost.host_s_per_token)
+
+
 def max_shard_tokens(batch: Batch) -> np.ndarray:
     """(num_jobs,) int64: tokens that a rank can hold if its microbatch is this job's alone."""
-    capacity = batch.max_tokens_per_rank
-    share = batch.cost.offloadable
+    capacity, share = batch.max_tokens_per_rank, batch.cost.offloadable
     if not batch.offload or share == 0.0:
         return np.full(batch.num_jobs, capacity, dtype=np.int64)
-    forward_s = batch.cost.forward_share * batch.job_sum(batch.cost.compute_s(batch.seqlens, 1))
-    copies_s = batch.job_tokens * batch.cost.host_s_per_token
-    ratio = np.minimum(forward_s / copies_s, 1.0)
+    ratio = np.minimum(_hidden_ratio(batch), 1.0)
     return np.floor(capacity / (1.0 - ratio * share)).astype(np.int64)
+
+
+def max_pack_tokens(batch: Batch) -> int:
+    """Tokens that a rank can hold of any local jobs together.
+
+    Any token hides at least what one of a very short sequence does. More tokens in a microbatch
+    only save fixed_s, so without it nothing goes to the host.
+    """
+    capacity, cost = batch.max_tokens_per_rank, batch.cost
+    if not batch.offload or cost.offloadable == 0.0 or cost.fixed_s == 0.0:
+        return capacity
+    token_s = cost.forward_share * (cost.linear_s + cost.quadratic_s * cost.small_shard_tokens)
+    ratio = min(token_s / cost.host_s_per_token, 1.0)
+    return math.floor(capacity / (1.0 - ratio * cost.offloadable))
+
+
+def least_microbatches(batch: Batch) -> int:
+    """No plan has fewer microbatches, over all ranks, if its host copies are hidden."""
+    tokens = int(batch.job_tokens.sum())
+    if not batch.offload or batch.cost.offloadable == 0.0:
+        return -(-tokens // batch.max_tokens_per_rank)
+    hidden = min(float((_hidden_ratio(batch) * batch.job_tokens).sum()), float(tokens))
+    kept = (tokens - batch.cost.offloadable * hidden) / batch.max_tokens_per_rank
+    return math.ceil(kept * (1 - 1e-9))
 
 
 def min_degrees(batch: Batch) -> np.ndarray:
@@ -58,12 +88,11 @@ def min_degrees(batch: Batch) -> np.ndarray:
     return degree
 
 
-def least_ratio(batch: Batch, degree: np.ndarray) -> np.ndarray:
-    """(num_jobs,) float64: smallest offload ratio with which each job fits on `degree` ranks."""
-    shard = batch.tokens_per_rank(degree)
-    over = shard > batch.max_tokens_per_rank
-    ratio = np.zeros(batch.num_jobs)
+def least_ratio(batch: Batch, tokens: np.ndarray) -> np.ndarray:
+    """float64, like `tokens`: the smallest offload ratio with which so many tokens fit a rank."""
+    over = tokens > batch.max_tokens_per_rank
+    ratio = np.zeros(len(tokens))
     if over.any():
-        kept = batch.max_tokens_per_rank / shard[over]
+        kept = batch.max_tokens_per_rank / tokens[over]
         ratio[over] = np.minimum((1.0 - kept) / batch.cost.offloadable, 1.0)
     return ratio

@@ -180,10 +180,10 @@ class _Pipelines:
         if stuck:
             where = []
             for device in stuck[:8]:
-                rank, stage = divmod(device, self.plan.pp_size)
-                m, part = self.programs[device][self.position[device]]
+                rank, at_stage = divmod(device, self.plan.pp_size)
+                m, step = self.programs[device][self.position[device]]
                 index = m - int(self.plan.microbatch_offsets[rank])
-                where.append(f"rank {rank} stage {stage} at {part}{index}")
+                where.append(f"rank {rank} stage {at_stage} at {step}{index}")
             raise ValueError(f"acyclic_order: deadlock: {'; '.join(where)} wait for each other")
         columns = [np.array(column) for column in zip(*self.rows, strict=True)]
         microbatch, stage, part, ready_s, start_s, own_s, end_s = columns
