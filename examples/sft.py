@@ -15,10 +15,11 @@ batches the old way, every sequence on all ranks; `--help` lists all flags.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from hdp.cli import parse_config
+from hdp.cli import parse_config, run_training
 from hdp.config import TrainConfig
 
 
@@ -37,7 +38,4 @@ class SFTConfig(TrainConfig):
 
 
 if __name__ == "__main__":
-    config = parse_config(SFTConfig, prog="sft.py", description=__doc__)
-    from hdp.train import train
-
-    train(config)
+    sys.exit(run_training(parse_config(SFTConfig, prog="sft.py", description=__doc__)))

@@ -11,9 +11,15 @@ which is imported here and nowhere else; recipes in examples/ use `parse_config`
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from hdp.config import TrainConfig
 
 Config = TypeVar("Config")
 
@@ -85,8 +91,29 @@ def _train(argv: Sequence[str]) -> int:
     from hdp.config import TrainConfig
 
     # Flags first: a misspelt one is found before seconds of importing torch.
-    config = parse_config(TrainConfig, argv, prog="hdp train")
+    return run_training(parse_config(TrainConfig, argv, prog="hdp train"))
+
+
+def run_training(config: TrainConfig) -> int:
+    """train(config) for a command line; returns the exit code.
+
+    An error is a message, said once; its traceback is kept in the run folder. All ranks raise what
+    concerns all; what only one rank raises reaches rank 0 through the watchdog.
+    """
     from hdp.train import train
 
-    train(config)
+    try:
+        train(config)
+    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
+        rank = os.environ.get("RANK", "0")
+        trace = Path(config.run_dir) / f"traceback-{rank}.txt"
+        try:
+            trace.parent.mkdir(parents=True, exist_ok=True)
+            trace.write_text(traceback.format_exc())
+        except OSError:  # a full disk may be the very error
+            traceback.print_exc()
+        if rank == "0":
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            print(f"hdp: error: {kind}{error}\n(traceback: {trace})", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ValueError) else 1
     return 0

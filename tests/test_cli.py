@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import hdp
-from hdp.cli import main, parse_config
+from hdp.cli import main, parse_config, run_training
 from hdp.config import TrainConfig
 
 
@@ -75,3 +76,24 @@ def test_scheduler_commands_are_reached(command: str, capsys: pytest.CaptureFixt
     assert main([command, "--help"]) == 0
     assert command in capsys.readouterr().out
     assert main([command, "--no-such-flag"]) == 2
+
+
+def test_an_error_of_a_run_is_a_message_and_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: TrainConfig) -> None:
+        raise error
+
+    monkeypatch.setattr("hdp.train.train", fail)
+    config = TrainConfig(run_dir=str(tmp_path))
+    error: Exception = ValueError("sequence of 9 tokens needs 3 ranks of 4")
+    assert run_training(config) == 2
+    captured = capsys.readouterr().err
+    assert captured.startswith("hdp: error: sequence of 9 tokens needs 3 ranks of 4\n")
+    assert "raise error" in (tmp_path / "traceback-0.txt").read_text()
+    error = RuntimeError("a lost rank")
+    assert run_training(config) == 1
+    assert "RuntimeError: a lost rank" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert run_training(config) == 1
+    assert not capsys.readouterr().err
