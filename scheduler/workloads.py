@@ -134,7 +134,7 @@ class Bimodal:
 # known, and the one octave that is not 7.6 % is taken to be the first.
 _OCTAVES = (128, *(KI << k for k in range(1, 12)))
 _GITHUB = (22.0, 12.0, 11.4, 10.4, 9.7, 9.5, 8.8, 6.4, 4.5, 3.0, 2.3)
-_BYTED = (10.2, 7.6, 7.6, 7.6, 7.6, 7.6, 7.6, 7.3, 10.7, 14.2, 12.1)
+_BYTED = (10.2, 7.6, 7.6, 7.6, 7.6, 7.6, 7.6, 7.3, 14.2, 10.7, 12.1)
 
 _ALL = (
     Workload(

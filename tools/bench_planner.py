@@ -190,7 +190,7 @@ def draw_scale(rows: list[dict[str, Any]], path: str) -> None:
 # ---- the run ----
 
 
-def environment() -> str:
+def environment(script: str = "tools/bench_planner.py") -> str:
     """Command, hardware, versions and commit of this run."""
     try:
         commit = subprocess.run(
@@ -203,7 +203,7 @@ def environment() -> str:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line for line in lines if line.startswith("model name")).split(": ")[1]
-    arguments = " ".join(["python", "tools/bench_planner.py", *sys.argv[1:]])
+    arguments = " ".join(["python", script, *sys.argv[1:]])
     versions = f"Python {platform.python_version()}, numpy {np.__version__}"
     return f"{arguments}\n{model}, one core; {versions}; commit {commit}"
 
