@@ -57,11 +57,11 @@ def chat_document(messages: Any, tools: Any = None) -> Document | Rejected:
 
     Keys whose value is null are left out, as transformers does: templates print them as "None".
     """
-    if isinstance(messages, str):  # JSON text in a column: how tables store rows of any shape
-        try:
-            messages = json.loads(messages)
-        except ValueError as error:
-            return Rejected(reason=MALFORMED, detail=f"'messages' is a string, not JSON: {error}")
+    try:  # JSON text in a column is how tables store rows of any shape
+        messages = json.loads(messages) if isinstance(messages, str) else messages
+        tools = json.loads(tools) if isinstance(tools, str) and tools else tools
+    except ValueError as error:
+        return Rejected(reason=MALFORMED, detail=f"'messages' or 'tools' is no JSON: {error}")
     if not isinstance(messages, list):
         kind = type(messages).__name__
         return Rejected(reason=MALFORMED, detail=f"'messages' is a {kind}, not a list")

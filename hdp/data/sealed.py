@@ -44,11 +44,10 @@ def build_once(path: Path, build: Callable[[Path], dict[str, Any]]) -> bool:
     """Makes sure that the sealed directory `path` exists; returns whether this call built it.
 
     `build(directory)` fills an empty directory and returns what else the seal shall hold (JSON).
-    If it raises, nothing is left behind.
+    If it raises, nothing is left behind. Raises ValueError if the folder cannot be written.
     """
     if read_seal(path) is not None:
         return False
-    path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path) as is_locked:
         if read_seal(path) is not None:  # another process was faster
             return False
@@ -139,7 +138,15 @@ def _lock(path: Path) -> Iterator[bool]:
 
     The lock's file stays: removing it would let two processes hold "the" lock of one path.
     """
-    with open(path.parent / f"{path.name}.lock", "ab") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.parent / f"{path.name}.lock", "ab")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(
+            f"cannot write into the cache folder {path.parent} ({error.strerror}): choose another "
+            "by cache_dir (--cache-dir)"
+        ) from error
+    with file:
         yield _acquire(file.fileno(), path)
 
 

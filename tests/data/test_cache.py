@@ -286,6 +286,33 @@ def test_chats_with_a_trained_tokenizer(tmp_path):
     assert (dataset.num_loss_tokens == np.count_nonzero(dataset[0].loss_mask)).all()
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_workers_with_hugging_face_parts(tmp_path, monkeypatch, kind):
+    """Tokenizers of transformers and rows of datasets reach worker processes whole."""
+    pytest.importorskip("transformers")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
+    monkeypatch.setattr("hdp.data.build._MIN_SHARD_BYTES", 5_000)
+    from hdp.data.tokenizer import HFTokenizer
+    from hdp.hf import load_tokenizer
+
+    ByteTokenizer().save_pretrained(tmp_path / "tokenizer")
+    tokenizer = HFTokenizer(load_tokenizer(tmp_path / "tokenizer"))
+    turns = [("user", "hello"), ("assistant", "bye"), ("user", "again"), ("assistant", "no")]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    rows = [{"messages": chat[: 2 + 2 * (i % 2)]} for i in range(200)]
+    path = tmp_path / f"chats.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    ours = load(path, tmp_path, "ours", num_workers=1)
+    theirs = load(path, tmp_path, "theirs", tokenizer=tokenizer, num_workers=2)
+    assert contents(ours) == contents(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a.loss_mask, b.loss_mask)
+
+
 def test_import_needs_no_torch_and_no_datasets(folder, tmp_path):
     code = (
         "import sys; from hdp.data import open_dataset, Sampler; "

@@ -120,6 +120,12 @@ def test_missing_file_and_a_file_in_the_way(tmp_path):
     assert build_once(other, fill) and read_seal(other) is not None
 
 
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ValueError, match=r"cannot write into .*file .*--cache-dir"):
+        build_once(tmp_path / "file" / "cache", fill)
+
+
 def test_failing_build_leaves_nothing(tmp_path):
     path = tmp_path / "cache"
 

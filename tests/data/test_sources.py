@@ -195,6 +195,10 @@ def test_chats_that_are_none(messages, reason):
 
 def test_chat_in_a_string_and_null_keys():
     assert chat_document(json.dumps(CHAT)) == Document(messages=CHAT)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    document = Document(messages=CHAT, tools=tools)
+    assert chat_document(CHAT, json.dumps(tools)) == chat_document(CHAT, tools) == document
+    assert chat_document(CHAT, "{").reason == MALFORMED
     nulls = [{**m, "tool_calls": None} for m in CHAT]
     assert chat_document(nulls, tools=[]) == Document(messages=CHAT)
     row = {"messages": [{"a": None, "b": [None, {"c": None}]}], "d": None}
