@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from hdp.hf import CausalLM, build_model
+from hdp.hf import CausalLM, build_model, export_model, load_model
 from hdp.parallel import (
     NonFiniteError,
     clip_grad_norm,
@@ -20,7 +20,7 @@ from hdp.parallel import (
     unshard_all,
 )
 from tests.run_ranks import RankError, run_ranks
-from tests.runtime.models import tiny_config
+from tests.runtime.models import tiny_config, tiny_model
 
 
 def _mesh(world_size):
@@ -53,6 +53,27 @@ def test_rank0_weights_count(skeleton):
         for rank, (state, inv_freq, _) in enumerate(results):
             assert rank == 0 or state == {}
             assert torch.equal(inv_freq, want.model.model.rotary_emb.inv_freq)
+
+
+def _load_shard_export(rank, world_size, source, target):
+    """A folder's weights reach all ranks, and what is exported from the shards is the same."""
+    model = load_model(source, skeleton=rank > 0)
+    shard(model, _mesh(world_size), param_dtype=torch.bfloat16)
+    state = full_state_dict(model)
+    if rank == 0:
+        export_model(model, target, state, dtype=None)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_load_shard_export_is_the_identity(tmp_path, tied):
+    model = tiny_model("qwen3", dtype=torch.float32, tie_word_embeddings=tied)
+    export_model(model, tmp_path / "in", model.state_dict(), dtype=None)
+    run_ranks(_load_shard_export, 3, tmp_path / "in", tmp_path / "out")
+    again = load_model(tmp_path / "out")
+    assert again.config.tie_word_embeddings == tied
+    for name, x in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], x), name
+    assert type(again.model).__name__ == "Qwen3ForCausalLM"
 
 
 def _different_models(rank, world_size):
