@@ -1,7 +1,7 @@
 """Agreement between ranks: a failure on one rank becomes the same error on all, not a hang.
 
-A rank that raises while the others go on into a collective leaves them waiting for it. These two
-run something that may fail and then let all ranks return, or all raise ValueError, together.
+A rank that raises while the others go on into a collective leaves them waiting for it. `on_rank_0`
+and `on_all_ranks` run what may fail, and then all ranks return or all raise ValueError, together.
 """
 
 from __future__ import annotations
@@ -47,3 +47,26 @@ def on_all_ranks(call: Callable[[], T], group: dist.ProcessGroup) -> T:
         if text:
             raise ValueError(f"{text} (found by rank {rank})")
     return cast(T, result)
+
+
+_BROKEN = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "timed out waiting",
+    "gloo",
+    "nccl",
+)
+
+
+def is_collective_error(error: BaseException | None) -> bool:
+    """Whether `error`, or its cause, says that a collective broke: mostly another rank's fault."""
+    while error is not None:
+        text = str(error).lower()
+        if isinstance(error, dist.DistError):
+            return True
+        if isinstance(error, RuntimeError) and any(phrase in text for phrase in _BROKEN):
+            return True
+        error = error.__cause__
+    return False

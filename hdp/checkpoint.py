@@ -31,50 +31,35 @@ A checkpoint is trusted input: torch's own part of it is a pickle.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import dataclasses
 import json
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from . import __version__
 from .agree import on_all_ranks, on_rank_0
-from .checkpoint_dir import (
-    CheckpointInfo,
-    ChecksumStream,
-    FileRecord,
-    Lock,
-    checksum,
-    clean,
-    commit,
-    committed,
-    next_serial,
-    prune,
-    saving_path,
-    step_path,
+from .checkpoint_dir import CheckpointInfo, Lock, clean, committed, saving_path, step_path
+from .checkpoint_io import (
+    ERRORS,
+    check_fits,
+    fetch,
+    make_stager,
+    put_state,
+    read_metadata,
+    reason,
+    rng_buffer,
+    save_async,
+    state_of,
 )
 from .mesh import HDPMesh
 from .rng import pack_rng, seed_rng, unpack_rng
@@ -82,8 +67,6 @@ from .rng import pack_rng, seed_rng, unpack_rng
 SAVE_TIMEOUT_S = 3600.0
 _SHARED_S = 10.0
 _LEAVE_S = 30.0
-# One name per tensor whatever the order of parameters and groups.
-_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class CheckpointError(RuntimeError):
@@ -137,16 +120,7 @@ class Checkpointer:
             timeout=timedelta(seconds=SAVE_TIMEOUT_S),
             use_local_synchronization=len(ranks) < dist.get_world_size(),
         )
-        cuda = mesh.device.type == "cuda"
-        self._stager = DefaultStager(
-            # Pinned buffers are kept for all saves; the copy is done when save() returns.
-            StagingOptions(
-                use_pinned_memory=cuda,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=cuda,
-            )
-        )
+        self._stager = make_stager(pinned=mesh.device.type == "cuda")
         self._start = on_rank_0(self._take_directory, self._group)
         self._check_shared()
 
@@ -168,7 +142,7 @@ class Checkpointer:
         """
         self.wait()
         plain = _plain(extra or {}, "extra")
-        state = _state_of(model, optimizer)
+        state = state_of(model, optimizer)
         state["rng"] = {str(self._mesh.hdp_rank): pack_rng(self._mesh.device)}
         info = CheckpointInfo(
             step=step,
@@ -181,10 +155,15 @@ class Checkpointer:
         )
         self._step, self._began_s = step, time.monotonic()
         final = step_path(self.directory, step)
-        writer = _Writer(saving_path(final, self._start), final, info, self.keep_last)
         self.status = f"saving step {step}"
-        self._saving = dcp.async_save(  # type: ignore[assignment]
-            state, storage_writer=writer, process_group=self._group, async_stager=self._stager
+        self._saving = save_async(
+            state,
+            info,
+            path=saving_path(final, self._start),
+            final=final,
+            keep_last=self.keep_last,
+            group=self._group,
+            stager=self._stager,
         )
 
     def wait(self) -> None:
@@ -194,14 +173,14 @@ class Checkpointer:
             return
         try:
             saving.result()
-        except (Exception, CheckpointException) as error:
+        except ERRORS as error:
             self.status = f"saving step {self._step} failed"
             final = step_path(self.directory, self._step)
             if self._mesh.hdp_rank == 0:
                 shutil.rmtree(saving_path(final, self._start), ignore_errors=True)
             left = committed(self.directory)
             raise CheckpointError(
-                f"saving {final} failed{_reason(error)}; it was removed, "
+                f"saving {final} failed{reason(error)}; it was removed, "
                 + (f"{left[-1].name} is intact" if left else "there is no checkpoint yet")
             ) from error
         self.status = f"saved step {self._step} in {time.monotonic() - self._began_s:.1f} s"
@@ -238,28 +217,23 @@ class Checkpointer:
         info = on_rank_0(lambda: self._read_info(checkpoint), self._group)
         names = sorted(info.files)[self._mesh.hdp_rank :: self._mesh.hdp_size]
         on_all_ranks(lambda: info.verify(checkpoint, names), self._group)
-        reader = dcp.FileSystemReader(checkpoint)
-        metadata = on_all_ranks(reader.read_metadata, self._group)
-        state = _state_of(model, optimizer)
-        on_all_ranks(lambda: _compare(state, metadata, checkpoint), self._group)
-        own_rng = f"rng.{self._mesh.hdp_rank}"
+        metadata = on_all_ranks(lambda: read_metadata(checkpoint), self._group)
+        state = state_of(model, optimizer)
+        on_all_ranks(lambda: check_fits(state, metadata, checkpoint), self._group)
+        own = str(self._mesh.hdp_rank)
         continues = info.world_size == self._mesh.hdp_size
         if continues:
-            saved = cast(TensorStorageMetadata, metadata.state_dict_metadata[own_rng])
-            state["rng"] = {str(self._mesh.hdp_rank): torch.empty(saved.size, dtype=torch.uint8)}
+            state["rng"] = {own: rng_buffer(metadata, self._mesh.hdp_rank)}
         try:
-            dcp.load(state, storage_reader=reader, process_group=self._group)
-        except CheckpointException as error:
+            fetch(state, checkpoint, self._group)
+        except ERRORS as error:
             raise CheckpointError(
-                f"reading {checkpoint} failed{_reason(error)}, after all checks; model and "
-                "optimizer "
-                "may hold a part of it"
+                f"reading {checkpoint} failed{reason(error)}, after all checks; model and "
+                "optimizer may hold a part of it"
             ) from error
-        set_model_state_dict(model, state["model"])
-        if optimizer is not None:
-            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
+        put_state(model, optimizer, state)
         if continues:
-            unpack_rng(state["rng"][str(self._mesh.hdp_rank)], self._mesh.device)
+            unpack_rng(state["rng"][own], self._mesh.device)
         else:
             seed_rng(self.seed, step=info.step, rank=self._mesh.hdp_rank)
         return Restored(
@@ -340,137 +314,6 @@ class Checkpointer:
 
         on_all_ranks(seen, self._group)
         on_rank_0(lambda: mark.unlink(missing_ok=True), self._group)
-
-
-def full_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state, unsharded, on global rank 0 in host memory; {} elsewhere. Collective."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return cast(dict[str, torch.Tensor], get_model_state_dict(model, options=options))
-
-
-# ---- state ----
-
-
-def _state_of(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None
-) -> dict[str, dict[str, Any]]:
-    """Sharded state by name; a fresh optimizer gets its (zero) state here."""
-    state: dict[str, dict[str, Any]] = {"model": dict(get_model_state_dict(model))}
-    if optimizer is not None:
-        state["optimizer"] = dict(get_optimizer_state_dict(model, optimizer, options=_OPTIONS))
-    return state
-
-
-def _compare(state: Mapping[str, Any], metadata: Metadata, checkpoint: Path) -> None:
-    """ValueError unless the checkpoint has exactly this model's tensors, in shape and dtype."""
-    saved = metadata.state_dict_metadata
-    wanted = {f"{part}.{name}": value for part, d in state.items() for name, value in d.items()}
-    parts = tuple(f"{part}." for part in state)
-    problems = [f"{name} is missing" for name in wanted if name not in saved]
-    problems += [
-        f"{name} is not in this model"
-        for name in saved
-        if name.startswith(parts) and name not in wanted
-    ]
-    for name, value in wanted.items():
-        there = saved.get(name)
-        if isinstance(value, torch.Tensor) and isinstance(there, TensorStorageMetadata):
-            shapes = (tuple(there.size), tuple(value.shape))
-            dtypes = (there.properties.dtype, value.dtype)
-            if shapes[0] != shapes[1] or dtypes[0] != dtypes[1]:
-                problems.append(
-                    f"{name} is {dtypes[0]} {shapes[0]} there and {dtypes[1]} {shapes[1]} here"
-                )
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(
-            f"{checkpoint} does not fit this model or optimizer: {'; '.join(problems[:4])}{more}; "
-            "name a checkpoint of this model, or use another folder"
-        )
-
-
-# ---- writing ----
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Written:
-    """Travels to rank 0 with the results of torch's writer."""
-
-    name: str
-    record: FileRecord
-
-
-class _Writer(dcp.FileSystemWriter):
-    """torch's writer, with checksums; `finish`, on rank 0, is the commit.
-
-    torch calls `finish` when all ranks have written, and passes on to all what any step raises.
-    """
-
-    def __init__(self, path: Path, final: Path, info: CheckpointInfo, keep_last: int | None):
-        super().__init__(path, single_file_per_rank=True, sync_files=True)
-        self._final, self._info, self._keep_last = final, info, keep_last
-        self._files = _ChecksumFiles()
-        self.fs = self._files
-
-    def prepare_local_plan(self, plan: Any) -> Any:
-        return plan  # torch's makes the folder here, on all ranks
-
-    def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
-        shutil.rmtree(self.path, ignore_errors=True)  # of a failed save
-        self.fs.mkdir(self.path)
-        return super().prepare_global_plan(plans)
-
-    def write_data(self, plan: Any, planner: Any) -> Any:
-        results: list[Any] = super().write_data(plan, planner).wait()
-        results += [_Written(name=name, record=r) for name, r in self._files.records.items()]
-        future: torch.futures.Future[Any] = torch.futures.Future()
-        future.set_result(results)
-        return future
-
-    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
-        path = Path(self.path)
-        written = [x for rank in results for x in rank if isinstance(x, _Written)]
-        files = {item.name: item.record for item in written}
-        for name, record in files.items():
-            if not (path / name).is_file() or (path / name).stat().st_size != record.num_bytes:
-                raise OSError(f"{path / name} is not as written; do all nodes share the folder?")
-        super().finish(
-            metadata, [[x for x in rank if not isinstance(x, _Written)] for rank in results]
-        )
-        own = path / ".metadata"
-        files[own.name] = FileRecord(num_bytes=own.stat().st_size, crc32=checksum(own))
-        serial = next_serial(self._final.parent)
-        dataclasses.replace(self._info, serial=serial, files=files).write(path)
-        commit(path, self._final)
-        if self._keep_last is not None:
-            with contextlib.suppress(OSError):  # the save itself is safe
-                prune(self._final.parent, self._keep_last)
-
-
-class _ChecksumFiles(FileSystem):
-    """Files that note size and CRC-32 of what is written into them."""
-
-    def __init__(self) -> None:
-        self.records: dict[str, FileRecord] = {}
-
-    @contextlib.contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        with super().create_stream(path, mode) as stream:
-            watched = ChecksumStream(stream)
-            yield watched
-        if Path(path).suffix == ".distcp":
-            record = FileRecord(num_bytes=watched.num_bytes, crc32=watched.crc32)
-            self.records[Path(path).name] = record
-
-
-def _reason(error: BaseException) -> str:
-    """Like " on rank 2: OSError: No space left on device"."""
-    failures = getattr(error, "failures", None)
-    if not failures:
-        return f": {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    cause = failures[min(failures)][0]
-    named = ", ".join(map(str, sorted(failures)[:8]))
-    return f" on rank {named}: {type(cause).__name__}: {cause}"
 
 
 def _plain(value: Mapping[str, Any], what: str) -> dict[str, Any]:

@@ -41,12 +41,13 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
+from .agree import is_collective_error
 from .mesh import HDPMesh
 from .monitor import Monitor, Report, Verdict, spans
 
@@ -351,8 +352,7 @@ class Watchdog:
                 # A stopped store answers nothing and breaks no connection: the talk never returns.
                 silent_s = silent_s + clock.tick_s() if rounds == self._rounds else 0.0
                 rounds = self._rounds
-                limit_s = self._suspect_s if self._error else self.timeout_s
-                if self._verdict is None and silent_s > limit_s:
+                if silent_s > (self._suspect_s if self._error else self.timeout_s):
                     self._lost_store(f"no answer for {silent_s:.0f} s")
                 if self._verdict is not None or self._closing:
                     break
@@ -366,9 +366,7 @@ class Watchdog:
         if self._leaving:
             # It raises, with its own traceback. Threads that wait for lost ranks must not keep it.
             time.sleep(LEAVE_S)
-            self._say(
-                f"rank {self.rank} did not end within {LEAVE_S:g} s of its error; stopping it"
-            )
+            self._say(f"rank {self.rank} still runs {LEAVE_S:g} s after its error; stopping it")
             os._exit(EXIT_CODE)
         self._say(self._line(verdict))
         if self.rank in verdict.ranks:  # it hangs, but can still tell where
@@ -380,11 +378,11 @@ class Watchdog:
         os.write(_STDERR, f"hdp watchdog: {text}\n".encode())  # one write: lines stay whole
 
 
+@dataclass(slots=True)
 class _Allowance:
-    """Seconds left of an allowed phase, counted down by the talking thread."""
+    """What is left of an allowed phase, counted down by the talking thread."""
 
-    def __init__(self, left_s: float) -> None:
-        self.left_s = left_s
+    left_s: float
 
 
 class _Clock:
@@ -400,26 +398,3 @@ class _Clock:
     def tick_s(self) -> float:
         last, self._last = self._last, time.monotonic()
         return min(self._last - last, self._most_s)
-
-
-_BROKEN = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "connection refused",
-    "broken pipe",
-    "timed out waiting",
-    "gloo",
-    "nccl",
-)
-
-
-def is_collective_error(error: BaseException | None) -> bool:
-    """Whether `error`, or its cause, says that a collective broke: mostly another rank's fault."""
-    while error is not None:
-        text = str(error).lower()
-        if isinstance(error, dist.DistError):
-            return True
-        if isinstance(error, RuntimeError) and any(phrase in text for phrase in _BROKEN):
-            return True
-        error = error.__cause__
-    return False

@@ -46,11 +46,13 @@ IMPORTS: dict[str, set[str]] = {
     # what a run needs beside steps
     "config": set(),
     "monitor": set(),
-    "watchdog": {"mesh", "monitor"},
+    "agree": set(),
+    "watchdog": {"agree", "mesh", "monitor"},
     "optim": set(),
     "rng": set(),
     "checkpoint_dir": set(),
-    "checkpoint": {"checkpoint_dir", "mesh", "rng"},
+    "checkpoint_io": {"checkpoint_dir"},
+    "checkpoint": {"agree", "checkpoint_dir", "checkpoint_io", "mesh", "rng"},
     "metrics": {"scheduler"},
     # a run: its parts connected, watched, walked
     "run": {
@@ -84,7 +86,7 @@ FOREIGN = {
 # Parts of libraries with the same rule: everything else goes through that file.
 FOREIGN_PARTS = {
     "torch.utils.tensorboard": "hdp/metrics.py",
-    "torch.distributed.checkpoint": "hdp/checkpoint.py",
+    "torch.distributed.checkpoint": "hdp/checkpoint_io.py",
     "torch.distributed.fsdp": "hdp/parallel.py",
 }
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hdp.agree import is_collective_error
 from hdp.mesh import HDPMesh
-from hdp.watchdog import EXIT_CODE, RankFailure, Watchdog, is_collective_error
+from hdp.watchdog import EXIT_CODE, RankFailure, Watchdog
 from tests.run_ranks import RankError, run_ranks
 
 TIMEOUT_S = 1.0
@@ -274,6 +275,7 @@ def test_which_errors_are_collective():
 _SCRIPT = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
+from hdp.agree import is_collective_error
 from hdp.mesh import HDPMesh
 from hdp.watchdog import Watchdog
 
