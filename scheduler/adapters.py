@@ -24,7 +24,7 @@ The powers of two are found so; a *bin* is one group of ranks in one microbatch:
 3. The rest goes, longest first, to the bin that would end first, among those with room.
 4. Bins left without work are given to their neighbours, which become wider.
 5. Bins of one microbatch are dealt to blocks of ranks, the longest to the least loaded block.
-6. The best of all choices of step 1 by finishing time wins.
+6. The best of all choices of step 1 by finishing time wins; within 0.5 % of ideal, the first.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from .plan import StepPlan
 DEFAULT_COST = CostModel.from_coefficients(quadratic_s=5.128e-9, linear_s=1.84e-4)
 _SLACK = (1.0, 1.04, 1.1, 1.25, 1.5, 2.0)
 _MORE_MICROBATCHES = (0, 1, 2, 4)
+_GOOD_ENOUGH = 1.005  # of perfectly spread work: stop searching
 
 Groups = list[list[list[int]]]
 
@@ -191,13 +192,19 @@ def power_of_two_groups(
             end_s, groups = _deal(problem, bins)
             if len(groups) % multiple == 0 and (best is None or end_s < best[0] * (1 - 1e-9)):
                 best = (end_s, groups)
+            if best is not None and best[0] <= _GOOD_ENOUGH * ideal_s:
+                return _with_ids(best[1], ids)
         tried += 1
         if best is None and tried > 4 * len(lengths) + 64:
             raise ValueError(
                 f"{len(lengths)} sequences on {num_ranks} ranks make no number of microbatches "
                 f"that is a multiple of {multiple} with every rank at work; give more sequences"
             )
-    return [[[ids[s] for s in rank] for rank in wave] for wave in best[1]]
+    return _with_ids(best[1], ids)
+
+
+def _with_ids(groups: Groups, ids: Sequence[int]) -> Groups:
+    return [[[ids[s] for s in rank] for rank in wave] for wave in groups]
 
 
 def _ids_and_lengths(samples: Sequence[tuple[int, int]]) -> tuple[list[int], np.ndarray]:

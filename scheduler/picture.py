@@ -295,22 +295,27 @@ def _label(axes: Any, plan: StepPlan, blocks: _Blocks) -> None:
         seq = int(blocks.seq[i])
         width = (blocks.end[i] - blocks.start[i]) * inch_per_x
         height = (blocks.bottom[i] - blocks.top[i]) * inch_per_row
-        short = tokens_text(int(plan.seqlens[seq]))
-        degree = int(plan.degrees[seq])
-        text = next(
-            (
-                text
-                for text in (f"{short} on {degree} ranks" if degree > 1 else short, short)
-                if width > 0.062 * len(text) + 0.06
-            ),
-            None,
+        text = _text_that_fits(
+            tokens_text(int(plan.seqlens[seq])), int(plan.degrees[seq]), width, height
         )
-        if text is None or height < 0.115:
+        if text is None:
             continue
         ink = "white" if colour @ (0.299, 0.587, 0.114) < 0.62 else _INK
         axes.text((blocks.start[i] + blocks.end[i]) / 2, (blocks.top[i] + blocks.bottom[i]) / 2,
-                  text, ha="center", va="center_baseline", fontsize=7.5, color=ink,
+                  text, ha="center", va="center", fontsize=7.5, color=ink, linespacing=1.1,
                   clip_on=True)  # fmt: skip
+
+
+def _text_that_fits(tokens: str, degree: int, width_in: float, height_in: float) -> str | None:
+    """The longest of "63K on 8 ranks", the same on two lines, "63K" that a block has room for."""
+    texts = [tokens]
+    if degree > 1:
+        texts = [f"{tokens} on {degree} ranks", f"{tokens}\non {degree} ranks", tokens]
+    for text in texts:
+        lines = text.split("\n")
+        if width_in > 0.058 * max(map(len, lines)) + 0.06 and height_in > 0.115 * len(lines):
+            return text
+    return None
 
 
 def _draw_image(axes: Any, panel: _Panel, scale: float) -> None:
