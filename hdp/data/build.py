@@ -141,7 +141,7 @@ def build(
         raise ValueError(f"{source.label} changed while it was read: try again when it is still")
     return {
         **merged,
-        "label": source.label,
+        "label": _printable(source.label),
         "is_chat": is_chat,
         "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
@@ -170,12 +170,13 @@ def _merge(
     """Step 3: appends the shards' files and writes the index."""
     source, directory = job.source, job.directory
     first_rows: list[int] = []
-    names = {"row_kind": source.row_kind, "files": source.files, "first_rows": first_rows}
+    files = [_printable(name) for name in source.files]
+    names = {"row_kind": source.row_kind, "files": files, "first_rows": first_rows}
     columns: dict[str, list[np.ndarray]] = {"rows": [], "seqlens": [], "num_loss_tokens": []}
     tally = Tally()
     num_positions = 0
-    with ExitStack() as files:
-        outputs = _open_outputs(files, directory, is_chat)
+    with ExitStack() as stack:
+        outputs = _open_outputs(stack, directory, is_chat)
         for index, (shard, result) in enumerate(zip(shards, results, strict=True)):
             while len(first_rows) <= shard.file:  # a file may be empty
                 first_rows.append(num_positions)
@@ -234,8 +235,8 @@ def _tokenise_shard(job: _Job, task: tuple[int, Shard]) -> _Tokenised:
     tally = Tally()
     dtype = token_dtype(job.tokenizer.vocab_size)
     num_positions = 0
-    with ExitStack() as files:
-        outputs = _open_outputs(files, job.directory, job.source.is_chat, f"shard-{index}-")
+    with ExitStack() as stack:
+        outputs = _open_outputs(stack, job.directory, job.source.is_chat, f"shard-{index}-")
         for batch in _batches(job.source.read(shard), tally):
             num_positions = batch[-1][0] + 1 if batch else num_positions
             for row, encoded in _encode(job, [item for item in batch if item[1]]):
@@ -304,16 +305,21 @@ def _with_eos(ids: np.ndarray, job: _Job) -> np.ndarray:
 
 
 def _open_outputs(
-    files: ExitStack, directory: Path, is_chat: bool, prefix: str = ""
+    stack: ExitStack, directory: Path, is_chat: bool, prefix: str = ""
 ) -> dict[str, IO[bytes]]:
     names = (TOKENS, LOSS_MASK) if is_chat else (TOKENS,)
-    return {name: files.enter_context(open(directory / (prefix + name), "wb")) for name in names}
+    return {name: stack.enter_context(open(directory / (prefix + name), "wb")) for name in names}
 
 
 def _append(path: Path, output: IO[bytes]) -> None:
     with open(path, "rb") as part:
         shutil.copyfileobj(part, output, 1 << 24)
     path.unlink()
+
+
+def _printable(name: str) -> str:
+    """A path as text: file names may hold bytes that no terminal can print."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _int64(values: Sequence[int]) -> np.ndarray:

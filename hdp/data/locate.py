@@ -54,6 +54,10 @@ def open_source(
             raise ValueError(
                 f"a dict of splits {list(data)}: pass one of them, such as data[{split!r}]"
             )
+        if not hasattr(data, "__len__"):
+            raise ValueError(
+                "a streaming dataset has no order to shuffle: load it without streaming"
+            )
         return DatasetSource("dataset", dataset=data, text_column=text_column)
     if isinstance(data, (list, tuple)):
         files = [_expand(path) for path in data]

@@ -122,14 +122,13 @@ class ByteTokenizer(_ChatMLTokenizer):
         return b"".join(parts).decode("utf-8", errors="replace")
 
     def save_pretrained(self, folder: str | Path) -> None:
-        from tokenizers import Tokenizer as Backend
-        from tokenizers import decoders, models, pre_tokenizers
-
+        library = _tokenizers()
+        byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         special = {self.eos_id: EOS, self.im_start_id: IM_START, self.im_end_id: IM_END}
         vocab = {special.get(byte, char): byte for byte, char in enumerate(_byte_characters())}
-        backend = Backend(models.BPE(vocab=vocab, merges=[]))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.decoder = decoders.ByteLevel()
+        backend = library.Tokenizer(library.models.BPE(vocab=vocab, merges=[]))
+        backend.pre_tokenizer = byte_level
+        backend.decoder = library.decoders.ByteLevel()
         backend.add_special_tokens(list(SPECIAL_TOKENS))
         _save(folder, backend.to_str(), kind="bytes")
 
@@ -139,9 +138,7 @@ class BpeTokenizer(_ChatMLTokenizer):
 
     def __init__(self, backend_json: str) -> None:
         """`backend_json`: the content of a tokenizer.json that `train_bpe` made."""
-        from tokenizers import Tokenizer as Backend
-
-        self._backend = Backend.from_str(backend_json)
+        self._backend = _tokenizers().Tokenizer.from_str(backend_json)
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True  # in a document they are text
@@ -278,26 +275,21 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> BpeTokenizer:
 
     Raises ValueError if vocab_size has no room for all bytes and the special tokens.
     """
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Backend
-
     if vocab_size < MIN_BPE_SIZE:
         raise ValueError(
             f"a byte-pair tokenizer of {vocab_size} ids: 256 bytes and {len(SPECIAL_TOKENS)} "
             f"special tokens need {MIN_BPE_SIZE}, and merges come on top"
         )
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    library = _tokenizers()
+    words = library.pre_tokenizers.Split(library.Regex(_SPLIT), behavior="isolated")
+    byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend = library.Tokenizer(library.models.BPE())
+    backend.pre_tokenizer = library.pre_tokenizers.Sequence([words, byte_level])
+    backend.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=sorted(byte_level.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
@@ -321,6 +313,17 @@ def load_tokenizer(path: str) -> Tokenizer:
 
     name = str(folder) if folder.exists() else path
     return HFTokenizer(hf.load_tokenizer(name), name)
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError(
+            "byte-pair tokenizers need the package `tokenizers`: pip install 'hdp[hf]', or use the "
+            "tokenizer bytes"
+        ) from None
+    return tokenizers
 
 
 def _save(folder: str | Path, backend_json: str, *, kind: str) -> None:

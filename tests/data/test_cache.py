@@ -234,6 +234,18 @@ def test_empty_documents_are_no_damage(folder, tmp_path):
     assert dataset.report.num_rejected == {"empty": 1}
 
 
+def test_file_names_that_are_no_text(tmp_path):
+    """Any bytes may name a file; the report can still be printed."""
+    folder = os.fsencode(tmp_path / "docs")
+    os.mkdir(folder)
+    for name, content in ((b"a\xff.txt", b"ok"), (b"b\xff.txt", b"\xff")):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content)
+    dataset = load(tmp_path / "docs", tmp_path)
+    assert dataset.name(0).endswith("a\ufffd.txt")
+    assert "b\ufffd.txt" in str(dataset.report).encode().decode()
+
+
 def test_no_document(tmp_path):
     folder = tmp_path / "docs"
     folder.mkdir()

@@ -228,6 +228,8 @@ def test_dataset_object(datasets):
     assert source.fingerprint() == open_source(table).fingerprint()
     other = datasets.Dataset.from_dict({"text": ["c"]})
     assert source.fingerprint() != open_source(other).fingerprint()
+    with pytest.raises(ValueError, match="without streaming"):
+        open_source(table.to_iterable_dataset())
     with pytest.raises(ValueError, match=r"splits.*\['train'\].*pass one"):
         open_source(datasets.DatasetDict(train=table))
 
