@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .comm import RingComm
 from .data.feed import StepBatch
+from .losses import token_cross_entropy
 from .mesh import HDPMesh, agree_on_plan
 from .parallel import NonFiniteError, clip_grad_norm, reduce_gradients, set_microbatch, unshard_all
 from .recorder import StepRecorder
@@ -75,7 +76,7 @@ def train_step(context: StepContext, step: StepBatch) -> StepResult:
         with recorder.span("compute", str(i)):
             set_microbatch(model, reduce=overlap and i == len(step.batches) - 1)
             logprobs = model(batch.to(mesh.device), context.comm)
-            loss = -logprobs.sum() / max(step.num_loss_tokens, 1)
+            loss = token_cross_entropy(logprobs, global_count=step.num_loss_tokens)
             loss.backward()
             losses.append(loss.detach())
     if not overlap:

@@ -61,6 +61,10 @@ def dense_step(dtype):
 def make_plan(policy, seqlens, hdp_size) -> StepPlan:
     if policy.startswith("random"):
         return random_plan(seqlens, hdp_size, seed=int(policy.removeprefix("random")))
+    if policy == "local":
+        ranks = [seq % hdp_size for seq in range(len(seqlens))]
+        mine = [[[s] for s, owner in enumerate(ranks) if owner == r] for r in range(hdp_size)]
+        return StepPlan.from_lists(seqlens, [[r] for r in ranks], mine, max_tokens_per_rank=128)
     capacity = max(16, -(-max(seqlens) // hdp_size))
     cp_size = hdp_size if policy == "static" else None
     return plan(
@@ -127,7 +131,7 @@ def test_step_equals_dense(world, dtype, tolerance):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_overlapped_reduction_changes_nothing(world):
-    policies = ["hdp", "random1", "random4"]
+    policies = ["hdp", "random1", "random4", "local"]
     assert {make_plan(policy, SEQLENS, world).ends_local for policy in policies} == {True, False}
     plain = run_ranks(_step_grads, world, policies, torch.float64, {})[0]
     overlapped = run_ranks(_step_grads, world, policies, torch.float64, {"overlap_reduce": True})[0]
