@@ -11,7 +11,8 @@ A save has three parts. The training thread copies model and optimizer shards to
 goes on. A background thread on each rank writes its shard, with coordination over a gloo group of
 its own: its collectives can never mix with those of the training thread. When all are on disk,
 rank 0 writes hdp.json with size and checksum of every file, renames the folder to its final name
-and forgets all but the last `keep_last` (checkpoint_dir.py has the folder's rules).
+and forgets all but the last `keep_last` (checkpoint_dir.py has the folder's rules, checkpoint_io.py
+the files).
 
 A save that fails on any rank (disk full) leaves the previous checkpoint as it was, removes what it
 wrote, and raises CheckpointError on ALL ranks at the next `save` or `wait`: the caller may go on.
@@ -21,7 +22,7 @@ names and shapes of all tensors - and raises ValueError on all ranks before anyt
 State is resharded to the ranks there are. Random number generators continue on the same number of
 ranks and are seeded from (seed, step, rank) on another one; the sampler does not depend on it.
 
-Invariants (tests of the same names in tests/runtime/test_checkpoint.py): any_number_of_ranks,
+Invariants (tests of the same names in tests/runtime/test_checkpoint*.py): any_number_of_ranks,
 killed_save_leaves_the_previous_one, failed_save_leaves_the_previous_one, error_reaches_all_ranks,
 one_save_at_a_time, staged_state_is_a_snapshot, damage_is_found_before_anything_changes.
 
@@ -65,6 +66,7 @@ from .mesh import HDPMesh
 from .rng import pack_rng, seed_rng, unpack_rng
 
 SAVE_TIMEOUT_S = 3600.0
+_INCIDENTAL = ("dtype", "torch_dtype", "use_cache")  # dtypes are compared tensor by tensor
 _SHARED_S = 10.0
 _LEAVE_S = 30.0
 
@@ -97,9 +99,10 @@ class Checkpointer:
     ) -> None:
         """Take `directory` (made if need be, shared by all nodes) and clean up after killed saves.
 
-        `model_config`: what defines the model, as JSON can hold it; loading a checkpoint with
-        another one is an error, so leave out what may change (versions, paths). `keep_last`:
-        complete checkpoints to keep, None for all. Raises ValueError on all ranks.
+        `model_config`: what defines the model, as JSON can hold it (a Hugging Face config's
+        to_dict()). To load a checkpoint with another value for the same key is an error; versions,
+        paths and dtypes are not compared. `keep_last`: complete checkpoints to keep, None for all.
+        Raises ValueError on all ranks.
         """
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"keep_last={keep_last} must be at least 1, or None to keep all")
@@ -243,9 +246,9 @@ class Checkpointer:
     def _read_info(self, checkpoint: Path) -> CheckpointInfo:
         info = CheckpointInfo.read(checkpoint)
         ours, theirs = self._model_config, info.model_config
-        if ours and theirs and ours != theirs:
-            keys = [k for k in sorted(ours.keys() | theirs) if ours.get(k) != theirs.get(k)]
-            told = ", ".join(f"{k}={theirs.get(k)} there and {ours.get(k)} here" for k in keys[:4])
+        common = [key for key in sorted(ours.keys() & theirs) if _defines_model(key)]
+        if keys := [key for key in common if ours[key] != theirs[key]]:
+            told = ", ".join(f"{k}={theirs[k]} there and {ours[k]} here" for k in keys[:4])
             raise ValueError(
                 f"{checkpoint} is of another model: {told}; name a checkpoint of this model, or "
                 "use another folder"
@@ -314,6 +317,11 @@ class Checkpointer:
 
         on_all_ranks(seen, self._group)
         on_rank_0(lambda: mark.unlink(missing_ok=True), self._group)
+
+
+def _defines_model(key: str) -> bool:
+    """Other entries of a model's config change with the version of a library or the place."""
+    return not (key.startswith("_") or key.endswith("_version") or key in _INCIDENTAL)
 
 
 def _plain(value: Mapping[str, Any], what: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from hdp.checkpoint import Checkpointer
 from hdp.checkpoint_dir import ChecksumStream
 
-CONFIG = {"hidden_size": 6, "layers": 2}
+CONFIG = {"hidden_size": 6, "layers": 2, "lib_version": "1", "_path": "/a"}
 
 
 class Toy(torch.nn.Module):

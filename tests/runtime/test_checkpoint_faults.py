@@ -226,6 +226,10 @@ def _bad_loads(rank, world_size, good, directory):
             attempt(name, saver)
     with saver_for(good, mesh, model_config={"hidden_size": 8, "layers": 2}) as saver:
         attempt("other config", saver)
+    newer = {"hidden_size": 6, "layers": 2, "lib_version": "2", "_path": "/b", "new_option": 0}
+    with saver_for(good, mesh, model_config=newer) as saver:
+        twin, twin_optimizer = build(mesh)
+        saver.load(model=twin, optimizer=twin_optimizer)  # a newer library is no other model
     with saver_for(good, mesh, model_config=None) as saver:
         wide, wide_optimizer = build(mesh, hidden=4)
         attempt("other shapes", saver, model=wide, optimizer=wide_optimizer)
