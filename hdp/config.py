@@ -45,6 +45,12 @@ class TrainConfig:
     """"stdlib" (sources of this Python's standard library), a folder, or .jsonl/.parquet files."""
     text_column: str = "text"
     """Column of JSONL or Parquet rows that holds the text; rows with `messages` are chats."""
+    pattern: str | None = None
+    """Which files of a folder, such as "*.md"."""
+    subset: str | None = None
+    """Configuration of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
     tokenizer: str = "auto"
     """auto (the model's own; demo: bpe:4096), bpe:SIZE (trained on the data), bytes, or a path."""
     max_length: int | None = None

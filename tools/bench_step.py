@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-tokens-per-rank", type=int, default=4096)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", default="stdlib")
-    parser.add_argument("--cost", help="JSON of a CostModel (tools/profile.py)")
+    parser.add_argument("--cost", help="JSON of a CostModel (tools/profile_machine.py)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args()
 

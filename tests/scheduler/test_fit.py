@@ -1,0 +1,88 @@
+"""Fitting a cost model: it recovers what made the times, and is the constrained optimum."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hdp.scheduler import CostModel, StepPlan
+from hdp.scheduler.fit import Observation, _non_negative, fit_cost
+from hdp.scheduler.simulate import microbatch_times
+
+TRUE = CostModel.from_coefficients(
+    quadratic_s=3e-9, linear_s=2e-5, fixed_s=4e-3, small_shard_tokens=300.0, ring_step_s=2e-3
+)
+SHAPES = [
+    [(512, 1)],
+    [(4096, 1)],
+    [(1024, 1)] * 8,
+    [(128, 1)] * 16,
+    [(8192, 2)],
+    [(2048, 2), (700, 2)],
+    [(16384, 4)],
+    [(1024, 4)],
+]
+
+
+def _plan(pieces) -> StepPlan:
+    """One microbatch with these pieces, on every rank of the widest of them."""
+    degree = max(d for _, d in pieces)
+    rings = [list(range(d)) for _, d in pieces]
+    everywhere = [[[s for s, ring in enumerate(rings) if r in ring]] for r in range(degree)]
+    return StepPlan.from_lists([n for n, _ in pieces], rings, everywhere, max_tokens_per_rank=10**6)
+
+
+def _seconds(pieces, cost=TRUE) -> float:
+    return float(microbatch_times(_plan(pieces), cost).total_s[0])
+
+
+def test_fit_recovers_the_coefficients():
+    observations = [Observation(pieces=tuple(p), seconds=_seconds(p)) for p in SHAPES]
+    fit = fit_cost(observations, CostModel.from_coefficients(quadratic_s=1.0, linear_s=1.0))
+    assert np.abs(fit.relative_errors).max() < 1e-9
+    for field in ("quadratic_s", "linear_s", "fixed_s", "small_shard_tokens", "ring_step_s"):
+        assert getattr(fit.cost, field) == pytest.approx(getattr(TRUE, field), rel=1e-6), field
+
+
+def test_local_measurements_leave_the_ring_alone():
+    base = CostModel.from_coefficients(quadratic_s=1.0, linear_s=1.0, ring_step_s=0.5)
+    observations = [
+        Observation(pieces=tuple(p), seconds=_seconds(p)) for p in SHAPES if p[0][1] == 1
+    ]
+    fit = fit_cost(observations, base)
+    assert fit.cost.ring_step_s == 0.5
+    assert np.abs(fit.relative_errors).max() < 1e-9
+
+
+@given(st.integers(0, 10_000))
+def test_fit_is_the_optimum(seed):
+    """No non-negative point nearby is better (the problem is convex)."""
+    rng = np.random.default_rng(seed)
+    matrix = rng.normal(size=(8, 3))
+    target = rng.normal(size=8)
+    x = _non_negative(matrix, target)
+    assert (x >= 0).all()
+    error = np.linalg.norm(matrix @ x - target)
+    for _ in range(20):
+        other = np.maximum(x + rng.normal(scale=0.05, size=3), 0)
+        assert np.linalg.norm(matrix @ other - target) >= error - 1e-9
+
+
+def test_noise_of_five_percent_is_averaged_out():
+    rng = np.random.default_rng(0)
+    observations = [
+        Observation(pieces=tuple(p), seconds=_seconds(p) * (1 + 0.05 * rng.uniform(-1, 1)))
+        for p in SHAPES * 4
+    ]
+    fit = fit_cost(observations, TRUE)
+    for pieces in ([(3000, 1)], [(6000, 2)], [(256, 1)] * 10):
+        assert _seconds(pieces, fit.cost) == pytest.approx(_seconds(pieces), rel=0.05)
+
+
+def test_bad_measurements_are_refused():
+    with pytest.raises(ValueError, match="cannot determine 3 coefficients"):
+        fit_cost([Observation(pieces=((5, 1),), seconds=1.0)], TRUE)
+    with pytest.raises(ValueError, match="positive and finite"):
+        fit_cost([Observation(pieces=((5, 1),), seconds=0.0)] * 5, TRUE)
