@@ -76,7 +76,7 @@ def test_min_degree_is_kept(problem: tuple, min_degree: int) -> None:
 
 @pytest.mark.parametrize("row", [r for r in BENCHMARK_SETS if r.hdp_size <= 256], ids=str)
 def test_groups_are_near_the_ideal(row) -> None:
-    # Powers of two, equal counts and neighbouring ranks cost little: within 4 % of perfectly
+    # Powers of two, equal counts and neighbouring ranks cost little: within 1 % of perfectly
     # spread work, where the schedulers that this replaces are at 1.1-2.1x.
     seqlens = dict(enumerate(row.seqlens().tolist()))
     groups = power_of_two_groups(
@@ -86,7 +86,7 @@ def test_groups_are_near_the_ideal(row) -> None:
     )
     end_s = _finish_s(groups, seqlens, row.hdp_size, row.max_tokens_per_rank)
     ideal_s = float(DEFAULT_COST.piece_s(list(seqlens.values()), 1).sum()) / row.hdp_size
-    assert end_s <= 1.04 * ideal_s
+    assert end_s <= 1.01 * ideal_s
 
 
 def test_same_input_same_groups() -> None:
