@@ -69,7 +69,7 @@ class TrainConfig:
     seed: int = 0
 
     # -- parallelism --
-    policy: Literal["hdp", "bytescale", "static"] = "hdp"
+    policy: Literal["hdp", "bytescale", "bytescale-naive", "static"] = "hdp"
     cp_size: int | None = None
     """Ranks of every sequence under --policy static."""
     max_tokens_per_rank: int = 8192

@@ -42,7 +42,7 @@ IMPORTS: dict[str, set[str]] = {
     "mesh": set(),
     "parallel": set(),
     "recorder": {"clock", "comm", "scheduler"},
-    "step": {"comm", "data", "mesh", "parallel", "recorder"},
+    "step": {"comm", "data", "losses", "mesh", "parallel", "recorder"},
     # what a run needs beside steps
     "config": set(),
     "monitor": set(),

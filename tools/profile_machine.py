@@ -1,6 +1,6 @@
 """Measure this machine with this model, and fit the cost model that the planner takes.
 
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tools/profile_machine.py --out cost.json
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tools/profile_machine.py
     torchrun --standalone --nproc-per-node 8 examples/sft.py --cost cost.json ...
 
 Every rank runs real training steps of one microbatch each: one long sequence, several, many short
