@@ -28,12 +28,12 @@ def assemble(
 
     degree (num_seqs,) and ring_ranks (sum of degree,) are the rings of the sequences in order;
     index (sum of degree,) is for each entry of ring_ranks the local index of its microbatch on
-    that rank. An index that nothing uses is closed up, but with pp_size > 1 it is an empty
-    microbatch, because a shared microbatch has one index. Microbatches that are over the capacity
-    get the smallest offload ratio with which they fit.
+    that rank. An index that nothing uses is closed up; but with pp_size > 1, when a shared
+    microbatch has one index, or with equal counts, it is an empty microbatch. Microbatches that are
+    over the capacity get the smallest offload ratio with which they fit.
     """
     seq = np.repeat(np.arange(batch.num_seqs), degree)
-    if batch.pp_size == 1:
+    if batch.pp_size == 1 and not batch.equal_counts:
         index = _closed_up(ring_ranks, index, batch.hdp_size)
     counts = np.ones(batch.hdp_size, dtype=np.int64)
     np.maximum.at(counts, ring_ranks, index + 1)

@@ -9,6 +9,7 @@ hdp_size * T rank-seconds. The bound is the smallest T, up to 0.1 %, for which i
 * memory   a step has at least tokens / capacity microbatches, and each rank at least one; each
            costs fixed_s, and some rank has no less than the average. Of jobs that need more than
            half of the ranks no two run at once, of those that need more than a third no three, ..
+* numbers  jobs that need more than k * hdp_size ranks together meet on some rank k + 1 times
 * pipeline a microbatch passes all pp_size stages before the last one can start, and again after it
            is done: fixed_s for each
 
@@ -25,6 +26,7 @@ from .degrees import Degrees, Widening
 from .memory import least_microbatches
 
 _PRECISION = 1000  # the bound is found up to one part of this
+_SOME_JOBS = 4096  # with more jobs, how they divide by the ranks does not matter
 
 
 def lower_bound_s(degrees: Degrees, ticks: int) -> float:
@@ -48,9 +50,11 @@ def lower_bound_ticks(degrees: Degrees) -> int:
     bottom = max(bottom, math.ceil(microbatches / ranks) * degrees.fixed)
     wide = np.flatnonzero((low > 1) | (degrees.low_ticks > bottom))
     if not len(wide):
-        return bottom
+        return max(bottom, _some_rank_twice(degrees)) if len(low) <= _SOME_JOBS else bottom
     widening = Widening(degrees, wide)
     bottom = max(bottom, int(widening.best_ticks.max()), _few_at_once(widening, ranks))
+    if len(low) <= _SOME_JOBS:
+        bottom = max(bottom, _some_rank_twice(degrees))
 
     def needed_by(target: int) -> int:
         """The same when each job must end by `target`."""
@@ -74,3 +78,14 @@ def _few_at_once(widening: Widening, ranks: int) -> int:
     order = np.argsort(-widening.low, kind="stable")
     at_once = ranks // widening.low[order]
     return int((np.cumsum(widening.best_ticks[order]) // at_once).max())
+
+
+def _some_rank_twice(degrees: Degrees) -> int:
+    """Jobs with more than k * hdp_size ranks in all: some rank has k + 1 of them."""
+    ranks, fixed = degrees.batch.hdp_size, degrees.fixed
+    widening = Widening(degrees, np.arange(len(degrees.low)))
+    order = np.argsort(-widening.best_ticks, kind="stable")
+    best, low = widening.best_ticks[order], widening.low[order]
+    times = -(-np.cumsum(low) // ranks)
+    on_rings = np.logical_and.accumulate(low > 1)  # local ones may share a microbatch
+    return int((times * (best - fixed) + fixed * np.where(on_rings, times, 1)).max())
