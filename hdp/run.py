@@ -20,6 +20,7 @@ from .mesh import HDPMesh
 from .optim import build_optimizer
 from .parallel import shard
 from .recorder import StepRecorder
+from .rng import seed_rng
 from .step import StepContext
 from .watchdog import Watchdog
 
@@ -76,6 +77,7 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
 
     Raises ValueError for data, a model or options that cannot be trained.
     """
+    seed_rng(config.seed, rank=mesh.hdp_rank)
     dtype = _compute_dtype(config, mesh.device)
     dataset = _open_data(config)
     dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=config.max_tokens_per_rank)
@@ -100,7 +102,7 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
         ),
         comm=comm,
         recorder=StepRecorder(mesh.hdp_rank, comm),
-        on_microbatch=lambda index, ring: watchdog.progress(microbatch=index, ring=ring),
+        watchdog=watchdog,
         grad_clip=config.grad_clip,
         overlap_reduce=mesh.device.type == "cuda",
     )

@@ -19,8 +19,7 @@ overlaps with the backward of that microbatch (`overlap_reduce`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from .losses import token_cross_entropy
 from .mesh import HDPMesh, agree_on_plan
 from .parallel import NonFiniteError, clip_grad_norm, reduce_gradients, set_microbatch, unshard_all
 from .recorder import StepRecorder
+from .watchdog import Watchdog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class StepContext:
     recorder: StepRecorder
     grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
     overlap_reduce: bool = False  # reduce inside the last backward where the plan allows it
-    on_microbatch: Callable[[int, tuple[int, ...]], None] = lambda index, ring: None  # it starts
+    watchdog: Watchdog = field(default_factory=Watchdog.off)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,21 +72,22 @@ def train_step(context: StepContext, step: StepBatch) -> StepResult:
     overlap = context.overlap_reduce and step.plan.ends_local
     losses = []
     for i, batch in enumerate(step.batches):  # 3
-        context.on_microbatch(i, batch.layout.ring)
+        context.watchdog.progress(microbatch=i, ring=batch.layout.ring)
         with recorder.span("compute", str(i)):
             set_microbatch(model, reduce=overlap and i == len(step.batches) - 1)
             logprobs = model(batch.to(mesh.device), context.comm)
             loss = token_cross_entropy(logprobs, global_count=step.num_loss_tokens)
             loss.backward()
             losses.append(loss.detach())
-    if not overlap:
-        with recorder.span("reduce", "reduce gradients"):
-            reduce_gradients(model)  # 4
-    total = _sum_losses(context, step, torch.stack(losses))  # 5
-    try:
-        grad_norm = clip_grad_norm(model, context.grad_clip or None)
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{error}; sequences {_some(step.seq_ids.tolist())}") from None
+    with context.watchdog.waiting(what="gradients and loss of all ranks"):
+        if not overlap:
+            with recorder.span("reduce", "reduce gradients"):
+                reduce_gradients(model)  # 4
+        total = _sum_losses(context, step, torch.stack(losses))  # 5
+        try:
+            grad_norm = clip_grad_norm(model, context.grad_clip or None)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}; sequences {_some(step.seq_ids.tolist())}") from None
     context.optimizer.step()  # 6
     context.optimizer.zero_grad(set_to_none=True)
     return StepResult(loss=total, grad_norm=grad_norm)

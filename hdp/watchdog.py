@@ -93,6 +93,11 @@ class Watchdog:
         self._verdict: Verdict | None = None
 
     @classmethod
+    def off(cls) -> Watchdog:
+        """One that watches nobody."""
+        return cls(rank=0, size=1, store=None, timeout_s=TIMEOUT_S)
+
+    @classmethod
     def start(cls, mesh: HDPMesh, *, timeout_s: float = TIMEOUT_S) -> Watchdog:
         """Start watching over `mesh.hdp_group`. Collective. Use the result in a `with` statement.
 
@@ -101,7 +106,7 @@ class Watchdog:
         if not timeout_s > 0:
             raise ValueError(f"watchdog timeout_s={timeout_s} must be positive")
         if mesh.hdp_size == 1:
-            return cls(rank=0, size=1, store=None, timeout_s=timeout_s)
+            return cls.off()
         nonce = [uuid.uuid4().hex]  # the store may outlive a restart: old reports must not count
         source = dist.get_global_rank(mesh.hdp_group, 0)
         dist.broadcast_object_list(nonce, src=source, group=mesh.hdp_group)

@@ -5,10 +5,11 @@ most T, hence at least the work of the fewest such ranks; the sum over all jobs 
 hdp_size * T rank-seconds. The bound is the smallest T, up to 0.1 %, for which it does. It contains
 
 * work     every job at the least degree that memory allows, over all ranks
-* longest  no job ends before its best degree does
+* longest  no job ends before its best degree does; with pipeline stages it passes all of them,
+           forward and backward
 * memory   a step has at least tokens / capacity microbatches, and each rank at least one; each
            costs fixed_s, and some rank has no less than the average. Of jobs that need more than
-           half of the ranks no two run at once, of those that need more than a third no three, ..
+           half of the ranks no two run at once, of those that need more than a third no three..
 * numbers  jobs that need more than k * hdp_size ranks together meet on some rank k + 1 times
 * pipeline a microbatch passes all pp_size stages before the last one can start, and again after it
            is done: fixed_s for each
@@ -17,8 +18,6 @@ It is a bound for plans in which a ring is one job's and host copies are hidden.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 
@@ -29,38 +28,28 @@ _PRECISION = 1000  # the bound is found up to one part of this
 _SOME_JOBS = 4096  # with more jobs, how they divide by the ranks does not matter
 
 
-def lower_bound_s(degrees: Degrees, ticks: int) -> float:
-    """Seconds below which no valid plan can finish; `ticks` of lower_bound_ticks."""
-    batch = degrees.batch
-    return ticks * degrees.tick_s + (batch.pp_size - 1) * batch.cost.fixed_s
-
-
 def lower_bound_ticks(degrees: Degrees) -> int:
-    """The bound on compute, communication and fixed_s of one pipeline stage, in ticks."""
-    low, ranks = degrees.low, degrees.batch.hdp_size
-    microbatches = least_microbatches(degrees.batch)
-
-    def needed(degree: np.ndarray, ticks: np.ndarray) -> int:
-        """Rank-ticks of all microbatches over the ranks, rounded up."""
-        count = max(int(degree[degree > 1].sum()), microbatches, ranks)
-        work = int(((ticks - degrees.fixed) * degree).sum()) + degrees.fixed * count
-        return -(-work // ranks)
-
-    bottom = needed(low, degrees.low_ticks)
-    bottom = max(bottom, math.ceil(microbatches / ranks) * degrees.fixed)
-    wide = np.flatnonzero((low > 1) | (degrees.low_ticks > bottom))
+    """The bound on compute, communication and fixed_s, in ticks."""
+    low, ranks, stages = degrees.low, degrees.batch.hdp_size, degrees.batch.pp_size
+    some = len(low) <= _SOME_JOBS
+    fill = (stages - 1) * degrees.fixed
+    bottom = needed_ticks(degrees, low, degrees.low_ticks) + fill
+    # Some rank has no less than the average number of microbatches.
+    count = -(-least_microbatches(degrees.batch) // ranks)
+    bottom = max(bottom, count * degrees.fixed + fill)
+    bottom = max(bottom, _some_rank_twice(degrees) if some else 0)
+    wide = np.flatnonzero((low > 1) | (degrees.low_ticks > bottom // stages))
     if not len(wide):
-        return max(bottom, _some_rank_twice(degrees)) if len(low) <= _SOME_JOBS else bottom
+        return bottom
     widening = Widening(degrees, wide)
-    bottom = max(bottom, int(widening.best_ticks.max()), _few_at_once(widening, ranks))
-    if len(low) <= _SOME_JOBS:
-        bottom = max(bottom, _some_rank_twice(degrees))
+    longest = int(widening.best_ticks.max()) * stages
+    bottom = max(bottom, longest, _few_at_once(widening, ranks))
 
     def needed_by(target: int) -> int:
-        """The same when each job must end by `target`."""
+        """Mean load when each job must pass all stages, forward and backward, by `target`."""
         degree, ticks = low.copy(), degrees.low_ticks.copy()
-        degree[wide], ticks[wide] = widening.fit(target)
-        return needed(degree, ticks)
+        degree[wide], ticks[wide] = widening.fit(target // stages)
+        return needed_ticks(degrees, degree, ticks) + fill
 
     top = needed_by(bottom)
     while top - bottom > bottom // _PRECISION:
@@ -73,11 +62,29 @@ def lower_bound_ticks(degrees: Degrees) -> int:
     return bottom
 
 
+def needed_ticks(
+    degrees: Degrees, degree: np.ndarray, ticks: np.ndarray, microbatch: int | None = None
+) -> int:
+    """Rank-ticks of all microbatches over the ranks, rounded up, with jobs on so many ranks.
+
+    Local jobs that share a microbatch take at most `microbatch` ticks together, if given.
+    """
+    batch = degrees.batch
+    count = max(int(degree[degree > 1].sum()), least_microbatches(batch), batch.hdp_size)
+    work = int(((ticks - degrees.fixed) * degree).sum())
+    if microbatch is not None:
+        local = degree == 1
+        own = int((ticks[local] - degrees.fixed).sum())
+        count = max(count, int(degree[~local].sum()) + own // microbatch)
+    return -(-(work + degrees.fixed * count) // batch.hdp_size)
+
+
 def _few_at_once(widening: Widening, ranks: int) -> int:
     """Jobs that need many ranks run one after the other, or few at once."""
     order = np.argsort(-widening.low, kind="stable")
+    order = order[widening.low[order] > 1]
     at_once = ranks // widening.low[order]
-    return int((np.cumsum(widening.best_ticks[order]) // at_once).max())
+    return int((np.cumsum(widening.best_ticks[order]) // at_once).max(initial=0))
 
 
 def _some_rank_twice(degrees: Degrees) -> int:

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .cost import CostModel
+from .pipeline import finish_1f1b, gather
 from .plan import StepPlan
 from .timeline import Span, Timeline
-from .walk import Operations, walk_1f1b, walk_flat
+from .walk import Operations, meetings, walk_1f1b, walk_flat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +92,11 @@ def simulate(plan: StepPlan, cost: CostModel) -> Timeline:
 
 def finish_s(plan: StepPlan, cost: CostModel) -> float:
     """Seconds at which the simulated step ends, without making a timeline."""
-    operations = _walk(plan, microbatch_times(plan, cost), cost)
-    return _reduction(plan, operations, cost)[1]
+    times = microbatch_times(plan, cost)
+    if plan.pp_size > 1:
+        pipelines = gather(plan, meetings(plan), times.total_s)
+        return finish_1f1b(pipelines, plan.pp_size, cost.forward_share) + cost.reduce_s
+    return _reduction(plan, _walk(plan, times, cost), cost)[1]
 
 
 def _walk(plan: StepPlan, times: MicrobatchTimes, cost: CostModel) -> Operations:

@@ -42,7 +42,7 @@ IMPORTS: dict[str, set[str]] = {
     "mesh": set(),
     "parallel": set(),
     "recorder": {"clock", "comm", "scheduler"},
-    "step": {"comm", "data", "losses", "mesh", "parallel", "recorder"},
+    "step": {"comm", "data", "losses", "mesh", "parallel", "recorder", "watchdog"},
     # what a run needs beside steps
     "config": set(),
     "monitor": set(),
@@ -57,7 +57,7 @@ IMPORTS: dict[str, set[str]] = {
     # a run: its parts connected, watched, walked
     "run": {
         *("comm", "config", "console", "data", "hf", "kernels", "mesh", "optim", "parallel"),
-        *("recorder", "scheduler", "step", "watchdog"),
+        *("recorder", "rng", "scheduler", "step", "watchdog"),
     },
     "observe": {"data", "hf", "metrics", "run", "scheduler", "step"},
     "train": {
