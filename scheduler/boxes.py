@@ -25,15 +25,16 @@ _NAME = re.compile(r"^(F|B|)(\d+)$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Boxes:
-    """Columns, (num_boxes,) each. A row is a rank, or with a pipeline a (rank, stage)."""
+    """Columns, (num_boxes,) each. A row is a rank; with a pipeline, all ranks once per stage."""
 
-    row: np.ndarray  # int64: rank * num_stages + stage
+    row: np.ndarray  # int64: stage * num_ranks + rank
     start_s: np.ndarray  # float64
     end_s: np.ndarray  # float64
     kind: np.ndarray  # int64: index into timeline.KINDS
     seq: np.ndarray  # int64: sequence of a compute box, the ring's first of others; -1 if none
     backward: np.ndarray  # bool: pipeline backward
-    num_rows: int
+    num_ranks: int
+    num_rows: int  # num_ranks * num_stages
 
 
 def make_boxes(plan: StepPlan, timeline: Timeline, cost: CostModel | None = None) -> Boxes:
@@ -54,7 +55,7 @@ def make_boxes(plan: StepPlan, timeline: Timeline, cost: CostModel | None = None
             continue
         match = _NAME.match(span.name)
         m = first[span.rank] + int(match[2]) if match else -1
-        rows.append(span.rank * timeline.num_stages + span.stage)
+        rows.append(span.stage * timeline.num_ranks + span.rank)
         starts.append(span.start_s)
         ends.append(span.end_s)
         kinds.append(kind_of[span.kind])
@@ -100,7 +101,7 @@ def _split(
         out["start_s"][cut] = start + (end - start) * (before[at] - before[low]) / total
         out["end_s"][cut] = start + (end - start) * (before[at + 1] - before[low]) / total
     num_rows = timeline.num_ranks * timeline.num_stages
-    return Boxes(seq=seq, num_rows=num_rows, **out)
+    return Boxes(seq=seq, num_ranks=timeline.num_ranks, num_rows=num_rows, **out)
 
 
 def _first_of_ring(plan: StepPlan) -> np.ndarray:

@@ -10,7 +10,8 @@ nothing hides. Whatever is empty is a rank that waits. All plans share one time 
 picture is the faster step.
 
 Up to MAX_VECTOR_ROWS rows each box is drawn as a shape (sharp at any size, also in SVG); above it
-the plan becomes an image whose pixels are averaged, so 10,000 ranks stay readable and small.
+the plan becomes an image of at most 900 evenly spaced ranks, so 10,000 stay readable and small.
+With a pipeline all ranks are drawn once per stage, backward darker than forward.
 matplotlib is imported here only, when a picture is asked for.
 """
 
@@ -39,6 +40,7 @@ _STRONG = (
     "#4c6fbf", "#8a9a2b", "#a1503c", "#2a9d8f",
 )  # fmt: skip
 _COMM, _COMM_FLAT, _HATCH, _OFFLOAD, _REDUCE = "#f1f3f4", "#d3d7db", "#9aa0a6", "#f3d9a4", "#cfd8dc"
+_BACKWARD_SHADE = 0.82
 _INK, _SOFT = "#202124", "#5f6368"
 _LEFT, _WIDTH = 0.07, 0.915  # of the page: where panels start, how wide they are
 
@@ -171,10 +173,16 @@ def _draw_panel(axes: Any, panel: _Panel, *, scale: float, unit: str) -> None:
         _draw_image(axes, panel, scale)
     end = timeline.makespan_s * scale
     axes.axvline(end, color=_INK, linewidth=1.0, linestyle=(0, (4, 3)))
-    axes.set_yticks(_row_ticks(rows))
-    axes.set_ylabel(
-        "rank" if timeline.num_stages == 1 else "rank and stage", color=_SOFT, fontsize=9
-    )
+    if timeline.num_stages == 1:
+        axes.set_yticks(_row_ticks(rows))
+        axes.set_ylabel("rank", color=_SOFT, fontsize=9)
+    else:
+        middles = (np.arange(timeline.num_stages) + 0.5) * timeline.num_ranks
+        names = [f"stage {stage}" for stage in range(timeline.num_stages)]
+        axes.set_yticks(middles, names, rotation=90, va="center")
+        for stage in range(1, timeline.num_stages):
+            axes.axhline(stage * timeline.num_ranks, color="#bdc1c6", linewidth=0.6)
+        axes.set_ylabel(f"{timeline.num_ranks} ranks each", color=_SOFT, fontsize=9)
     axes.tick_params(colors=_SOFT, labelsize=8, length=2)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -218,6 +226,7 @@ def _merge(boxes: Boxes, scale: float) -> _Blocks:
     same = np.zeros(len(order), dtype=bool)
     same[1:] = (
         (row[1:] == row[:-1] + 1)
+        & (row[1:] % boxes.num_ranks != 0)  # not into the next stage
         & (np.abs(start[1:] - start[:-1]) < 1)
         & (np.abs(stop[1:] - stop[:-1]) < 1)
         & (kind[1:] == kind[:-1])
@@ -277,7 +286,7 @@ def _fill(plan: StepPlan, seq: np.ndarray, backward: np.ndarray) -> np.ndarray:
     """(n, 3) RGB of compute boxes; a pipeline's backward is darker than its forward."""
     face = np.full((len(seq), 3), 0.88)
     face[seq >= 0] = _colours(plan)[seq[seq >= 0]]
-    face[backward] *= 0.84
+    face[backward] *= _BACKWARD_SHADE
     return face
 
 
@@ -319,10 +328,12 @@ def _text_that_fits(tokens: str, degree: int, width_in: float, height_in: float)
 
 
 def _draw_image(axes: Any, panel: _Panel, scale: float) -> None:
-    """All boxes as pixels, rows averaged down to what the panel can show."""
+    """All boxes as pixels; of more ranks than the panel has lines, evenly spaced ones."""
     boxes, plan = panel.boxes, panel.plan
     width, end_s = 2000, axes.get_xlim()[1] / scale
-    per_line = -(-boxes.num_rows // 900)
+    shown = np.unique(np.linspace(0, boxes.num_rows - 1, min(boxes.num_rows, 900)).astype(int))
+    line_of_row = np.full(boxes.num_rows, -1)
+    line_of_row[shown] = np.arange(len(shown))
     colours = np.empty((len(boxes.row), 3))
     for code, colour in ((COMM, _COMM_FLAT), (OFFLOAD, _OFFLOAD), (REDUCE, _REDUCE)):
         colours[boxes.kind == code] = _rgb(colour)
@@ -331,16 +342,12 @@ def _draw_image(axes: Any, panel: _Panel, scale: float) -> None:
     pixels = np.round(colours * 255).astype(np.uint8)
     left = np.round(boxes.start_s / end_s * width).astype(np.int64)
     right = np.round(boxes.end_s / end_s * width).astype(np.int64)
-    image = np.full((-(-boxes.num_rows // per_line) * per_line, width, 3), 255, dtype=np.uint8)
-    seen = np.flatnonzero(right > left)
-    for row, x0, x1, pixel in zip(
-        boxes.row[seen].tolist(), left[seen].tolist(), right[seen].tolist(), pixels[seen],
-        strict=True,
-    ):  # fmt: skip
+    line = line_of_row[boxes.row]
+    image = np.full((len(shown), width, 3), 255, dtype=np.uint8)
+    seen = np.flatnonzero((right > left) & (line >= 0))
+    columns = (line, left, right)
+    for row, x0, x1, pixel in zip(*(c[seen].tolist() for c in columns), pixels[seen], strict=True):
         image[row, x0:x1] = pixel
-    if per_line > 1:
-        lines = image.reshape(-1, per_line, width, 3)
-        image = lines.mean(axis=1).astype(np.uint8)
     axes.imshow(image, aspect="auto", interpolation="antialiased",
                 extent=(0, end_s * scale, boxes.num_rows, 0))  # fmt: skip
     _label(axes, plan, _merge(boxes, scale))
@@ -378,6 +385,11 @@ def _draw_key(figure: Any, panels: Sequence[_Panel]) -> None:
         swatch(x, 0.12, colorsys.hls_to_rgb(hue, 0.83, 0.34))
         x += 0.12
     entry("short sequences")
+    if any(panel.boxes.backward.any() for panel in panels):
+        for shade in (1.0, _BACKWARD_SHADE):
+            swatch(x, 0.17, [shade * part for part in _rgb(_STRONG[0])])
+            x += 0.17
+        entry("forward, backward")
     if COMM in kinds:
         swatch(x, 0.4, _COMM, hatch="//////", edgecolor=_HATCH)
         x += 0.4

@@ -221,6 +221,7 @@ def _equal_rows(boxes: Boxes, symbols: np.ndarray) -> list[_Group]:
         columns = start_s[mine], end_s[mine], symbols[mine]
         if (
             groups
+            and row % boxes.num_ranks  # the first rank of another stage
             and np.array_equal(groups[-1][4], columns[2])
             and np.allclose(groups[-1][2], columns[0], rtol=0.0, atol=tolerance_s)
             and np.allclose(groups[-1][3], columns[1], rtol=0.0, atol=tolerance_s)
@@ -232,13 +233,9 @@ def _equal_rows(boxes: Boxes, symbols: np.ndarray) -> list[_Group]:
 
 
 def _group_name(first: int, last: int, timeline: Timeline) -> str:
-    name = _row_name(first, timeline)
-    return name if first == last else f"{name}-{_row_name(last, timeline)}"
-
-
-def _row_name(row: int, timeline: Timeline) -> str:
-    rank, stage = divmod(row, timeline.num_stages)
-    return f"{rank}" if timeline.num_stages == 1 else f"{rank}.{stage}"
+    stage, rank = divmod(first, timeline.num_ranks)
+    name = f"{rank}" if first == last else f"{rank}-{last % timeline.num_ranks}"
+    return name if timeline.num_stages == 1 else f"stage {stage}: {name}"
 
 
 def _letters(plan: StepPlan) -> tuple[np.ndarray, list[str]]:

@@ -46,10 +46,10 @@ def test_boxes_cover_all_work_once(options: dict, cost: CostModel | None) -> Non
     drawn = np.bincount(
         boxes.row[compute], (boxes.end_s - boxes.start_s)[compute], minlength=boxes.num_rows
     )
-    busy_s = drawn.reshape(timeline.num_ranks, timeline.num_stages).mean(axis=1)
+    busy_s = drawn.reshape(timeline.num_stages, timeline.num_ranks).mean(axis=0)
     np.testing.assert_allclose(busy_s, timeline.busy_s, rtol=1e-9)
     # Every sequence is drawn on each rank of its ring, and nowhere else.
-    ranks = boxes.row // timeline.num_stages
+    ranks = boxes.row % timeline.num_ranks
     for seq in range(made.num_seqs):
         assert set(ranks[compute & (boxes.seq == seq)].tolist()) == set(made.ring(seq))
 
@@ -117,6 +117,14 @@ def test_equal_ranks_share_a_line() -> None:
     cp_size = made.notes["cp_size"]
     assert cp_size > 1
     assert first.split("|")[0].strip() == f"0-{cp_size - 1}"
+
+
+def test_stages_have_lines_of_their_own() -> None:
+    made, timeline = _planned("static", ranks=8, pp_size=2)
+    text = ascii_timeline(made, timeline, cost=COST, width=80)
+    names = [line.split("|")[0].strip() for line in text.splitlines() if "|" in line]
+    assert names[0].startswith("stage 0: 0-")
+    assert any(name.startswith("stage 1: 0-") for name in names)
 
 
 def test_many_ranks_are_thinned_out() -> None:
