@@ -219,7 +219,9 @@ def _compare_command(arguments: argparse.Namespace) -> str:
         except ValueError as error:
             refused.append(f"{name}: no plan: {error}")
     if not results:
-        raise ValueError("; ".join(refused))
+        raise ValueError(
+            "; ".join(dict.fromkeys(line.partition(": no plan: ")[2] for line in refused))
+        )
     for line in refused:
         print(line, file=sys.stderr)
     return _render(results, cost, arguments)
@@ -231,7 +233,7 @@ _COMMANDS = {"plan": _plan_command, "simulate": _simulate_command, "compare": _c
 def _seqlens(arguments: argparse.Namespace) -> np.ndarray:
     if bool(arguments.source) == bool(arguments.lengths):
         raise ValueError(f"give the lengths once: --lengths FILE or workload:NAME ({_EPILOG})")
-    return read_lengths(
+    seqlens = read_lengths(
         arguments.lengths or arguments.source,
         num_sequences=arguments.num_sequences,
         num_tokens=arguments.num_tokens,
@@ -239,6 +241,9 @@ def _seqlens(arguments: argparse.Namespace) -> np.ndarray:
         max_length=arguments.max_length,
         overlong=arguments.overlong,
     )
+    if not len(seqlens):
+        raise ValueError(f"no sequence is within --max-length {arguments.max_length}: raise it")
+    return seqlens
 
 
 def _cost(arguments: argparse.Namespace) -> CostModel:

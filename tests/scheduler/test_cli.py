@@ -146,6 +146,10 @@ BAD = [
     (["plan", *BATCH, *CLUSTER, "--plot", "no/such/folder/plan.png"], "no/such/folder"),
     (["plan", *BATCH, *CLUSTER, "--trace", "no/such/folder/a.json"], "no/such/folder"),
     (["plan", "workload:lognormal", "--max-length", "10", *CLUSTER], "longer than max_length=10"),
+    (
+        ["plan", "workload:github-like", "--max-length", "9", "--overlong", "drop", *CLUSTER],
+        "no sequence is within --max-length 9",
+    ),
     (["compare", *BATCH, *CLUSTER, "--policies", "hdp,nope"], "unknown policy 'nope'"),
     (["compare", *BATCH, *CLUSTER, "--policies", "static", "--cp-size", "3"], "cp_size=3"),
     (["simulate"], "give --plan FILE, or lengths with --hdp-size"),
