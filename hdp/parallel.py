@@ -24,7 +24,7 @@ next would wait for a rank that waits for us. So:
 `overlap` is a property of the plan: a rank that reduces while its last microbatch is on a ring
 waits for its neighbours' reduce-scatter, and they, if they have other microbatches to run first,
 for its part of the ring: a deadlock. So reduction overlaps with backward if every ring's microbatch
-is the last one of all of its ranks or of none; StepPlan.ends_local says that it is of none.
+is the last one of all of its ranks or of none: `StepPlan.ends_together`.
 
 The price of that order: between 1 and 2 a rank holds all parameters in `param_dtype` and, if it has
 more than one microbatch, all gradients in fp32.

@@ -11,9 +11,9 @@ Nothing is divided by a number of microbatches or ranks: each microbatch adds
 -sum(logprobs) / num_loss_tokens, with the count of the whole step, known from the lengths.
 
 No collective runs between 2 and 4: a rank in its third ring would wait for one that reaches the
-collective later, and that one may wait for its part of the ring. Where every rank's last microbatch
-is local (`StepPlan.ends_local`) nobody waits for a rank that is in it, and on a GPU the reduction
-overlaps with the backward of that microbatch (`overlap_reduce`).
+collective later, and that one may wait for its part of the ring. Where every ring's microbatch is
+the last of all of its ranks or of none (`StepPlan.ends_together`), nobody waits for a rank that is
+in its last one, and on a GPU the reduction overlaps with that backward (`overlap_reduce`).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def train_step(context: StepContext, step: StepBatch) -> StepResult:
     model.train()
     with recorder.span("reduce", "gather parameters"):
         unshard_all(model)  # 2
-    overlap = context.overlap_reduce and step.plan.ends_local
+    overlap = context.overlap_reduce and step.plan.ends_together
     losses = []
     for i, batch in enumerate(step.batches):  # 3
         context.watchdog.progress(microbatch=i, ring=batch.layout.ring)

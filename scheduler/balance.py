@@ -10,28 +10,32 @@ scheduling of moldable parallel tasks. What makes it tractable is the long tail 
    is low enough join several columns (joins.py).
 4. Local jobs, longest first, go to the least loaded rank (fill.py).
 5. On each rank local jobs are packed into microbatches by best fit. They come after the rings, so
-   that a rank with local work ends with it (StepPlan.ends_local).
-6. Steps 1 to 5 are tried with less grain and more head room, and with large local jobs among the
+   that a rank with local work ends with it (StepPlan.ends_together).
+6. Local jobs may ride on rings that have room (riders.py).
+7. Steps 1 to 5 are tried with less grain and more head room, and with large local jobs among the
    rings (they may then widen too), until a plan is close to the bound or the tries are used up. The
    first of the best wins.
 
 With pipeline stages a rank takes, up to a fraction of one microbatch, the sum of its microbatches
 and pp_size - 1 times the longest of them, in whatever order they come. So in step 2 the time limit
-is that of a microbatch, local jobs share one only up to the limit, and step 6 tries limits around
+is that of a microbatch, local jobs share one only up to the limit, and step 7 tries limits around
 the one for which mean load plus (pp_size - 1) * limit is least.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
+from .arrange import arrangements
 from .attempt import Attempt, Limits, attempt, build
 from .bounds import needed_ticks
 from .degrees import Degrees, Widening
 from .jobs import Batch
 from .plan import StepPlan
+from .riders import with_riders
+from .simulate import finish_s
 
 # (head room, grain, coarse): local jobs longer than coarse * target are placed among the rings.
 _TRIES = (
@@ -60,11 +64,24 @@ _TRIES = (
 )
 
 
+# Pipelines: limits that are tried, the share of the mean load below which a limit gains nothing,
+# and how many jobs and ranks are simulated in all.
+_LIMITS = 5
+_LEAST_LIMIT = 0.01
+_SIMULATED = 100_000
+
+
 def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
     """The policy of the module docstring; `bound` is the lower bound in ticks."""
+    if batch.pp_size > 1:
+        return _plan_pipelines(batch, degrees, bound)
     best: Attempt | None = None
     spent = 0
-    for limits in _tries(degrees, bound):
+    for head_room, grain, coarse in _TRIES:
+        target = int(bound * head_room)
+        limits = Limits(
+            target=target, degree=max(int(target * grain), 1), coarse=int(target * coarse)
+        )
         made = attempt(degrees, limits)
         if best is None or made.end < best.end:
             best = made
@@ -72,7 +89,8 @@ def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
         if best.end <= _close_enough(spent) * bound:
             break
     assert best is not None
-    return build(batch, best)
+    plans = [build(batch, made) for made in (best, *with_riders(degrees, best))]
+    return min(plans, key=lambda plan: finish_s(plan, batch.cost)) if plans[1:] else plans[0]
 
 
 def _close_enough(spent: int) -> float:
@@ -80,29 +98,57 @@ def _close_enough(spent: int) -> float:
     return 1.002 + spent / 50000
 
 
-def _tries(degrees: Degrees, bound: int) -> Iterator[Limits]:
-    if degrees.batch.pp_size > 1:
-        yield from _pipeline_tries(degrees, bound)
-        return
-    for head_room, grain, coarse in _TRIES:
-        target = int(bound * head_room)
-        yield Limits(
-            target=target,
-            degree=max(int(target * grain), 1),
-            coarse=int(target * coarse),
+# ---- pipelines ----
+
+
+def _plan_pipelines(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
+    """Step 7 by simulation: limits, then head room and wider rings, then orders."""
+    best: tuple[float, StepPlan, Attempt, Limits] | None = None
+
+    tries = max(3, _SIMULATED // (batch.num_jobs + batch.hdp_size))
+
+    def consider(made: Attempt, limits: Limits) -> None:
+        nonlocal best, tries
+        tries -= 1
+        if tries < 0:
+            return
+        plan = build(batch, made)
+        end_s = finish_s(plan, batch.cost)
+        if best is None or end_s < best[0]:
+            best = (end_s, plan, made, limits)
+
+    for limit, mean in _microbatch_limits(degrees, bound):
+        limits = Limits(target=mean, degree=limit, coarse=limit, microbatch=limit)
+        consider(attempt(degrees, limits), limits)
+    assert best is not None
+    first = best[3]
+    for head_room, wider in ((1.03, 1), (1.1, 1), (1.0, 4), (1.1, 4), (1.0, 32)):
+        limits = replace(
+            first, target=int(first.target * head_room), degree=max(first.degree // wider, 1)
         )
+        consider(attempt(degrees, limits), limits)
+    made, limits = best[2:]
+    for ordered in arrangements(made, batch.hdp_size, batch.seconds(made.degree)):
+        consider(ordered, limits)
+    for riding in with_riders(degrees, made):
+        consider(riding, limits)
+    return best[1]
 
 
-def _pipeline_tries(degrees: Degrees, bound: int) -> Iterator[Limits]:
-    """Limits on a microbatch, the most promising first."""
-    stages = degrees.batch.pp_size
-    every = Widening(degrees, np.arange(degrees.batch.num_jobs))
-    promise = []
-    for step in range(1, 33):
-        limit = max(int(bound / stages * 1.25 ** (1 - step)), 1)
-        degree, ticks = every.fit(limit)
+def _microbatch_limits(degrees: Degrees, bound: int) -> list[tuple[int, int]]:
+    """(ticks of a microbatch, mean load then), the most promising first."""
+    stages, low = degrees.batch.pp_size, degrees.low
+    limit = max(bound // stages, 1)
+    promise: list[tuple[int, int, int]] = []
+    while True:
+        degree, ticks = low.copy(), degrees.low_ticks.copy()
+        wide = np.flatnonzero((low > 1) | (ticks > limit))
+        if len(wide):
+            degree[wide], ticks[wide] = Widening(degrees, wide).fit(limit)
         mean = needed_ticks(degrees, degree, ticks, limit)
-        longest = max(limit, int(ticks.max()))
-        promise.append((mean + (stages - 1) * longest, step, limit, mean))
-    for _, _, limit, mean in sorted(promise)[:4]:
-        yield Limits(target=mean, degree=limit, coarse=limit, microbatch=limit)
+        end = mean + (stages - 1) * max(limit, int(ticks.max()))
+        promise.append((end, limit, mean))
+        if end > 2 * min(promise)[0] or (stages - 1) * limit < _LEAST_LIMIT * mean:
+            break
+        limit = int(limit * 0.75)
+    return [(limit, mean) for _, limit, mean in sorted(promise)[:_LIMITS]]

@@ -160,12 +160,17 @@ class StepPlan:
         return sums[self.piece_offsets[1:]] - sums[self.piece_offsets[:-1]]
 
     @cached_property
-    def ends_local(self) -> bool:
-        """No rank's last microbatch is on a ring: gradients may be reduced during its backward."""
-        last = self.microbatch_offsets[1:] - 1
-        first_piece = self.piece_offsets[last]
-        filled = first_piece < self.piece_offsets[last + 1]
-        return bool((self.degrees[self.piece_seqs[first_piece[filled]]] == 1).all())
+    def ends_together(self) -> bool:
+        """Every ring's microbatch is the last one of all of its ranks or of none.
+
+        Then no rank that is in its last microbatch can be waited for by one that is not, and
+        gradients may be reduced while it runs backward.
+        """
+        is_last = np.zeros(len(self.offload_ratio), dtype=bool)
+        is_last[self.microbatch_offsets[1:] - 1] = True
+        ends = np.repeat(is_last, np.diff(self.piece_offsets))
+        num_ends = np.bincount(self.piece_seqs[ends], minlength=self.num_seqs)
+        return bool(((num_ends == 0) | (num_ends == self.degrees)).all())
 
     def _positions(self, seqs: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         """Ring position of `ranks[i]` in the ring of sequence `seqs[i]`; -1 where it is not in."""

@@ -109,7 +109,7 @@ def _reduction(plan: StepPlan, operations: Operations, cost: CostModel) -> tuple
     """(start, end) seconds of the gradient reduction; its end is the step's."""
     all_done_s = float(operations.end_s.max())
     start_s = all_done_s
-    if plan.pp_size == 1 and cost.reduce_s > 0.0 and plan.ends_local:
+    if plan.pp_size == 1 and cost.reduce_s > 0.0 and plan.ends_together:
         last = plan.microbatch_offsets[1:] - 1
         begun_s = operations.start_s[last] + cost.forward_share * operations.own_s[last]
         start_s = float(begun_s.max())

@@ -125,7 +125,7 @@ def _check_step(rank, world_size, case, options, tolerance):
     seqlens, rings, microbatches = PLANS[world_size][case]
     plan = StepPlan.from_lists(seqlens, rings, microbatches, max_tokens_per_rank=1000)
     plan.validate()
-    overlap = options.pop("overlap", plan.ends_local)
+    overlap = options.pop("overlap", plan.ends_together)
     samples = random_samples(seqlens)
     global_count = sum(int((s.labels(0, len(s.input_ids)) != -100).sum()) for s in samples)
     tied = options.pop("tie_word_embeddings", False)
@@ -175,10 +175,19 @@ def test_gradients_are_dense_sums_with(options):
     run_ranks(_check_step, 3, 0, options, 1e-12)
 
 
-def test_rings_that_end_together_may_overlap():
+def test_plans_that_end_together_are_those_that_may_overlap():
     """Every ring's microbatch is the last one of all of its ranks or of none."""
-    assert not StepPlan.from_lists(*PLANS[3][1], max_tokens_per_rank=1000).ends_local
-    run_ranks(_check_step, 3, 1, {"overlap": True}, 1e-12, timeout_s=60)
+    rings = [[0, 1], [0], [1]]
+
+    def ends_together(*microbatches):
+        plan = StepPlan.from_lists([8, 4, 4], rings, microbatches, max_tokens_per_rank=8)
+        return plan.validate().ends_together
+
+    assert ends_together([[0], [1]], [[0], [2]])
+    assert ends_together([[1], [0]], [[2], [0]])
+    assert ends_together([[0, 1]], [[0, 2]])
+    assert not ends_together([[1], [0]], [[0], [2]])  # 0 would reduce in the ring, 1 after it
+    assert not ends_together([[0], [1]], [[2], [0]])
 
 
 # test_no_collective_in_between: _check_step asserts it for every plan above; here is the proof

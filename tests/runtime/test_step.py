@@ -132,7 +132,7 @@ def test_step_equals_dense(world, dtype, tolerance):
 @pytest.mark.parametrize("world", [2, 3])
 def test_overlapped_reduction_changes_nothing(world):
     policies = ["hdp", "random1", "random4", "local"]
-    assert {make_plan(policy, SEQLENS, world).ends_local for policy in policies} == {True, False}
+    assert {make_plan(policy, SEQLENS, world).ends_together for policy in policies} == {True, False}
     plain = run_ranks(_step_grads, world, policies, torch.float64, {})[0]
     overlapped = run_ranks(_step_grads, world, policies, torch.float64, {"overlap_reduce": True})[0]
     for policy in policies:
