@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 
 import numpy as np
 
 
-def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
+def best_fit(sizes: np.ndarray, capacity: int, opened: Sequence[int] = ()) -> np.ndarray:
     """(n,) int64: the bin of each item. Longest first, into the fullest bin that has room.
 
-    Bins are numbered in the order of their opening. Every size must be <= capacity.
+    Bins [0, len(opened)) exist, with that much room; new ones are numbered in the order of their
+    opening. Every size must be in [1, capacity].
     """
     bins = np.empty(len(sizes), dtype=np.int64)
-    room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
-    num_bins = 0
-    lengths = sizes.tolist()
+    room = sorted((left, b) for b, left in enumerate(opened))  # (room left, bin)
+    num_bins = len(room)
+    values = sizes.tolist()
     for item in np.argsort(-sizes, kind="stable").tolist():
-        size = lengths[item]
+        size = values[item]
         at = bisect_left(room, (size, -1))
         if at < len(room):
             left, b = room.pop(at)
