@@ -58,7 +58,9 @@ $(VENV)/.ready-dev: $(VENV)/.ready-hf
 	$(PIP) install -q $(PIN) --no-build-isolation -e '.[dev]'
 	@touch $@
 
-$(VENV)/.ready-hf: $(VENV)/.created pyproject.toml setup.py $(CONSTRAINTS)
+NATIVE := $(wildcard csrc/*.py $(foreach kind,h cuh cpp cu,csrc/*.$(kind) csrc/*/*.$(kind)))
+
+$(VENV)/.ready-hf: $(VENV)/.created pyproject.toml setup.py $(CONSTRAINTS) $(NATIVE)
 ifneq ($(TORCH_INDEX),)
 	$(PIP) install -q $(PIN) --retries 1 --no-deps --extra-index-url $(TORCH_INDEX) torch
 endif

@@ -1,0 +1,101 @@
+"""`make` says what it would do, and does it with the interpreter, index and pins it was given."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Just what the environment depends on, and no environment."""
+    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints/cpu.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def make(
+    checkout: Path, *arguments: str, path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run make without the variables of a make that runs this test, and without a GPU."""
+    drop = ("MAKE", "MFLAGS", "TORCH_INDEX", "CONSTRAINTS", "VENV", "PYTHON", "STEPS", "NPROC")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(drop)}
+    no_gpu = checkout / "no-gpu"
+    no_gpu.mkdir(exist_ok=True)
+    executable(no_gpu / "nvidia-smi", "exit 9")
+    env["PATH"] = os.pathsep.join([str(path or no_gpu), env["PATH"]])
+    return subprocess.run(
+        ["make", *arguments], cwd=checkout, env=env, capture_output=True, text=True
+    )
+
+
+def executable(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_sft_command(checkout: Path) -> None:
+    plan = make(checkout, "-n", "sft", "STEPS=4", "ARGS=--lr 1").stdout
+    assert plan.splitlines()[-1] == (
+        ".venv/bin/torchrun --standalone --nproc-per-node 4 examples/sft.py --steps 4 --lr 1"
+    )
+    assert "-c constraints/cpu.txt" in plan
+    assert "--extra-index-url https://download.pytorch.org/whl/cpu torch" in plan
+
+
+def test_pins_and_index_can_be_taken_off(checkout: Path) -> None:
+    plan = make(checkout, "-n", "sft", "CONSTRAINTS=", "TORCH_INDEX=").stdout
+    assert " -c constraints" not in plan
+    assert "extra-index-url" not in plan
+
+
+def test_gpus_are_counted_and_need_no_other_index(checkout: Path) -> None:
+    executable(checkout / "nvidia-smi", "echo 'GPU 0: H200'; echo 'GPU 1: H200'")
+    plan = make(checkout, "-n", "sft", path=checkout).stdout
+    assert "--nproc-per-node 2 " in plan
+    assert "extra-index-url" not in plan
+
+
+@pytest.mark.parametrize("version", ["2.7", "3.9", None])
+def test_old_python_is_refused(checkout: Path, version: str | None) -> None:
+    python = checkout / "python"
+    if version:
+        executable(python, f'[ "$1" = --version ] && echo Python {version} || exit 1')
+    done = make(checkout, "test", f"PYTHON={python}")
+    assert done.returncode
+    assert "hdp needs Python 3.10 or later" in done.stderr
+    assert (version or "not found") in done.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_set_up_again_when_and_only_when_needed(checkout: Path) -> None:
+    venv = checkout / ".venv"
+    venv.mkdir()
+    for stamp in (".created", ".ready-hf", ".ready-dev"):
+        (venv / stamp).touch()
+    assert "pip install" not in make(checkout, "-n", "test").stdout
+    later = (venv / ".ready-dev").stat().st_mtime + 10
+    os.utime(checkout / "constraints" / "cpu.txt", (later, later))
+    plan = make(checkout, "-n", "test").stdout
+    assert ".[hf]" in plan
+    assert ".[dev]" in plan
+    assert "-m venv" not in plan
+
+
+def test_clean_spares_what_is_no_environment(checkout: Path) -> None:
+    (checkout / "precious").mkdir()
+    assert make(checkout, "clean", "VENV=precious").returncode == 0
+    assert (checkout / "precious").exists()
+    (checkout / "precious" / "pyvenv.cfg").touch()
+    assert make(checkout, "clean", "VENV=precious").returncode == 0
+    assert not (checkout / "precious").exists()
