@@ -4,8 +4,9 @@
 #   make test                    all tests
 #   make sft STEPS=20 ARGS="--policy static --cp-size 4"
 #
-# On a GPU machine the same commands install the CUDA build of the same torch. Another build, or the newest packages:
-#   make sft TORCH_INDEX=https://download.pytorch.org/whl/cu126
+# torch is the build that pip finds first: on Linux the CUDA one, several GB, which runs on a CPU too. For the CPU build,
+# or one for another CUDA, name its index from pytorch.org's install page; for the newest packages, no constraints:
+#   make sft TORCH_INDEX=https://...
 #   make sft CONSTRAINTS=
 
 PYTHON ?= python3
@@ -17,8 +18,7 @@ TEST_ARGS ?=
 
 NUM_GPUS := $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU'))
 NPROC ?= $(or $(NUM_GPUS),4)
-# Without a GPU take torch's CPU build, 0.2 GB instead of several; where the index cannot be reached pip goes on without.
-TORCH_INDEX ?= $(if $(NUM_GPUS)$(filter Darwin,$(shell uname -s)),,https://download.pytorch.org/whl/cpu)
+TORCH_INDEX ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
