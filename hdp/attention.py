@@ -11,18 +11,19 @@ Backward walks the same blocks with the global (out, lse). The gradient of a key
 it, one step behind, gathers every rank's part and comes home after a full round.
 
 Merging two partial softmax results (peers.md: all rings do this, in fp32):
-  out = out - sigmoid(block_lse - lse) * (out - block_out);  lse = lse - logsigmoid(lse - block_lse)
+  out = out - sigmoid(block_lse - lse) * (out - block_out);  lse = log(exp(lse) + exp(block_lse))
+one fused kernel of csrc/ where it is built (hdp/ops.py).
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .comm import RingComm, Shift
 from .kernels import BlockKernel, lse_dtype, select_kernel
 from .layout import RingLayout
+from .ops import merge_lse_
 
 
 def ring_attn_varlen_func(
@@ -97,11 +98,7 @@ def _forward(
         block_out, block_lse = kernel.forward(
             step.q_rows.take(q), keys, values, step.segments, softmax_scale
         )
-        merged = merge(
-            step.q_rows.take(ring_out), step.q_rows.take(ring_lse, dim=1), block_out, block_lse
-        )
-        step.q_rows.put_(ring_out, merged[0])
-        step.q_rows.put_(ring_lse, merged[1], dim=1)
+        merge_lse_(ring_out, ring_lse, block_out, block_lse, step.q_rows.spans)
     out[:num_ring] = ring_out.to(out.dtype)
     return out, lse
 
@@ -194,17 +191,6 @@ class _Rotation:
         if forward:
             self.send(block)
         return block
-
-
-def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Join two partial attention results over disjoint keys.
-
-    out, block_out (rows, num_heads, head_dim); lse, block_lse (num_heads, rows). Computed and
-    returned in the dtype of `out` (fp32 or fp64).
-    """
-    block_lse = block_lse.to(lse.dtype)
-    weight = torch.sigmoid(block_lse - lse).T.unsqueeze(-1)
-    return out - weight * (out - block_out), lse - F.logsigmoid(lse - block_lse)
 
 
 def _check_inputs(

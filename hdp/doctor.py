@@ -71,6 +71,8 @@ def _torch_backends(torch: dict[str, Any]) -> dict[str, tuple[str, str]]:
     if wanted not in torch["collectives"]:
         wanted, why = "none", f"this torch was built without {wanted}"
     chosen = {"device": device, "collectives": (wanted, why)}
+    if ops := torch.get("ops"):
+        chosen["ops"] = (ops.get("choice", "none"), ops.get("why") or ops["error"])
     if "error" in torch["attention"]:
         return chosen | {"attention": ("none", torch["attention"]["error"])}
     for dtype, kernel in torch["attention"].items():

@@ -22,14 +22,16 @@ are left out of it, because kernels crash or return a wrong lse for them.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 
 from hdp.scheduler.zigzag import rank_chunks
+
+from .ops import gather_rows, scatter_rows_
 
 if TYPE_CHECKING:
     from hdp.scheduler import Microbatch
@@ -42,6 +44,7 @@ class Segments:
     seqlens_q: tuple[int, ...]
     seqlens_k: tuple[int, ...]
     causal: bool  # needs seqlens_q == seqlens_k: kernels differ in how they align unequal ones
+    _on_device: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert all(self.seqlens_q) and all(self.seqlens_k), f"empty segment in {self}"
@@ -63,17 +66,23 @@ class Segments:
     def max_seqlen_k(self) -> int:
         return max(self.seqlens_k, default=0)
 
-    @lru_cache(maxsize=2)  # noqa: B019 - a layout lives as long as its microbatch
+    @cached_property
+    def uniform(self) -> bool:
+        """All segments have the same lengths: their rows are a dense batch."""
+        return len(set(self.seqlens_q)) == len(set(self.seqlens_k)) == 1
+
     def cu_tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """cu_seqlens_q and cu_seqlens_k as (num_segments + 1,) int32 on `device`; copied once."""
-        both = torch.tensor([self.cu_seqlens_q, self.cu_seqlens_k], dtype=torch.int32)
-        if device.type == "cuda":
-            both = both.pin_memory().to(device, non_blocking=True)
-        return both[0], both[1]
+        if device not in self._on_device:
+            both = torch.tensor([self.cu_seqlens_q, self.cu_seqlens_k], dtype=torch.int32)
+            if device.type == "cuda":
+                both = both.pin_memory().to(device, non_blocking=True)
+            self._on_device[device] = both[0], both[1]
+        return self._on_device[device]
 
 
 class Rows:
-    """A set of row spans of a tensor: one span is a view, several are gathered by index."""
+    """A set of row spans of a tensor: one span is a view, several are copied (hdp/ops.py)."""
 
     def __init__(self, spans: Iterable[tuple[int, int]]) -> None:
         self.spans: list[tuple[int, int]] = []
@@ -84,35 +93,27 @@ class Rows:
                 start = self.spans.pop()[0]
             self.spans.append((start, stop))
         self.num_rows = sum(stop - start for start, stop in self.spans)
-        self._index: torch.Tensor | None = None
 
     def take(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """The rows along `dim`: a view where the spans are one, else a copy."""
         if len(self.spans) == 1:
             start, stop = self.spans[0]
             return tensor.narrow(dim, start, stop - start)
-        return tensor.index_select(dim, self._indices(tensor.device))
+        return gather_rows(tensor, self.spans, dim)
 
     def put_(self, tensor: torch.Tensor, values: torch.Tensor, dim: int = 0) -> None:
         """tensor[rows] = values, in place."""
         if len(self.spans) == 1:
             self.take(tensor, dim).copy_(values)
         else:
-            tensor.index_copy_(dim, self._indices(tensor.device), values)
+            scatter_rows_(tensor, values, self.spans, dim)
 
     def add_(self, tensor: torch.Tensor, values: torch.Tensor) -> None:
         """tensor[rows] += values, in place, in the dtype of `tensor`."""
         if len(self.spans) == 1:
             self.take(tensor).add_(values)
         else:
-            tensor.index_add_(0, self._indices(tensor.device), values.to(tensor.dtype))
-
-    def _indices(self, device: torch.device) -> torch.Tensor:
-        if self._index is None or self._index.device != device:
-            parts = [torch.arange(start, stop) for start, stop in self.spans]
-            index = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-            self._index = index.to(device)
-        return self._index
+            scatter_rows_(tensor, values, self.spans, accumulate=True)
 
 
 @dataclass(frozen=True)

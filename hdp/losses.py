@@ -7,6 +7,9 @@ the softmax are one autograd function that works on `chunk_tokens` tokens at a t
     forward    logits of a chunk -> lse and the label's logit -> logprob; only the lse is kept
     backward   the chunk's logits again -> softmax from the lse -> gradients of hidden and weight
 
+The arrows between logits and logprob, and from logits to their gradient, are ops (hdp/ops.py): with
+csrc/ built, one pass each, and the gradient overwrites the logits.
+
 The recomputation costs one more matmul of the LM head; the peak is one chunk of logits (and the
 weight gradient, which is summed over chunks in fp32 and rounded once).
 
@@ -29,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE_INDEX = -100
+from .ops import IGNORE_INDEX, softmax_cross_entropy, softmax_cross_entropy_backward_
 
 # Default size of one chunk of logits: 2^27 fp32 numbers are 512 MiB.
 _CHUNK_ELEMENTS = 2**27
@@ -132,16 +135,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
         # Ignored tokens (prompts, padding) are left out of every matmul. On a GPU this waits for
         # the layers to finish, once per microbatch: little beside the head's work on the prompts.
         kept = torch.nonzero(labels != IGNORE_INDEX).squeeze(1)
-        head = _Head(hidden, weight, bias, softcap)
+        head = _Head(hidden, weight, bias)
         logprobs = torch.zeros(labels.shape, dtype=head.dtype, device=hidden.device)
         lse = torch.empty(kept.shape, dtype=head.dtype, device=hidden.device)
         for start in range(0, len(kept), chunk_tokens):
             tokens = kept[start : start + chunk_tokens]
-            logits, _ = head.logits(hidden[tokens])
-            picked = logits.gather(1, labels[tokens, None]).squeeze(1)
-            chunk_lse = torch.logsumexp(logits, dim=1)
-            lse[start : start + chunk_tokens] = chunk_lse
-            logprobs[tokens] = picked - chunk_lse
+            logprobs[tokens], lse[start : start + chunk_tokens] = softmax_cross_entropy(
+                head.logits(hidden[tokens]), labels[tokens], softcap
+            )
         ctx.save_for_backward(hidden, weight, bias, labels, kept, lse)
         ctx.chunk_tokens, ctx.softcap = chunk_tokens, softcap
         return logprobs
@@ -150,7 +151,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, kept, lse = ctx.saved_tensors
-        head = _Head(hidden, weight, bias, ctx.softcap)
+        head = _Head(hidden, weight, bias)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = _zeros(weight, head.dtype) if need_weight else None
@@ -159,16 +160,17 @@ class _ChunkedLogprobs(torch.autograd.Function):
             chunk = slice(start, start + ctx.chunk_tokens)
             tokens = kept[chunk]
             chunk_hidden = hidden[tokens]
-            logits, tanh = head.logits(chunk_hidden)
             # d logprob / d logits = onehot(label) - softmax(logits), in place over the logits.
-            d_logits = logits.sub_(lse[chunk, None]).exp_().neg_()
-            d_logits.scatter_add_(1, labels[tokens, None], torch.ones_like(lse[chunk, None]))
-            d_logits.mul_(grad_logprobs[tokens, None])
-            if tanh is not None:
-                d_logits.mul_(tanh.square_().neg_().add_(1))
+            d_logits = softmax_cross_entropy_backward_(
+                head.logits(chunk_hidden),
+                labels[tokens],
+                lse[chunk],
+                grad_logprobs[tokens],
+                softcap=ctx.softcap,
+                grad_dtype=hidden.dtype,
+            )
             if grad_bias is not None:
-                grad_bias += d_logits.sum(0)
-            d_logits = d_logits.to(hidden.dtype)
+                grad_bias += d_logits.sum(0, dtype=head.dtype)
             if grad_hidden is not None:
                 grad_hidden[tokens] = d_logits @ weight
             if grad_weight is not None:
@@ -181,23 +183,20 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 
 class _Head:
-    """Logits of some tokens, in fp32 (fp64 for fp64 parameters)."""
+    """Raw logits of some tokens, in fp32 (fp64 for fp64 parameters)."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None):
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None):
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         if not _has_mixed_matmul(hidden):
             weight = weight.to(self.dtype)  # once, not once per chunk
-        self.weight, self.bias, self.softcap = weight, bias, softcap
+        self.weight, self.bias = weight, bias
 
-    def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(num_tokens, vocab_size) logits and, under a soft cap, tanh(raw logits / softcap)."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(num_tokens, vocab_size) logits before any soft cap."""
         logits = _matmul(hidden, self.weight.t(), self.dtype)
         if self.bias is not None:
             logits += self.bias
-        if self.softcap is None:
-            return logits, None
-        tanh = logits.div_(self.softcap).tanh_()
-        return tanh * self.softcap, tanh
+        return logits
 
 
 def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -177,6 +177,7 @@ def torch_facts() -> dict[str, Any]:
         "gpus": [probe(partial(_gpu, i)) for i in range(num_gpus)],
         "peer_access": all(peers),
         "attention": probe(lambda: _attention("cuda" if num_gpus else "cpu")),
+        "ops": probe(lambda: _ops("cuda" if num_gpus else "cpu")),
     }
 
 
@@ -207,6 +208,13 @@ def _attention(device: str) -> dict[str, dict[str, str]]:
         name: {"choice": kernel.name, "why": (type(kernel).__doc__ or "").split("\n")[0]}
         for name, kernel in selected.items()
     }
+
+
+def _ops(device: str) -> dict[str, str]:
+    """Whether the compiled ops of csrc/ are used, asked of the runtime itself."""
+    from .ops import describe
+
+    return dict(zip(("choice", "why"), describe(device), strict=True))
 
 
 def _nvidia() -> dict[str, Any]:

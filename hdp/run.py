@@ -17,6 +17,7 @@ from .data import Sampler, TokenDataset, open_dataset
 from .hf import CausalLM, build_model, load_model, transformer_shape
 from .kernels import select_kernel
 from .mesh import HDPMesh
+from .ops import describe
 from .optim import build_optimizer
 from .parallel import shard
 from .recorder import StepRecorder
@@ -195,6 +196,7 @@ def _introduce(run: Run, dtype: torch.dtype) -> None:
         f"model {config.model}: {parameters / 1e6:,.1f}M parameters, compute in "
         f"{str(dtype).removeprefix('torch.')}; attention: {kernel.name}"
     )
+    run.say("ops: {} ({})".format(*describe(mesh.device.type)))
     run.say(str(run.dataset.report))
     source = config.cost or "estimated from the model's shape"
     cp_size = f" with cp_size {config.cp_size}" if config.cp_size else ""

@@ -25,14 +25,15 @@ EXCEPTIONS: dict[str, str] = {}
 IMPORTS: dict[str, set[str]] = {
     # what a step is: lengths in, who holds which tokens out
     "scheduler": set(),
-    "layout": {"scheduler"},
+    "ops": set(),
+    "layout": {"ops", "scheduler"},
     # attention over the ranks of a ring
     "clock": set(),
     "comm": {"clock"},
     "kernels": {"layout"},
-    "attention": {"comm", "kernels", "layout"},
+    "attention": {"comm", "kernels", "layout", "ops"},
     # the model around it
-    "losses": set(),
+    "losses": {"ops"},
     "hf_check": set(),
     "hf": {"attention", "hf_check", "kernels", "losses"},
     # tokens
@@ -56,8 +57,8 @@ IMPORTS: dict[str, set[str]] = {
     "metrics": {"scheduler"},
     # a run: its parts connected, watched, walked
     "run": {
-        *("comm", "config", "console", "data", "hf", "kernels", "mesh", "optim", "parallel"),
-        *("recorder", "rng", "scheduler", "step", "watchdog"),
+        *("comm", "config", "console", "data", "hf", "kernels", "mesh", "ops", "optim"),
+        *("parallel", "recorder", "rng", "scheduler", "step", "watchdog"),
     },
     "observe": {"data", "hf", "metrics", "run", "scheduler", "step"},
     "train": {
@@ -65,7 +66,7 @@ IMPORTS: dict[str, set[str]] = {
         *("parallel", "run", "step", "watchdog"),
     },
     # the command line
-    "machine": {"kernels"},
+    "machine": {"kernels", "ops"},
     "doctor": {"machine"},
     "cli": {"config", "doctor", "scheduler", "train"},
 }

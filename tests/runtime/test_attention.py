@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hdp.attention import merge, ring_attn_varlen_func
+from hdp.attention import ring_attn_varlen_func
 from hdp.comm import RingComm
 from hdp.kernels import KERNELS, select_kernel
 from hdp.layout import RingLayout
+from hdp.ops import merge
 from tests.oracle import dense_attention_grads
 from tests.run_ranks import RankError, run_ranks
 

@@ -1,0 +1,212 @@
+"""Compile csrc/ into hdp/libhdp.so: `python csrc/build.py`, or as part of `pip install`.
+
+    auto   cuda with nvcc and a torch that has CUDA, else cpu with a compiler and torch, else none
+    cuda   CPU and CUDA kernels; needs nvcc, but neither a GPU nor a torch with CUDA
+    cpu    CPU kernels
+    none   nothing: hdp runs on its Python references
+
+The environment variable HDP_BUILD names the mode for pip; HDP_CUDA_ARCHS (default 80,90,100) the
+GPU architectures. The library is no Python extension: it registers ops with torch behind torch's
+stable ABI, so one build serves every Python and every torch from 2.10 on, and it loads with or
+without CUDA. docs/native.md says more. No torch is imported here: setup.py runs this without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+LIBRARY = CSRC.parent / "hdp" / "libhdp.so"
+INPUTS = (".h", ".cuh", ".cpp", ".cu", ".py")
+MODES = ("auto", "cuda", "cpu", "none")
+TORCH_MINIMUM = (2, 10)
+STABLE_ABI = "0x020a000000000000"  # of TORCH_MINIMUM
+
+# No fused multiply-add across statements: the same bits whichever instruction set is picked.
+CXX_FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+
+
+class BuildError(RuntimeError):
+    """The library cannot be built here; the message says why."""
+
+
+# ---- what is here ----
+
+
+def find_torch() -> tuple[Path, tuple[int, ...], bool]:
+    """(folder, version, whether it has CUDA) of the installed torch, without loading it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise BuildError("torch is not installed (pip: use --no-build-isolation)")
+    folder = Path(spec.submodule_search_locations[0])
+    text = (folder / "version.py").read_text()
+    match = re.search(r"__version__ = '(\d+)\.(\d+)", text)
+    version = tuple(map(int, match.groups())) if match else (0, 0)
+    if version < TORCH_MINIMUM:
+        raise BuildError(
+            f"torch {version} is older than {TORCH_MINIMUM}: its stable ABI lacks parts"
+        )
+    return folder, version, re.search(r"^cuda\b.*= '\d", text, re.M) is not None
+
+
+def find_compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        if name and shutil.which(name):
+            return name
+    raise BuildError("no C++ compiler (g++ or clang++) on PATH")
+
+
+def find_nvcc() -> str:
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    for path in [
+        *(f"{home}/bin/nvcc" for home in homes if home),
+        "nvcc",
+        "/usr/local/cuda/bin/nvcc",
+    ]:
+        if found := shutil.which(path):
+            return found
+    raise BuildError("no nvcc on PATH or in CUDA_HOME")
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """Those of HDP_CUDA_ARCHS that this nvcc knows, oldest first: ["80", "90", "100"]."""
+    wanted = re.findall(r"\d+a?", os.environ.get("HDP_CUDA_ARCHS", "80,90,100"))
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = [arch for arch in wanted if f"compute_{arch}\n" in listed.stdout]
+    if not known:
+        raise BuildError(f"{nvcc} knows none of the architectures {wanted}")
+    return sorted(known, key=lambda arch: int(arch.rstrip("a")))
+
+
+def choose(mode: str) -> str:
+    """`auto` made concrete: cuda, cpu or none. Raises BuildError if another mode is impossible."""
+    if mode not in MODES:
+        raise BuildError(f"mode {mode!r} is unknown: choose one of {', '.join(MODES)}")
+    if mode == "auto":
+        try:
+            find_compiler()
+            _, _, with_cuda = find_torch()
+            find_nvcc()
+        except BuildError as error:
+            return "cpu" if "nvcc" in str(error) else "none"
+        return "cuda" if with_cuda else "cpu"
+    if mode != "none":
+        find_compiler()
+        find_torch()
+    if mode == "cuda":
+        find_nvcc()
+    return mode
+
+
+# ---- what is run ----
+
+
+def cpp_command(source: Path, target: Path, mode: str, info: str) -> list[str]:
+    torch, *_ = find_torch()
+    defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f'-DHDP_BUILD_INFO="{info}"']
+    defines += ["-DHDP_CUDA"] if mode == "cuda" else []
+    include = ["-isystem", str(torch / "include")]
+    return [find_compiler(), *CXX_FLAGS, *defines, *include, "-c", str(source), "-o", str(target)]
+
+
+def cuda_command(source: Path, target: Path, archs: list[str], *flags: str) -> list[str]:
+    """Machine code for each of `archs`, and PTX of the newest for what comes after it."""
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    return [find_nvcc(), *NVCC_FLAGS, *codes, *flags, "-c", str(source), "-o", str(target)]
+
+
+def link_command(objects: list[Path], target: Path, mode: str) -> list[str]:
+    torch, *_ = find_torch()
+    names = ["torch", "torch_cpu", "c10"]
+    if (torch / "lib" / "libtorch_cuda.so").exists():
+        names.append("torch_cuda")
+    libraries = [f"-L{torch / 'lib'}", *(f"-l{name}" for name in names)]
+    # All of them, used or not: the stream is looked up in libtorch_cuda when the library is loaded.
+    keep = ["--no-as-needed", "--exclude-libs,ALL"] if sys.platform == "linux" else []
+    if mode == "cuda":
+        start = [find_nvcc(), "-shared", "-cudart=static", *(f"-Xlinker={flag}" for flag in keep)]
+    else:
+        start = [find_compiler(), "-shared", *(f"-Wl,{flag}" for flag in keep)]
+    return [*start, *map(str, objects), *libraries, "-o", str(target)]
+
+
+def build(target: Path, mode: str) -> str:
+    """Make the library `target`; returns what is in it. An up-to-date hdp/libhdp.so is copied."""
+    mode = choose(mode)
+    if mode == "none":
+        raise BuildError("nothing to build")
+    archs = cuda_archs(find_nvcc()) if mode == "cuda" else []
+    info = "cpu" + (f", cuda ({' '.join(f'sm_{arch}' for arch in archs)})" if archs else "")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if is_current(LIBRARY, info):
+        if target.resolve() != LIBRARY:
+            shutil.copy2(LIBRARY, target)
+        return info
+    with tempfile.TemporaryDirectory() as folder:
+        commands, objects = [], []
+        for source in sources(mode):
+            objects.append(Path(folder, "_".join(source.relative_to(CSRC).parts) + ".o"))
+            if source.suffix == ".cu":
+                commands.append(cuda_command(source, objects[-1], archs))
+            else:
+                commands.append(cpp_command(source, objects[-1], mode, info))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(run, commands))
+        linked = Path(folder, target.name)
+        run(link_command(objects, linked, mode))
+        # Beside it first, then in one step: a process that has the old one loaded keeps it.
+        beside = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copy2(linked, beside)
+        beside.replace(target)
+    return info
+
+
+def sources(mode: str) -> list[Path]:
+    folders = ["*.cpp", "cpu/*.cpp", *(["cuda/*.cu"] if mode == "cuda" else [])]
+    return [path for pattern in folders for path in sorted(CSRC.glob(pattern))]
+
+
+def is_current(library: Path, info: str) -> bool:
+    """Whether `library` has these contents and is younger than everything in csrc/."""
+    if not library.exists() or f"hdp build: {info}\0".encode() not in library.read_bytes():
+        return False
+    made = library.stat().st_mtime
+    inputs = (path for path in CSRC.rglob("*") if path.suffix in INPUTS)
+    return all(path.stat().st_mtime <= made for path in inputs)
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="compile csrc/ into hdp/libhdp.so")
+    parser.add_argument("--mode", choices=MODES, default=os.environ.get("HDP_BUILD", "auto"))
+    parser.add_argument("--out", type=Path, default=LIBRARY, help="default: %(default)s")
+    args = parser.parse_args()
+    try:
+        print(f"{args.out}: {build(args.out.resolve(), args.mode)}")
+    except BuildError as error:
+        print(f"not built: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+// Loops over torch's own threads, and one function for several instruction sets.
+#pragma once
+
+#include <torch/csrc/stable/c/shim.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+// A build runs on any x86-64: the loader picks the variant that the machine can run. Together with
+// -ffp-contract=off the results do not depend on which one it is.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define HDP_VECTORIZED \
+  __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#else
+#define HDP_VECTORIZED
+#endif
+#define HDP_INLINE __attribute__((always_inline)) inline
+
+namespace hdp::cpu {
+
+// f(begin, end) over parts of [0, size) with at least `grain` items each. f must not throw.
+template <class F>
+void parallel_for(int64_t size, int64_t grain, const F& f) {
+  const auto call = [](int64_t begin, int64_t end, void* context) {
+    (*static_cast<const F*>(context))(begin, end);
+  };
+  void* context = const_cast<void*>(static_cast<const void*>(&f));
+  if (torch_parallel_for(0, size, grain < 1 ? 1 : grain, call, context) != 0) {
+    throw std::runtime_error("hdp: torch_parallel_for failed");
+  }
+}
+
+}  // namespace hdp::cpu
