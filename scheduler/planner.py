@@ -75,6 +75,8 @@ def plan(
     """
     if policy not in POLICIES:
         raise ValueError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    if cp_size is not None and policy != "static":
+        raise ValueError(f"cp_size={cp_size} is for the static policy, not for {policy!r}")
     batch = Batch.check(
         seqlens,
         hdp_size=hdp_size,

@@ -87,6 +87,7 @@ def simulate(plan: StepPlan, cost: CostModel) -> Timeline:
     operations = _walk(plan, times, cost)
     spans = _spans(plan, times, operations)
     spans += _tail(plan, operations, cost)
+    spans.sort(key=lambda span: (span.rank, span.stage, span.start_s))
     return Timeline(spans=tuple(spans), num_ranks=plan.hdp_size, num_stages=plan.pp_size)
 
 
@@ -142,7 +143,7 @@ def _spans(plan: StepPlan, times: MicrobatchTimes, operations: Operations) -> li
             )
             spans.append(span)
         begin_s = end_s
-    return sorted(spans, key=lambda span: (span.rank, span.stage, span.start_s))
+    return spans
 
 
 def _tail(plan: StepPlan, operations: Operations, cost: CostModel) -> list[Span]:

@@ -129,12 +129,13 @@ def one_ring_each(plan: StepPlan) -> np.ndarray:
     for m in np.flatnonzero(meetings >= 0).tolist():
         span = slice(plan.piece_offsets[m], plan.piece_offsets[m + 1])
         seqs = tuple(plan.piece_seqs[span][wide[span]].tolist())
-        if lists.setdefault(seqs[0], seqs) != seqs:
-            raise ValueError(
-                f"one_ring_each: {_name(plan, m)} holds {seqs} on its ring, "
-                f"another rank of that ring holds {lists[seqs[0]]}"
-            )
-    for seqs in lists.values():
+        for seq in seqs:
+            if lists.setdefault(seq, seqs) != seqs:
+                raise ValueError(
+                    f"one_ring_each: {_name(plan, m)} holds {seqs} on its ring, "
+                    f"another rank of that ring holds {lists[seq]}"
+                )
+    for seqs in set(lists.values()):
         if len({plan.ring(s) for s in seqs}) > 1:
             raise ValueError(f"one_ring_each: sequences {seqs} share a microbatch but not one ring")
     return meetings

@@ -1,0 +1,219 @@
+"""plan(): every policy makes valid, reproducible plans; bad input is refused with a remedy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hdp.scheduler import POLICIES, plan, simulate
+
+from .batches import COMPUTE_ONLY, POLICY_NAMES, WITH_COMM, batches, lognormal
+
+
+def test_policy_names() -> None:
+    assert set(POLICY_NAMES) == set(POLICIES)
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@given(case=batches())
+def test_plans_are_valid(policy: str, case) -> None:
+    lengths, arguments = case
+    made = plan(lengths, policy=policy, **arguments).validate()
+    assert made.policy.startswith(policy)
+    assert made.seqlens.tolist() == lengths
+    assert simulate(made, arguments["cost"]).makespan_s == pytest.approx(made.predicted_s)
+    assert made.predicted_s >= made.lower_bound_s * (1 - 1e-9)
+    if arguments["equal_counts"]:
+        assert len(set(made.num_microbatches.tolist())) == 1
+
+
+@given(case=batches())
+def test_one_multi_rank_piece_per_microbatch(case) -> None:
+    lengths, arguments = case
+    made = plan(lengths, **arguments)
+    owner = np.repeat(np.arange(len(made.offload_ratio)), np.diff(made.piece_offsets))
+    wide = made.degrees[made.piece_seqs] > 1
+    assert np.bincount(owner[wide], minlength=1).max() <= 1
+
+
+@given(case=batches())
+def test_rings_keep_to_nodes(case) -> None:
+    """A ring stays inside a node where it fits, else it has whole nodes."""
+    lengths, arguments = case
+    made = plan(lengths, **arguments)
+    node = arguments["ranks_per_node"]
+    if node is None:
+        return
+    for seq, degree in enumerate(made.degrees.tolist()):
+        nodes = {rank // node for rank in made.ring(seq)}
+        assert len(nodes) == 1 if degree <= node else len(nodes) * node == degree
+
+
+@given(case=batches())
+def test_policies_do_not_change_the_arguments(case) -> None:
+    lengths, arguments = case
+    array = np.array(lengths)
+    array.setflags(write=False)
+    assert plan(array, **arguments) == plan(lengths, **arguments)
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@given(
+    pairs=st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), min_size=1, max_size=12),
+    stages=st.sampled_from([1, 2]),
+    cost=st.sampled_from([COMPUTE_ONLY, WITH_COMM]),
+)
+def test_units_stay_together(policy: str, pairs, stages: int, cost) -> None:
+    lengths = [length for pair in pairs for length in pair]
+    units = [index for index, _ in enumerate(pairs) for _ in range(2)]
+    made = plan(lengths, hdp_size=8, max_tokens_per_rank=300, cost=cost, units=units,
+                policy=policy, pp_size=stages).validate()  # fmt: skip
+    for rank in range(8):
+        for microbatch in made.microbatches(rank):
+            seqs = {piece.seq for piece in microbatch.pieces}
+            assert all(seq ^ 1 in seqs for seq in seqs)
+    for seq in range(0, len(lengths), 2):
+        assert made.ring(seq) == made.ring(seq + 1)
+
+
+def test_units_need_not_be_neighbours() -> None:
+    made = plan([10, 20, 30, 40], hdp_size=2, max_tokens_per_rank=50, cost=COMPUTE_ONLY,
+                units=[7, -3, 7, -3]).validate()  # fmt: skip
+    assert made.ring(0) == made.ring(2) and made.ring(1) == made.ring(3)
+
+
+# ---- the same plan everywhere ----
+
+_PROGRAM = """
+import sys; sys.path.insert(0, {path!r})
+from tests.scheduler.batches import WITH_COMM, lognormal
+from hdp.scheduler import plan
+for arguments in ({{}}, {{"pp_size": 2}}, {{"ranks_per_node": 8}}, {{"policy": "bytescale"}}):
+    made = plan(lognormal(700), hdp_size=64, max_tokens_per_rank=16384, cost=WITH_COMM,
+                **arguments)
+    print(made.digest)
+"""
+
+
+def test_same_bytes() -> None:
+    """Other processes, hash seeds and thread counts make the same plan, byte for byte."""
+    path = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    outputs = set()
+    for seed, threads in (("0", "1"), ("1", "4")):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads}
+        environment["NPY_DISABLE_CPU_FEATURES"] = "AVX512F AVX512_SKX" if seed == "1" else ""
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", _PROGRAM.format(path=path)],
+            env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        outputs.add(done.stdout)
+    assert len(outputs) == 1
+    mine = plan(lognormal(700), hdp_size=64, max_tokens_per_rank=16384, cost=WITH_COMM)
+    assert mine.digest == outputs.pop().split()[0]
+
+
+def test_order_of_the_batch_does_not_change_the_time() -> None:
+    lengths = lognormal(300)
+    arguments: dict[str, Any] = {"hdp_size": 32, "max_tokens_per_rank": 16384, "cost": COMPUTE_ONLY}
+    forward = plan(lengths, **arguments).predicted_s
+    assert plan(lengths[::-1], **arguments).predicted_s == pytest.approx(forward, rel=1e-3)
+
+
+# ---- few sequences ----
+
+
+def test_rings_widen_where_it_pays() -> None:
+    """One sequence that would fit one rank gets all of them when communication is free."""
+    made = plan([8000], hdp_size=7, max_tokens_per_rank=8192, cost=COMPUTE_ONLY)
+    assert made.degrees.tolist() == [7]
+
+
+def test_rings_stay_narrow_where_it_does_not() -> None:
+    slow = replace(WITH_COMM, ring_step_s=0.1)
+    made = plan([100, 90], hdp_size=8, max_tokens_per_rank=8192, cost=slow)
+    assert made.degrees.tolist() == [1, 1]
+    assert (made.num_microbatches == 1).all()  # six ranks run an empty microbatch
+
+
+def test_one_token() -> None:
+    for policy in POLICY_NAMES:
+        made = plan([1], hdp_size=3, max_tokens_per_rank=1, cost=WITH_COMM, policy=policy)
+        made.validate()
+
+
+# ---- offload ----
+
+
+def test_offload_saves_ranks() -> None:
+    lengths = [262144] + [2000] * 100
+    arguments: dict[str, Any] = {"hdp_size": 64, "max_tokens_per_rank": 8192, "cost": WITH_COMM}
+    for policy in ("hdp", "bytescale-naive"):
+        without = plan(lengths, policy=policy, **arguments)
+        made = plan(lengths, policy=policy, offload=True, **arguments).validate()
+        assert without.offload_ratio.max() == 0.0
+        if policy == "bytescale-naive":
+            assert made.degrees[0] < without.degrees[0] == 32
+            assert 0.5 < made.offload_ratio.max() <= 1.0
+            assert made.microbatch_tokens.max() > 8192
+        assert made.predicted_s >= made.lower_bound_s
+
+
+# ---- static ----
+
+
+def test_static_is_packed_zigzag() -> None:
+    made = plan([100, 30, 20, 900], hdp_size=8, max_tokens_per_rank=300, cost=COMPUTE_ONLY,
+                policy="static", cp_size=4).validate()  # fmt: skip
+    assert made.degrees.tolist() == [4, 4, 4, 4]
+    assert {made.ring(seq) for seq in range(4)} <= {(0, 1, 2, 3), (4, 5, 6, 7)}
+    assert made.notes == {"cp_size": 4}
+    least = plan([900], hdp_size=12, max_tokens_per_rank=200, cost=COMPUTE_ONLY, policy="static")
+    assert least.notes == {"cp_size": 6}  # 5 ranks would do and do not divide 12
+
+
+# ---- bad input ----
+
+GOOD: dict[str, Any] = {"hdp_size": 8, "max_tokens_per_rank": 8192, "cost": COMPUTE_ONLY}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "change", "message"),
+    [
+        ([70000], {}, "sequence of 70000 tokens needs 9 ranks of 8192, hdp_size=8; raise max_tok"),
+        ([70000], {"cost": WITH_COMM}, "raise max_tokens_per_rank or hdp_size, or allow offload"),
+        ([40000, 40000], {"units": [1, 1]}, "unit of 2 sequences of 80000 tokens needs 10 ranks"),
+        ([], {}, "empty batch"),
+        ([10, 0], {}, r"seqlens\[1\] is 0"),
+        ([10, -5], {}, r"seqlens\[1\] is -5"),
+        ([10.5], {}, "seqlens must be integers, not float64"),
+        ([float("nan")], {}, "seqlens must be integers"),
+        (["a"], {}, "seqlens must be integers"),
+        ([[1, 2]], {}, r"one-dimensional, not of shape \(1, 2\)"),
+        ([2**63], {}, "no int64"),
+        ([10], {"hdp_size": 0}, "hdp_size=0 must be an integer >= 1"),
+        ([10], {"hdp_size": 2.0}, "hdp_size=2.0 must be an integer"),
+        ([10], {"hdp_size": True}, "hdp_size=True must be an integer"),
+        ([10], {"max_tokens_per_rank": -1}, "max_tokens_per_rank=-1"),
+        ([10], {"pp_size": 0}, "pp_size=0"),
+        ([10], {"ranks_per_node": 3}, "hdp_size=8 is not a multiple of ranks_per_node=3"),
+        ([10], {"ranks_per_node": 0}, "ranks_per_node=0"),
+        ([10], {"policy": "best"}, "unknown policy 'best'; choose one of hdp"),
+        ([10], {"units": [1, 2]}, "2 units for 1 sequences"),
+        ([10], {"cost": 3.0}, "cost must be a CostModel, not float"),
+        ([10], {"policy": "static", "cp_size": 3}, "hdp_size=8 is not divisible by cp_size=3"),
+        ([10], {"policy": "static", "cp_size": 0}, "cp_size=0"),
+        ([40000], {"policy": "static", "cp_size": 4}, "needs 5 ranks of 8192, cp_size=4; raise"),
+        ([10], {"cp_size": 4}, "cp_size=4 is for the static policy"),
+    ],
+)
+def test_bad_input(lengths, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(lengths, **{**GOOD, **change})
