@@ -43,7 +43,7 @@ def ring_attn_varlen_func(
     k, v    (total_tokens, num_kv_heads, head_dim), same dtype; num_kv_heads divides num_heads
     layout  which rows belong to which sequence, and the ranks that hold the rest of them
     comm    needed when layout.ring is not empty; all ranks of the ring call in the same order
-    kernel  block kernel; chosen by device and dtype if None
+    kernel  block kernel; chosen by device, dtype and head size if None
     Returns (total_tokens, num_heads, head_dim) in the dtype of q. Differentiable in q, k and v.
     Raises ValueError for inputs that do not fit the layout, and for causal=False.
     """
@@ -53,7 +53,7 @@ def ring_attn_varlen_func(
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     if kernel is None:
-        kernel = select_kernel(q.device, q.dtype)
+        kernel = select_kernel(q.device, q.dtype, head_dim=q.shape[-1])
     return _RingAttention.apply(q, k, v, layout, comm, softmax_scale, kernel)
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from .attention import ring_attn_varlen_func
 from .hf_check import check_supported
-from .kernels import BlockKernel, select_kernel
+from .kernels import select_kernel
 from .losses import chunked_logprobs
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ class AttnInputs:
     and walk (or even rebuild) dataclasses, lists and dicts to find them.
     """
 
-    __slots__ = ("comm", "kernel", "layout")
+    __slots__ = ("backend", "comm", "layout")
 
-    def __init__(self, layout: RingLayout, comm: RingComm | None, kernel: BlockKernel) -> None:
-        self.layout, self.comm, self.kernel = layout, comm, kernel
+    def __init__(self, layout: RingLayout, comm: RingComm | None, backend: str | None) -> None:
+        self.layout, self.comm, self.backend = layout, comm, backend
 
 
 class CausalLM(nn.Module):
@@ -109,12 +109,11 @@ class CausalLM(nn.Module):
         batch: on the model's device. comm: needed when batch.layout has a ring.
         """
         head = self.model.get_output_embeddings()
-        kernel = select_kernel(batch.input_ids.device, head.weight.dtype, self.attn_backend)
         hidden = self.model.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,  # a cache makes transformers ignore document boundaries
-            hdp_batch=AttnInputs(batch.layout, comm, kernel),
+            hdp_batch=AttnInputs(batch.layout, comm, self.attn_backend),
         ).last_hidden_state[0]
         return chunked_logprobs(
             hidden,
@@ -335,7 +334,7 @@ def hdp_attention(
         hdp_batch.layout,
         comm=hdp_batch.comm,
         softmax_scale=scaling,
-        kernel=hdp_batch.kernel,
+        kernel=select_kernel(q.device, q.dtype, hdp_batch.backend, head_dim=q.shape[-1]),
     )
     return out[None], None
 

@@ -22,6 +22,7 @@ from typing import Any
 
 TORCH_TIMEOUT_S = 120.0
 SMI_TIMEOUT_S = 20.0
+_HEAD_DIM = 128  # which attention kernel fits depends on it; that of most models
 
 # What hdp can make use of: (label, distribution names it goes by, what it is for).
 PACKAGES = (
@@ -198,15 +199,14 @@ def _attention(device: str) -> dict[str, dict[str, str]]:
     """The block kernel that the runtime selects for each dtype, asked of the runtime itself."""
     import torch
 
-    from .kernels import select_kernel
+    from .kernels import choose_kernel
 
-    selected = {
-        name: select_kernel(torch.device(device), dtype)
+    chosen = {
+        name: choose_kernel(torch.device(device), dtype, head_dim=_HEAD_DIM)
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
     }
     return {
-        name: {"choice": kernel.name, "why": (type(kernel).__doc__ or "").split("\n")[0]}
-        for name, kernel in selected.items()
+        name: {"choice": choice.kernel.name, "why": choice.why} for name, choice in chosen.items()
     }
 
 

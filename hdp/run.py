@@ -15,7 +15,7 @@ from .comm import RingComm
 from .config import DEMO_MODEL, TrainConfig
 from .data import Sampler, TokenDataset, open_dataset
 from .hf import CausalLM, build_model, load_model, transformer_shape
-from .kernels import select_kernel
+from .kernels import choose_kernel
 from .mesh import HDPMesh
 from .ops import describe
 from .optim import build_optimizer
@@ -189,14 +189,17 @@ def _open_model(
 def _introduce(run: Run, dtype: torch.dtype) -> None:
     """Say once what runs where: fallbacks are announced, never silent."""
     mesh, config = run.mesh, run.config
-    kernel = select_kernel(mesh.device, dtype, config.attention)
+    head_dim = transformer_shape(run.model)["head_dim"]
+    attention = choose_kernel(mesh.device, dtype, config.attention, head_dim=head_dim)
     parameters = sum(p.numel() for p in run.model.parameters())
     run.say(f"{mesh.hdp_size} ranks on {mesh.device.type}, {mesh.ranks_per_node} per node")
     run.say(
         f"model {config.model}: {parameters / 1e6:,.1f}M parameters, compute in "
-        f"{str(dtype).removeprefix('torch.')}; attention: {kernel.name}"
+        f"{str(dtype).removeprefix('torch.')}; attention: {attention.kernel.name}"
     )
     run.say("ops: {} ({})".format(*describe(mesh.device.type)))
+    if attention.passed_over:
+        run.say(f"attention: {attention.why}")
     run.say(str(run.dataset.report))
     source = config.cost or "estimated from the model's shape"
     cp_size = f" with cp_size {config.cp_size}" if config.cp_size else ""

@@ -83,6 +83,9 @@ FOREIGN = {
     "tensorboard": "hdp/metrics.py",
     "apex": "hdp/optim.py",
     "amp_C": "hdp/optim.py",
+    "flash_attn": "hdp/kernels/flash_attn.py",
+    "flash_attn_interface": "hdp/kernels/flash_attn.py",
+    "transformer_engine": "hdp/kernels/transformer_engine.py",
 }
 # Parts of libraries with the same rule: everything else goes through that file.
 FOREIGN_PARTS = {
