@@ -17,7 +17,6 @@ matplotlib is imported here only, when a picture is asked for.
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from .boxes import COMM, COMPUTE, OFFLOAD, REDUCE, Boxes, make_boxes
+from .colours import STRONG, colours_of, is_long, pale, rgb
 from .cost import CostModel
 from .plan import StepPlan
 from .report import tokens_text
@@ -34,11 +34,6 @@ from .timeline import Timeline
 MAX_VECTOR_ROWS = 160
 FORMATS = (".png", ".svg", ".pdf")
 
-# Strong hues for sequences on several ranks, in the order of their lengths; neighbours differ.
-_STRONG = (
-    "#d1495b", "#00798c", "#edae49", "#30638e", "#7b4b94", "#3f9b57", "#e07a3f", "#b5477f",
-    "#4c6fbf", "#8a9a2b", "#a1503c", "#2a9d8f",
-)  # fmt: skip
 _COMM, _COMM_FLAT, _HATCH, _OFFLOAD, _REDUCE = "#f1f3f4", "#d3d7db", "#9aa0a6", "#f3d9a4", "#cfd8dc"
 _BACKWARD_SHADE = 0.82
 _INK, _SOFT = "#202124", "#5f6368"
@@ -126,39 +121,6 @@ def _time_unit(end_s: float) -> tuple[str, float]:
     if end_s >= 1.0:
         return "s", 1.0
     return ("ms", 1e3) if end_s >= 1e-3 else ("us", 1e6)
-
-
-# ---- colours ----
-
-
-def _colours(plan: StepPlan) -> np.ndarray:
-    """(num_seqs, 3) float64 RGB: strong for sequences that a rank cannot hold alone or that sit on
-    several ranks beside others that do not, pale for the rest."""
-    order = np.argsort(-plan.seqlens, kind="stable")
-    place = np.empty(plan.num_seqs, dtype=np.int64)
-    place[order] = np.arange(plan.num_seqs)
-    strong = _is_long(plan)
-    palette = np.array([_rgb(colour) for colour in _STRONG])
-    colours = palette[place % len(palette)]
-    # Golden-ratio steps around the colour circle: neighbours in length get hues far apart.
-    hue = (place * 0.61803398875) % 1.0
-    light = 0.80 + 0.08 * ((place * 0.7548776662) % 1.0)
-    pale = np.array(
-        [colorsys.hls_to_rgb(h, v, 0.34) for h, v in zip(hue.tolist(), light.tolist(), strict=True)]
-    ).reshape(-1, 3)
-    return np.where(strong[:, None], colours, pale)
-
-
-def _is_long(plan: StepPlan) -> np.ndarray:
-    """(num_seqs,) bool: sequences to show in a strong colour, the same in every policy's plan."""
-    long = plan.seqlens > plan.max_tokens_per_rank
-    if not long.any():
-        long = (plan.degrees > 1) & (plan.seqlens >= 4 * np.median(plan.seqlens))
-    return long
-
-
-def _rgb(colour: str) -> tuple[float, ...]:
-    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
 
 
 # ---- one panel ----
@@ -285,7 +247,7 @@ def _draw_shapes(axes: Any, panel: _Panel, scale: float) -> None:
 def _fill(plan: StepPlan, seq: np.ndarray, backward: np.ndarray) -> np.ndarray:
     """(n, 3) RGB of compute boxes; a pipeline's backward is darker than its forward."""
     face = np.full((len(seq), 3), 0.88)
-    face[seq >= 0] = _colours(plan)[seq[seq >= 0]]
+    face[seq >= 0] = colours_of(plan)[seq[seq >= 0]]
     face[backward] *= _BACKWARD_SHADE
     return face
 
@@ -293,7 +255,7 @@ def _fill(plan: StepPlan, seq: np.ndarray, backward: np.ndarray) -> np.ndarray:
 def _label(axes: Any, plan: StepPlan, blocks: _Blocks) -> None:
     """Write the length on long sequences' blocks that have the room for it."""
     long = (blocks.kind == COMPUTE) & (blocks.seq >= 0)
-    long[long] = _is_long(plan)[blocks.seq[long]]
+    long[long] = is_long(plan)[blocks.seq[long]]
     which = np.flatnonzero(long)
     place = axes.get_position()
     page_width, page_height = axes.figure.get_size_inches()
@@ -336,7 +298,7 @@ def _draw_image(axes: Any, panel: _Panel, scale: float) -> None:
     line_of_row[shown] = np.arange(len(shown))
     colours = np.empty((len(boxes.row), 3))
     for code, colour in ((COMM, _COMM_FLAT), (OFFLOAD, _OFFLOAD), (REDUCE, _REDUCE)):
-        colours[boxes.kind == code] = _rgb(colour)
+        colours[boxes.kind == code] = rgb(colour)
     mine = boxes.kind == COMPUTE
     colours[mine] = _fill(plan, boxes.seq[mine], boxes.backward[mine])
     pixels = np.round(colours * 255).astype(np.uint8)
@@ -377,17 +339,17 @@ def _draw_key(figure: Any, panels: Sequence[_Panel]) -> None:
                     va="center_baseline")  # fmt: skip
         x += 0.068 * len(text) + 0.30
 
-    for colour in _STRONG[:3]:
+    for colour in STRONG[:3]:
         swatch(x, 0.17, colour)
         x += 0.17
     entry("long sequences: a block is one ring of ranks")
     for hue in (0.55, 0.12, 0.33, 0.8):
-        swatch(x, 0.12, colorsys.hls_to_rgb(hue, 0.83, 0.34))
+        swatch(x, 0.12, pale(hue))
         x += 0.12
     entry("short sequences")
     if any(panel.boxes.backward.any() for panel in panels):
         for shade in (1.0, _BACKWARD_SHADE):
-            swatch(x, 0.17, [shade * part for part in _rgb(_STRONG[0])])
+            swatch(x, 0.17, [shade * part for part in rgb(STRONG[0])])
             x += 0.17
         entry("forward, backward")
     if COMM in kinds:
