@@ -15,8 +15,8 @@
 
 #ifdef HDP_CUDA
 // Weak: a torch without CUDA has no such function, and the library loads there all the same.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 
 namespace hdp {
@@ -43,11 +43,16 @@ inline std::string describe(const char* name, const Tensor& x) {
 
 inline DType dtype_of(const char* op, const char* name, const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: break;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, op, ": ", describe(name, x), ": expected fp64, fp32, bf16 or fp16");
 }
@@ -120,14 +125,14 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
-#define HDP_LAUNCH(where, kernel, args)                                              \
-  do {                                                                               \
-    if ((where).is_cuda()) {                                                         \
+#define HDP_LAUNCH(where, kernel, args)                                                \
+  do {                                                                                 \
+    if ((where).is_cuda()) {                                                           \
       const torch::stable::accelerator::DeviceGuard guard((where).get_device_index()); \
-      cuda::kernel(args, current_stream((where).get_device_index()));                \
-    } else {                                                                         \
-      cpu::kernel(args);                                                             \
-    }                                                                                \
+      cuda::kernel(args, current_stream((where).get_device_index()));                  \
+    } else {                                                                           \
+      cpu::kernel(args);                                                               \
+    }                                                                                  \
   } while (false)
 #else
 #define HDP_LAUNCH(where, kernel, args) cpu::kernel(args)

@@ -1,11 +1,11 @@
-// The ops of hdp: schemas, and what implements them. bind.h checks arguments and calls cpu/ or cuda/;
-// hdp/ops.py has each op's Python reference, fake kernel and gradient.
+// The ops of hdp: schemas, and what implements them. bind.h checks arguments and calls cpu/ or
+// cuda/; hdp/ops.py has each op's Python reference, fake kernel and gradient.
 //
 // Behind torch's stable ABI: one build serves every torch from 2.10 on.
 
-#include "bind.h"
-
 #include <torch/csrc/stable/library.h>
+
+#include "bind.h"
 
 STABLE_TORCH_LIBRARY(hdp, m) {
   m.def(
@@ -40,7 +40,8 @@ STABLE_TORCH_LIBRARY_IMPL(hdp, CPU, m) { implement(m); }
 STABLE_TORCH_LIBRARY_IMPL(hdp, CUDA, m) { implement(m); }
 #endif
 
-// "cpu" or "cpu, cuda (sm_80 sm_90)": for the start-up report, and to tell whether a rebuild is due.
+// "cpu" or "cpu, cuda (sm_80 sm_90)": for the start-up report, and to tell whether a rebuild is
+// due.
 extern "C" __attribute__((visibility("default"))) const char* hdp_build_info() {
   return "hdp build: " HDP_BUILD_INFO;
 }

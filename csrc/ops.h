@@ -1,6 +1,6 @@
-// What a kernel is told. bind.h has checked every field; kernels see pointers, sizes and strides (in
-// elements unless a name says bytes) and no torch type, so each compiles in a second and the same
-// arguments serve the CPU twin and the CUDA kernel.
+// What a kernel is told. bind.h has checked every field; kernels see pointers, sizes and strides
+// (in elements unless a name says bytes) and no torch type, so each compiles in a second and the
+// same arguments serve the CPU twin and the CUDA kernel.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ enum class DType { f64, f32, bf16, f16 };
 
 constexpr int64_t kIgnoreIndex = -100;
 
-// Rows [start, stop) of a tensor that has more of them; they are rows `first`, first + 1, ... of the
-// packed tensor that has nothing else. Spans are sorted and disjoint, so no two threads meet.
+// Rows [start, stop) of a tensor that has more of them; they are rows `first`, first + 1, ... of
+// the packed tensor that has nothing else. Spans are sorted and disjoint, so no two threads meet.
 struct Span {
   int64_t start, stop, first;
 };

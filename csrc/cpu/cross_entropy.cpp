@@ -1,6 +1,6 @@
-// Softmax cross-entropy on CPU. A row is walked in tiles that stay in the first-level cache: convert
-// to fp32, then maximum and sum of exponentials with a running rescale ("online" softmax), or the
-// gradient. Logits are read once, and written once by the backward.
+// Softmax cross-entropy on CPU. A row is walked in tiles that stay in the first-level cache:
+// convert to fp32, then maximum and sum of exponentials with a running rescale ("online" softmax),
+// or the gradient. Logits are read once, and written once by the backward.
 
 #include <algorithm>
 #include <cmath>
@@ -127,14 +127,16 @@ void forward(const CrossEntropy& args) {
       }
       S picked = load(logits[label]);
       if (cap != 0) cap_tile<S>(&picked, nullptr, 1, cap);
-      lse = largest + static_cast<S>(std::log(total));
-      logprob = picked - lse;
+      const S log_total = static_cast<S>(std::log(total));
+      lse = largest + log_total;
+      logprob =
+          (picked - largest) - log_total;  // picked - lse would lose log_total to large logits
     }
   });
 }
 
-// d/d y_j = grad_logprob * (1[j == label] - softmax_j) + grad_lse * softmax_j, times the cap's slope.
-// G may be narrower than T: gradients then overwrite logits that have been read already.
+// d/d y_j = grad_logprob * (1[j == label] - softmax_j) + grad_lse * softmax_j, times the cap's
+// slope. G may be narrower than T: gradients then overwrite logits that have been read already.
 template <class T, class G>
 void backward(const CrossEntropyBackward& args) {
   using S = Statistic<T>;

@@ -42,8 +42,9 @@ void merge(const MergeLse& args) {
       const B* block =
           static_cast<const B*>(args.block_out) + packed_row * args.block_out_row_stride;
       for (int64_t head = 0; head < heads; ++head) {
-        const T weight = merge_statistics(lse[head * args.lse_head_stride + row],
-                                          block_lse[head * args.block_lse_head_stride + packed_row]);
+        const T weight =
+            merge_statistics(lse[head * args.lse_head_stride + row],
+                             block_lse[head * args.block_lse_head_stride + packed_row]);
         blend(out + head * dim, block + head * dim, weight, dim);
       }
     }

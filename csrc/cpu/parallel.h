@@ -6,11 +6,15 @@
 #include <cstdint>
 #include <stdexcept>
 
-// A build runs on any x86-64: the loader picks the variant that the machine can run. Together with
-// -ffp-contract=off the results do not depend on which one it is.
+// A build runs on any x86-64: the loader picks the variant that the machine can run. By feature
+// levels, not by models of one maker, as "arch=haswell" would be. Together with -ffp-contract=off
+// the results do not depend on which variant it is.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define HDP_VECTORIZED \
-  __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#if __GNUC__ >= 12
+#define HDP_VECTORIZED __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define HDP_VECTORIZED __attribute__((target_clones("default", "avx2", "avx512f")))
+#endif
 #else
 #define HDP_VECTORIZED
 #endif

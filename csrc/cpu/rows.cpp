@@ -51,8 +51,8 @@ void add_rows_as(const AddRows& args) {
 void copy_rows(const CopyRows& args) {
   for_each_run(args.spans, args.outer, args.row_bytes,
                [&](int64_t outer, int64_t row, int64_t packed_row, int64_t count) {
-                 char* x = static_cast<char*>(args.x) + outer * args.x_outer_bytes +
-                           row * args.row_bytes;
+                 char* x =
+                     static_cast<char*>(args.x) + outer * args.x_outer_bytes + row * args.row_bytes;
                  char* values = static_cast<char*>(args.values) + outer * args.values_outer_bytes +
                                 packed_row * args.row_bytes;
                  std::memcpy(args.gather ? values : x, args.gather ? x : values,

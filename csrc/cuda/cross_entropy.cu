@@ -60,8 +60,8 @@ struct Sum {
 
   __device__ void join(S other_largest, S other_total) {
     const S higher = largest > other_largest ? largest : other_largest;
-    total = total * exponential(largest - higher) +
-            other_total * exponential(other_largest - higher);
+    total =
+        total * exponential(largest - higher) + other_total * exponential(other_largest - higher);
     largest = higher;
   }
 };
@@ -98,10 +98,10 @@ template <class T>
 constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
 
 template <class T, bool kCap>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(
-    const T* __restrict__ all_logits, const int64_t* __restrict__ labels,
-    Statistic<T>* __restrict__ logprobs, Statistic<T>* __restrict__ all_lse, int vocab,
-    int64_t row_stride, Statistic<T> cap) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    forward_kernel(const T* __restrict__ all_logits, const int64_t* __restrict__ labels,
+                   Statistic<T>* __restrict__ logprobs, Statistic<T>* __restrict__ all_lse,
+                   int vocab, int64_t row_stride, Statistic<T> cap) {
   using S = Statistic<T>;
   constexpr int N = 16 / sizeof(T);
   const int64_t row = blockIdx.x, label = labels[row];
@@ -144,11 +144,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(
 
   sum = reduce(sum);
   if (threadIdx.x == 0) {
-    const S lse = sum.largest + log(sum.total);
-    all_lse[row] = lse;
+    const S log_total = log(sum.total);
+    all_lse[row] = sum.largest + log_total;
     // A label outside of the vocabulary cannot raise here. NaN stops the step before it does harm.
     const bool valid = label >= 0 && label < vocab;
-    logprobs[row] = valid ? value(logits[label]) - lse : S(nanf(""));
+    // picked - lse would lose log_total to large logits
+    logprobs[row] = valid ? value(logits[label]) - sum.largest - log_total : S(nanf(""));
   }
 }
 
@@ -284,9 +285,8 @@ void launch_narrow(const CrossEntropyBackward& args, cudaStream_t stream) {
 }  // namespace
 
 void cross_entropy(const CrossEntropy& args, void* stream) {
-  visit(args.dtype, [&](auto logit) {
-    forward<decltype(logit)>(args, static_cast<cudaStream_t>(stream));
-  });
+  visit(args.dtype,
+        [&](auto logit) { forward<decltype(logit)>(args, static_cast<cudaStream_t>(stream)); });
 }
 
 void cross_entropy_backward(const CrossEntropyBackward& args, void* stream) {

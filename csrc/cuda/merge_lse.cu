@@ -1,8 +1,9 @@
 // merge_lse_ on CUDA. Bound by memory: out is read and written once, block_out read once.
 //
 // A block takes 8 rows x 8 heads. Eight, because lse is (heads, rows): eight consecutive rows of a
-// head fill a 32-byte sector. First its threads merge the 64 statistics, writing lse at once (nobody
-// else reads them) and leaving the weights in shared memory; then all of them stream the rows.
+// head fill a 32-byte sector. First its threads merge the 64 statistics, writing lse at once
+// (nobody else reads them) and leaving the weights in shared memory; then all of them stream the
+// rows.
 
 #include "device.cuh"
 
@@ -56,8 +57,8 @@ __global__ void __launch_bounds__(kThreads)
 
   const int per_head = args.dim / N, per_row = heads * per_head, total = rows * per_row;
   T* const out = args.out + static_cast<int64_t>(head) * args.dim;
-  const B* const block =
-      args.block_out + packed_row * args.block_out_row_stride + static_cast<int64_t>(head) * args.dim;
+  const B* const block = args.block_out + packed_row * args.block_out_row_stride +
+                         static_cast<int64_t>(head) * args.dim;
   for (int base = threadIdx.x; base < total; base += kThreads * kUnroll) {
     Vector<T, N> ours[kUnroll];
     Vector<B, N> theirs[kUnroll];

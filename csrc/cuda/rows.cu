@@ -55,13 +55,9 @@ void copy(const CopyRows& args, cudaStream_t stream) {
   for_each_table(
       args.spans, args.row_bytes / kSize,
       [&](const SpanTable& table, int64_t first, int64_t units) {
-        const CopyArguments<Unit> kernel_args{static_cast<Unit*>(args.x),
-                                              static_cast<Unit*>(args.values) + first,
-                                              units,
-                                              args.outer,
-                                              args.x_outer_bytes / kSize,
-                                              args.values_outer_bytes / kSize,
-                                              table};
+        const CopyArguments<Unit> kernel_args{
+            static_cast<Unit*>(args.x), static_cast<Unit*>(args.values) + first, units, args.outer,
+            args.x_outer_bytes / kSize, args.values_outer_bytes / kSize,         table};
         const dim3 grid(ceil_div(units, kThreads * kUnroll),
                         static_cast<unsigned>(std::min<int64_t>(args.outer, kMaxOuter)));
         if (args.gather) {
@@ -114,18 +110,20 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, class V, int N>
 void add(const AddRows& args, cudaStream_t stream) {
-  for_each_table(args.spans, args.row_size / N,
-                 [&](const SpanTable& table, int64_t first, int64_t units) {
-                   const AddArguments<T, V> kernel_args{
-                       static_cast<T*>(args.x), static_cast<const V*>(args.values) + first * N,
-                       units,                   args.outer,
-                       args.x_outer_stride,     args.values_outer_stride,
-                       table};
-                   const dim3 grid(ceil_div(units, kThreads * 2),
-                                   static_cast<unsigned>(std::min<int64_t>(args.outer, kMaxOuter)));
-                   add_kernel<T, V, N><<<grid, kThreads, 0, stream>>>(kernel_args);
-                   check_launch("scatter_rows_");
-                 });
+  for_each_table(
+      args.spans, args.row_size / N, [&](const SpanTable& table, int64_t first, int64_t units) {
+        const AddArguments<T, V> kernel_args{static_cast<T*>(args.x),
+                                             static_cast<const V*>(args.values) + first * N,
+                                             units,
+                                             args.outer,
+                                             args.x_outer_stride,
+                                             args.values_outer_stride,
+                                             table};
+        const dim3 grid(ceil_div(units, kThreads * 2),
+                        static_cast<unsigned>(std::min<int64_t>(args.outer, kMaxOuter)));
+        add_kernel<T, V, N><<<grid, kThreads, 0, stream>>>(kernel_args);
+        check_launch("scatter_rows_");
+      });
 }
 
 template <class T, class V>
