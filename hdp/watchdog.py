@@ -48,6 +48,7 @@ from typing import Any
 import torch.distributed as dist
 
 from .agree import is_collective_error
+from .clock import TickClock
 from .mesh import HDPMesh
 from .monitor import Monitor, Report, Verdict, spans
 
@@ -262,7 +263,7 @@ class Watchdog:
 
     def _talk(self) -> None:
         monitor = Monitor(timeout_s=self.timeout_s, suspect_s=self._suspect_s)
-        clock, progress = _Clock(2 * self._interval_s), self._progress
+        clock, progress = TickClock(2 * self._interval_s), self._progress
         try:
             while self._verdict is None and not self._closing:
                 with self._changed:
@@ -348,7 +349,7 @@ class Watchdog:
     # ---- the judging thread: the only one that ends the process ----
 
     def _judge(self) -> None:
-        clock, rounds, silent_s = _Clock(2 * self._interval_s), 0, 0.0
+        clock, rounds, silent_s = TickClock(2 * self._interval_s), 0, 0.0
         while True:
             with self._changed:
                 self._changed.wait_for(
@@ -388,18 +389,3 @@ class _Allowance:
     """What is left of an allowed phase, counted down by the talking thread."""
 
     left_s: float
-
-
-class _Clock:
-    """Seconds between ticks, but never more than `most_s`.
-
-    A process that was itself frozen (a debugger, a scheduler that suspends jobs) must not take its
-    own absence for the silence of others.
-    """
-
-    def __init__(self, most_s: float) -> None:
-        self._most_s, self._last = most_s, time.monotonic()
-
-    def tick_s(self) -> float:
-        last, self._last = self._last, time.monotonic()
-        return min(self._last - last, self._most_s)

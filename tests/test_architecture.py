@@ -48,7 +48,7 @@ IMPORTS: dict[str, set[str]] = {
     "config": set(),
     "monitor": set(),
     "agree": set(),
-    "watchdog": {"agree", "mesh", "monitor"},
+    "watchdog": {"agree", "clock", "mesh", "monitor"},
     "optim": set(),
     "rng": set(),
     "checkpoint_dir": set(),

@@ -114,7 +114,7 @@ def test_stopped_rank_is_named(tmp_path, culprit):
     for rank in {0, 1, 2} - {culprit}:
         assert f"rank {culprit} stopped answering" in failures[rank], failures[rank]
         assert f"exit code {EXIT_CODE}" in failures[rank]
-    assert seconds < 15
+    assert seconds < 60  # far from the half hour of a collective's own timeout
 
 
 @pytest.mark.parametrize("mark", [True, False], ids=["marked", "unmarked"])
