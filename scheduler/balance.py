@@ -64,11 +64,12 @@ _TRIES = (
 )
 
 
-# Pipelines: limits that are tried, the share of the mean load below which a limit gains nothing,
-# and how many jobs and ranks are simulated in all.
+# Pipelines: limits that are tried; the share of the mean load that pipelines may add at the least
+# limit; and what the search may cost, in units of about 10 microseconds.
 _LIMITS = 5
-_LEAST_LIMIT = 0.01
-_SIMULATED = 100_000
+_LEAST_GAIN = 0.04
+_BUDGET = 30_000
+_MOST_RINGS = 20_000
 
 
 def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
@@ -105,33 +106,36 @@ def _plan_pipelines(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
     """Step 7 by simulation: limits, then head room and wider rings, then orders."""
     best: tuple[float, StepPlan, Attempt, Limits] | None = None
 
-    tries = max(3, _SIMULATED // (batch.num_jobs + batch.hdp_size))
+    spent = 0
 
     def consider(made: Attempt, limits: Limits) -> None:
-        nonlocal best, tries
-        tries -= 1
-        if tries < 0:
-            return
+        nonlocal best, spent
         plan = build(batch, made)
         end_s = finish_s(plan, batch.cost)
+        slots = batch.pp_size * int(plan.num_microbatches.max())
+        spent += len(made.rings.job) + batch.num_jobs // 8 + slots * (8 + batch.hdp_size // 256)
         if best is None or end_s < best[0]:
             best = (end_s, plan, made, limits)
 
     for limit, mean in _microbatch_limits(degrees, bound):
         limits = Limits(target=mean, degree=limit, coarse=limit, microbatch=limit)
-        consider(attempt(degrees, limits), limits)
+        if best is None or spent < _BUDGET:
+            consider(attempt(degrees, limits), limits)
     assert best is not None
     first = best[3]
     for head_room, wider in ((1.03, 1), (1.1, 1), (1.0, 4), (1.1, 4), (1.0, 32)):
         limits = replace(
             first, target=int(first.target * head_room), degree=max(first.degree // wider, 1)
         )
-        consider(attempt(degrees, limits), limits)
+        if spent < _BUDGET:
+            consider(attempt(degrees, limits), limits)
     made, limits = best[2:]
     for ordered in arrangements(made, batch.hdp_size, batch.seconds(made.degree)):
-        consider(ordered, limits)
+        if spent < _BUDGET:
+            consider(ordered, limits)
     for riding in with_riders(degrees, made):
-        consider(riding, limits)
+        if spent < _BUDGET:
+            consider(riding, limits)
     return best[1]
 
 
@@ -143,12 +147,14 @@ def _microbatch_limits(degrees: Degrees, bound: int) -> list[tuple[int, int]]:
     while True:
         degree, ticks = low.copy(), degrees.low_ticks.copy()
         wide = np.flatnonzero((low > 1) | (ticks > limit))
+        if promise and len(wide) > _MOST_RINGS:
+            break
         if len(wide):
             degree[wide], ticks[wide] = Widening(degrees, wide).fit(limit)
         mean = needed_ticks(degrees, degree, ticks, limit)
         end = mean + (stages - 1) * max(limit, int(ticks.max()))
         promise.append((end, limit, mean))
-        if end > 2 * min(promise)[0] or (stages - 1) * limit < _LEAST_LIMIT * mean:
+        if end > 2 * min(promise)[0] or (stages - 1) * limit < _LEAST_GAIN * mean:
             break
         limit = int(limit * 0.75)
     return [(limit, mean) for _, limit, mean in sorted(promise)[:_LIMITS]]
