@@ -124,7 +124,9 @@ def attempt(degrees: Degrees, limits: Limits) -> Attempt:
     pinned = np.ones(batch.num_jobs, dtype=bool)
     pinned[loose.job] = False
     end = int(load.max())
-    if batch.pp_size > 1:
+    if batch.pp_size == 1:  # the fullest last: gradients are reduced during its backward
+        bins = num_bins[rank] - 1 - bins
+    else:
         end += (batch.pp_size - 1) * max(longest, limits.microbatch or 0)
     return Attempt(
         degree=degree,

@@ -52,13 +52,19 @@ def max_pack_tokens(batch: Batch) -> int:
 
 
 def least_microbatches(batch: Batch) -> int:
-    """No plan has fewer microbatches, over all ranks, if its host copies are hidden."""
-    tokens = int(batch.job_tokens.sum())
-    if not batch.offload or batch.cost.offloadable == 0.0:
-        return -(-tokens // batch.max_tokens_per_rank)
-    hidden = min(float((_hidden_ratio(batch) * batch.job_tokens).sum()), float(tokens))
-    kept = (tokens - batch.cost.offloadable * hidden) / batch.max_tokens_per_rank
-    return math.ceil(kept * (1 - 1e-9))
+    """No plan has fewer microbatches, over all ranks, if its host copies are hidden.
+
+    By tokens; and by jobs of more than half a microbatch: of those that are local no two share one,
+    the others take at least two each.
+    """
+    tokens, capacity = batch.job_tokens, batch.max_tokens_per_rank
+    kept, most = float(tokens.sum()), float(capacity)
+    if batch.offload and batch.cost.offloadable > 0.0:
+        hidden = min(float((_hidden_ratio(batch) * tokens).sum()), kept)
+        kept -= batch.cost.offloadable * hidden
+        most = capacity / (1.0 - batch.cost.offloadable)
+    large = int((tokens > most / 2).sum())
+    return max(math.ceil(kept / capacity * (1 - 1e-9)), -(-2 * large // 3))
 
 
 def min_degrees(batch: Batch) -> np.ndarray:
