@@ -8,7 +8,8 @@ Forward (numbers are those in the code):
   2. meanwhile attend to what is here: local sequences and our own shard, one causal varlen call
   3. for each block that arrives: send it on, attend to it, merge (out, lse)
 Backward walks the same blocks with the global (out, lse). The gradient of a key block travels with
-it, one step behind, gathers every rank's part and comes home after a full round.
+it, one step behind, gathers every rank's part and comes home after a full round. Small rings inside
+a node fetch all keys at once instead (hdp/gather.py), where `RingComm` was told that it pays.
 
 Merging two partial softmax results (peers.md: all rings do this, in fp32):
   out = out - sigmoid(block_lse - lse) * (out - block_out);  lse = log(exp(lse) + exp(block_lse))
@@ -20,8 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .comm import RingComm, Shift
-from .kernels import BlockKernel, lse_dtype, select_kernel
+from .comm import RingComm, Transfer
+from .gather import gather_backward, gather_forward
+from .kernels import BlockKernel, backward_block, forward_block, select_kernel
 from .layout import RingLayout
 from .ops import merge_lse_
 
@@ -80,16 +82,15 @@ def _forward(
     softmax_scale: float,
     kernel: BlockKernel,
 ) -> tuple[Tensor, Tensor]:
+    if not layout.steps:
+        return forward_block(kernel, q, k, v, layout.first, softmax_scale)
+    assert comm is not None  # _check_inputs
+    if comm.gathers(layout.ring, layout.ring_seqlens):
+        return gather_forward(q, k, v, layout, comm, softmax_scale, kernel)
     num_ring = layout.num_ring_tokens
     blocks = _Rotation(torch.stack((k[:num_ring], v[:num_ring])), layout, comm)  # 1
-    if layout.first.seqlens_q:
-        out, lse = kernel.forward(q, k, v, layout.first, softmax_scale)  # 2
-    else:
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[1], 0, dtype=lse_dtype(q.dtype))
-    if not layout.steps:
-        return out, lse
-    ring_out = out[:num_ring].to(lse.dtype)
-    ring_lse = lse[:, :num_ring]
+    out, lse = forward_block(kernel, q, k, v, layout.first, softmax_scale)  # 2
+    ring_out, ring_lse = out[:num_ring].to(lse.dtype), lse[:, :num_ring]
     for step in layout.steps:  # 3
         kv = blocks.next()
         if not step.q_rows.num_rows:
@@ -99,7 +100,7 @@ def _forward(
             step.q_rows.take(q), keys, values, step.segments, softmax_scale
         )
         merge_lse_(ring_out, ring_lse, block_out, block_lse, step.q_rows.spans)
-    out[:num_ring] = ring_out.to(out.dtype)
+    out[:num_ring] = ring_out
     return out, lse
 
 
@@ -115,14 +116,14 @@ def _backward(
     softmax_scale: float,
     kernel: BlockKernel,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if not layout.steps:
+        return backward_block(kernel, dout, q, k, v, out, lse, layout.first, softmax_scale)
+    assert comm is not None
+    if comm.gathers(layout.ring, layout.ring_seqlens):
+        return gather_backward(dout, q, k, v, out, lse, layout, comm, softmax_scale, kernel)
     num_ring = layout.num_ring_tokens
     blocks = _Rotation(torch.stack((k[:num_ring], v[:num_ring])), layout, comm)
-    if layout.first.seqlens_q:
-        dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, layout.first, softmax_scale)
-    else:
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if not layout.steps:
-        return dq, dk, dv
+    dq, dk, dv = backward_block(kernel, dout, q, k, v, out, lse, layout.first, softmax_scale)
     ring_dq = dq[:num_ring].to(lse.dtype)
     # the gradient of the block in hand: first our own, which leaves with the block itself
     grads = _Rotation(
@@ -151,9 +152,8 @@ def _backward(
             step.k_rows.add_(dkv[1], part[2])
         grads.send(dkv)
     ring_dkv = grads.next(forward=False)
-    dq[:num_ring] = ring_dq.to(dq.dtype)
-    dk[:num_ring] = ring_dkv[0].to(dk.dtype)
-    dv[:num_ring] = ring_dkv[1].to(dv.dtype)
+    dq[:num_ring] = ring_dq
+    dk[:num_ring], dv[:num_ring] = ring_dkv
     return dq, dk, dv
 
 
@@ -165,12 +165,12 @@ class _Rotation:
     """
 
     def __init__(
-        self, block: Tensor, layout: RingLayout, comm: RingComm | None, round_trip: bool = False
+        self, block: Tensor, layout: RingLayout, comm: RingComm, round_trip: bool = False
     ) -> None:
         self._layout, self._comm = layout, comm
-        self._num_hops = len(layout.steps) + (round_trip and bool(layout.steps))
+        self._num_hops = len(layout.steps) + round_trip
         self._hop = 0
-        self._pending: Shift | None = None
+        self._pending: Transfer | None = None
         self.send(block)
 
     def send(self, block: Tensor) -> None:
@@ -179,7 +179,6 @@ class _Rotation:
             return
         self._hop += 1
         layout = self._layout
-        assert self._comm is not None  # _check_inputs
         source = (layout.ring_rank - self._hop) % layout.ring_size
         shape = (2, layout.ring_tokens_at(source), *block.shape[2:])
         self._pending = self._comm.shift(block, layout.ring, layout.ring_rank, shape)
@@ -187,7 +186,7 @@ class _Rotation:
     def next(self, forward: bool = True) -> Tensor:
         """The block that arrives now; `forward` sends it on at once, unchanged."""
         assert self._pending is not None, "more blocks asked for than there are hops"
-        block = self._pending.wait()
+        (block,) = self._pending.wait()
         if forward:
             self.send(block)
         return block

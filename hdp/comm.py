@@ -1,27 +1,36 @@
-"""RingComm: keys and values travel round a ring of ranks, on the one communicator of the HDP axis.
+"""RingComm: keys and values travel between the ranks of a ring, on the one communicator of HDP.
 
-A ring is a tuple of ranks from the plan, not a process group: every transfer is a batched send and
-receive over the group that all HDP ranks share, so no communicator is made per ring (paper 5.1:
-5-10 GB of NCCL buffers otherwise) and any subset of ranks in any order can be one.
+A ring is a tuple of ranks from the plan, not a process group: every transfer is a batch of sends
+and receives over the group that all HDP ranks share, so no communicator is made per ring (paper
+5.1: 5-10 GB of NCCL buffers otherwise) and any subset of ranks in any order can be one. With NCCL a
+batch is one grouped call on NCCL's own stream: it starts when what was queued before it is done,
+and runs beside what is queued after it; `wait()` holds up the stream, not the host
+(tools/trace_overlap.py shows it).
+
+    shift   one step round the ring: to the next position, from the previous
+    swap    several peers at once: what gather mode needs (hdp/gather.py)
 
 Invariants:
 * The size of what arrives is known from the plan and never negotiated; gloo checks neither size nor
   dtype, so `shift` does (`test_shift_checks_shape`).
 * Every rank posts a ring's transfers in the same order; between two ranks messages are first in,
   first out, so no tags are needed.
-* Both tensors of a transfer are held until `wait()` returns.
+* All tensors of a transfer are held until `wait()` returns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .clock import Clock, Mark
+
+Peers = Sequence[tuple[Tensor, int]]  # (contiguous tensor, rank of the HDP axis)
 
 
 @dataclass
@@ -32,26 +41,29 @@ class CommStats:
     waits: list[tuple[Mark, Mark]] = field(default_factory=list)
 
 
-class Shift:
-    """A transfer under way: `wait()` returns the received tensor."""
+class Transfer:
+    """Sends and receives under way."""
 
-    def __init__(self, comm: RingComm, works: list, sent: Tensor, received: Tensor) -> None:
-        self._comm, self._works, self._sent, self._received = comm, works, sent, received
+    def __init__(self, comm: RingComm, works: list, sends: Peers, receives: Peers) -> None:
+        self._comm, self._works, self._sends, self._receives = comm, works, sends, receives
 
-    def wait(self) -> Tensor:
+    def wait(self) -> list[Tensor]:
+        """The received tensors, in the order in which they were given."""
         start = self._comm.clock.now()
         for work in self._works:
             work.wait()
         self._comm.stats.waits.append((start, self._comm.clock.now()))
         self._comm.on_exchange()
-        return self._received
+        return [tensor for tensor, _ in self._receives]
 
 
 class RingComm:
-    """Sends tensors one position along a ring.
+    """Sends tensors between the ranks of a ring.
 
     group: the HDP axis, the default group if None. device: where the tensors live. on_exchange is
-    called when a transfer has arrived: a sign of life for a watchdog.
+    called when a transfer has arrived: a sign of life for a watchdog. gathers(ring, ring_seqlens):
+    whether these sequences are gathered instead of going round (`gather.gather_pays`); it must give
+    the same answer on all ranks, so it may depend on the plan and the cost model alone.
     """
 
     def __init__(
@@ -60,9 +72,11 @@ class RingComm:
         device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
         *,
         on_exchange: Callable[[], None] = lambda: None,
+        gathers: Callable[[tuple[int, ...], tuple[int, ...]], bool] = lambda ring, seqlens: False,
     ) -> None:
         self.group = group
         self.on_exchange = on_exchange
+        self.gathers = lru_cache(maxsize=256)(gathers)  # every layer asks
         self.clock = Clock(device)
         self.stats = CommStats()
 
@@ -73,7 +87,7 @@ class RingComm:
 
     def shift(
         self, tensor: Tensor, ring: tuple[int, ...], ring_rank: int, recv_shape: torch.Size | tuple
-    ) -> Shift:
+    ) -> Transfer:
         """Start sending `tensor` to the next position and receiving `recv_shape` from the previous.
 
         ring: ranks of the HDP axis in ring order; ring_rank: our position. What arrives has the
@@ -88,14 +102,21 @@ class RingComm:
             raise ValueError(f"ring {ring} sends {got} and expects {expected}: the plans differ")
         received = tensor.new_empty(recv_shape)
         size = len(ring)
-        ops = []
-        if tensor.numel():
-            ops.append(self._op(dist.isend, tensor, ring[(ring_rank + 1) % size]))
-        if received.numel():
-            ops.append(self._op(dist.irecv, received, ring[(ring_rank - 1) % size]))
-        works = dist.batch_isend_irecv(ops) if ops else []
-        self.stats.bytes_sent += tensor.numel() * tensor.element_size()
-        return Shift(self, works, tensor, received)
+        return self.swap(
+            [(tensor, ring[(ring_rank + 1) % size])], [(received, ring[(ring_rank - 1) % size])]
+        )
 
-    def _op(self, op, tensor: Tensor, rank: int) -> dist.P2POp:
-        return dist.P2POp(op, tensor, group=self.group, group_peer=rank)
+    def swap(self, sends: Peers, receives: Peers) -> Transfer:
+        """Start all of these sends and receives as one batch; empty tensors do not travel.
+
+        Every peer must give the counterparts, in the same order between any two ranks.
+        """
+        ops = []
+        for kind, peers in ((dist.isend, sends), (dist.irecv, receives)):
+            for tensor, rank in peers:
+                assert tensor.is_contiguous(), f"strides {tensor.stride()} of {tensor.shape}"
+                if tensor.numel():
+                    ops.append(dist.P2POp(kind, tensor, group=self.group, group_peer=rank))
+        works = dist.batch_isend_irecv(ops) if ops else []
+        self.stats.bytes_sent += sum(x.numel() * x.element_size() for x, _ in sends)
+        return Transfer(self, works, sends, receives)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from . import console
 from .comm import RingComm
 from .config import DEMO_MODEL, TrainConfig
 from .data import Sampler, TokenDataset, open_dataset
+from .gather import gather_pays
 from .hf import CausalLM, build_model, load_model, transformer_shape
 from .kernels import choose_kernel
 from .mesh import HDPMesh
@@ -90,7 +92,12 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
         param_dtype=dtype if dtype == torch.bfloat16 else None,
         activation_checkpointing=config.activation_checkpointing,
     )
-    comm = RingComm(mesh.hdp_group, mesh.device, on_exchange=watchdog.touch)
+    comm = RingComm(
+        mesh.hdp_group,
+        mesh.device,
+        on_exchange=watchdog.touch,
+        gathers=partial(gather_pays, cost=cost, ranks_per_node=mesh.ranks_per_node),
+    )
     context = StepContext(
         mesh=mesh,
         model=model,

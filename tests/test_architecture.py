@@ -31,7 +31,8 @@ IMPORTS: dict[str, set[str]] = {
     "clock": set(),
     "comm": {"clock"},
     "kernels": {"layout"},
-    "attention": {"comm", "kernels", "layout", "ops"},
+    "gather": {"comm", "kernels", "layout", "ops", "scheduler"},
+    "attention": {"comm", "gather", "kernels", "layout", "ops"},
     # the model around it
     "losses": {"ops"},
     "hf_check": set(),
@@ -57,7 +58,7 @@ IMPORTS: dict[str, set[str]] = {
     "metrics": {"scheduler"},
     # a run: its parts connected, watched, walked
     "run": {
-        *("comm", "config", "console", "data", "hf", "kernels", "mesh", "ops", "optim"),
+        *("comm", "config", "console", "data", "gather", "hf", "kernels", "mesh", "ops", "optim"),
         *("parallel", "recorder", "rng", "scheduler", "step", "watchdog"),
     },
     "observe": {"data", "hf", "metrics", "run", "scheduler", "step"},

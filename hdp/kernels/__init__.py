@@ -19,7 +19,10 @@ Each library is imported in its file when it is first asked for; none is needed.
 the same tests against the oracle: tests/runtime/test_kernels.py, on a GPU where they need one.
 """
 
-from .base import BlockKernel, lse_dtype
+from .base import BlockKernel, backward_block, forward_block, lse_dtype
 from .select import KERNELS, Choice, choose_kernel, select_kernel
 
-__all__ = ["KERNELS", "BlockKernel", "Choice", "choose_kernel", "lse_dtype", "select_kernel"]
+__all__ = [
+    *("KERNELS", "BlockKernel", "Choice", "backward_block", "choose_kernel", "forward_block"),
+    *("lse_dtype", "select_kernel"),
+]

@@ -80,6 +80,32 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def forward_block(
+    kernel: BlockKernel, q: Tensor, k: Tensor, v: Tensor, segments: Segments, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """`kernel.forward`; without any segment (a rank without rows) nothing runs."""
+    if segments.seqlens_q:
+        return kernel.forward(q, k, v, segments, softmax_scale)
+    return torch.empty_like(q), q.new_empty((q.shape[1], 0), dtype=lse_dtype(q.dtype))
+
+
+def backward_block(
+    kernel: BlockKernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Segments,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`kernel.backward`; without any segment nothing runs."""
+    if segments.seqlens_q:
+        return kernel.backward(dout, q, k, v, out, lse, segments, softmax_scale)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
 def refuse_unless(
     need: Need, *, majors: tuple[int, ...], gpus: str, max_head_dim: int = 256
 ) -> str | None:
