@@ -2,10 +2,12 @@
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tools/bench_step.py
 
-Each batch has one long document and short ones beside it. All policies train each batch in turn,
-the order rotating from batch to batch, so that noise of the machine hits all alike; figures are
-medians over the batches and ratios to the first policy. On a CPU use 2 ranks of one thread each on
-two cores: more ranks share the cores, and the time that one waits goes to the others.
+Each batch has one long document and short ones beside it. A static mesh has two ways to deal with
+them: all sequences on one rank each (static:1), where the rank with the long one is late, or all on
+several (static:2), where the short ones communicate for nothing. All policies train each batch in
+turn, the order rotating from batch to batch, so that noise of the machine hits all alike; figures
+are medians over the batches and ratios to the first policy. On a CPU use 2 ranks of one thread each
+on two cores: more ranks share the cores, and the time that one waits goes to the others.
 
 Learning rate 0: every policy sees the same weights, and their losses must agree.
 """
@@ -67,11 +69,15 @@ class Row:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--policies", default="static,hdp", help="the first is the baseline")
+    parser.add_argument(
+        "--policies",
+        default="static:1,static:2,hdp",
+        help="in order; static:K has K ranks per sequence; ratios are to the first",
+    )
     parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("--long-tokens", type=int, default=8192, help="the long document")
-    parser.add_argument("--short-tokens", type=int, default=1024, help="the longest short one")
-    parser.add_argument("--batch-tokens", type=int, default=24576)
+    parser.add_argument("--long-tokens", type=int, default=4096, help="the long document")
+    parser.add_argument("--short-tokens", type=int, default=512, help="the longest short one")
+    parser.add_argument("--batch-tokens", type=int, default=12288)
     parser.add_argument("--max-tokens-per-rank", type=int, default=4096)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", default="stdlib")
@@ -114,8 +120,10 @@ def bench(run: Run, args: argparse.Namespace) -> dict[str, list[Row]]:
     policies = args.policies.split(",")
     feeds = {}
     for policy in policies:
-        cp_size = run.mesh.hdp_size if policy == "static" else None
-        options = dataclasses.replace(run.config, policy=policy, cp_size=cp_size)
+        name, _, cp_size = policy.partition(":")
+        options = dataclasses.replace(
+            run.config, policy=name, cp_size=int(cp_size) if cp_size else None
+        )
         planner = dataclasses.replace(run, config=options)
         feeds[policy] = StepFeed(
             run.dataset, sampler, planner.plan, rank=run.mesh.hdp_rank, position=(0, 0)
