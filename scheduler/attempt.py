@@ -12,7 +12,7 @@ import numpy as np
 from .assemble import assemble
 from .columns import Column, Columns, Ring
 from .degrees import Degrees, Widening
-from .fill import best_fit_by_rank, longest_first
+from .fill import best_fit_by_rank, fill
 from .jobs import Batch
 from .joins import Joins
 from .memory import max_pack_tokens
@@ -30,6 +30,7 @@ class Limits:
     degree: int  # jobs are widened until they take no longer
     coarse: int  # longer local jobs are placed among the rings
     microbatch: int | None = None  # local jobs that share a microbatch take no longer
+    even: bool = False  # rings get the next degree that divides the ranks well
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +92,9 @@ def attempt(degrees: Degrees, limits: Limits) -> Attempt:
     jobs = np.flatnonzero((degree > 1) | (share > min(limits.degree, limits.coarse)))
     widening = Widening(degrees, jobs)
     degree[jobs], ticks[jobs] = widening.fit(limits.degree)
+    if limits.even:
+        degree[jobs] = widening.even(degree[jobs])
+        ticks[jobs] = degrees.ticks(jobs, degree[jobs])
     work = int((np.where(degree > 1, ticks, share) * degree).sum())
     longest = int(ticks[jobs].max()) if len(jobs) else 0
     target = max(limits.target, -(-work // batch.hdp_size), longest)
@@ -114,7 +118,7 @@ def attempt(degrees: Degrees, limits: Limits) -> Attempt:
     others[jobs] = False
     local = np.flatnonzero(others)
     local = local[np.argsort(-share[local], kind="stable")]
-    rank, _ = longest_first(load, share[local])
+    rank = fill(load, share[local])
     # 5. Microbatches.
     local, rank = np.concatenate([loose.job, local]), np.concatenate([loose.first, rank])
     bins, num_bins = best_fit_by_rank(rank, packing.size[local], packing.capacity, batch.hdp_size)

@@ -8,13 +8,13 @@ scheduling of moldable parallel tasks. What makes it tractable is the long tail 
    `grain`. Wider rings are more work, so the target rises to what the work now needs.
 3. Rings, widest and longest first, go to columns of ranks (columns.py); those for which no column
    is low enough join several columns (joins.py).
-4. Local jobs, longest first, go to the least loaded rank (fill.py).
+4. Local jobs, longest first, go to the least loaded rank, the last ones where they fit (fill.py).
 5. On each rank local jobs are packed into microbatches by best fit. They come after the rings, so
    that a rank with local work ends with it (StepPlan.ends_together).
 6. Local jobs may ride on rings that have room (riders.py).
-7. Steps 1 to 5 are tried with less grain and more head room, and with large local jobs among the
-   rings (they may then widen too), until a plan is close to the bound or the tries are used up. The
-   first of the best wins.
+7. Steps 1 to 5 are tried with less grain and more head room, with degrees that divide the ranks
+   well, and with large local jobs among the rings (they may then widen too), until a plan is close
+   to the bound or the tries are used up. The first of the best wins.
 
 With pipeline stages a rank takes, up to a fraction of one microbatch, the sum of its microbatches
 and pp_size - 1 times the longest of them, in whatever order they come. So in step 2 the time limit
@@ -37,30 +37,35 @@ from .plan import StepPlan
 from .riders import with_riders
 from .simulate import finish_s
 
-# (head room, grain, coarse): local jobs longer than coarse * target are placed among the rings.
+# (head room, grain, coarse, even): local jobs longer than coarse * target are placed among the
+# rings; even degrees are those that divide the ranks well.
 _TRIES = (
-    (1.0, 1.0, 2.0),
-    (1.01, 1.0, 2.0),
-    (1.0, 1.0, 0.1),
-    (1.02, 1.0, 0.1),
-    (1.05, 1.0, 0.1),
-    (1.0, 0.5, 0.1),
-    (1.02, 0.5, 0.1),
-    (1.05, 0.5, 0.1),
-    (1.1, 1.0, 0.1),
-    (1.0, 0.34, 0.1),
-    (1.02, 0.34, 0.1),
-    (1.05, 0.34, 0.1),
-    (1.0, 0.25, 0.1),
-    (1.02, 0.25, 0.1),
-    (1.05, 0.25, 0.1),
-    (1.1, 0.5, 0.1),
-    (1.2, 1.0, 0.1),
-    (1.0, 0.125, 0.1),
-    (1.05, 0.125, 0.1),
-    (1.3, 1.0, 0.1),
-    (1.4, 1.0, 0.1),
-    (1.6, 1.0, 0.1),
+    (1.0, 1.0, 2.0, False),
+    (1.0, 1.0, 2.0, True),
+    (1.01, 1.0, 2.0, False),
+    (1.0, 1.0, 0.1, False),
+    (1.0, 1.0, 0.1, True),
+    (1.02, 1.0, 0.1, False),
+    (1.05, 1.0, 0.1, False),
+    (1.0, 0.5, 0.1, False),
+    (1.0, 0.5, 0.1, True),
+    (1.02, 0.5, 0.1, False),
+    (1.05, 0.5, 0.1, False),
+    (1.1, 1.0, 0.1, False),
+    (1.0, 0.34, 0.1, False),
+    (1.02, 0.34, 0.1, False),
+    (1.05, 0.34, 0.1, False),
+    (1.0, 0.25, 0.1, False),
+    (1.0, 0.25, 0.1, True),
+    (1.05, 0.25, 0.1, False),
+    (1.1, 0.5, 0.1, False),
+    (1.2, 1.0, 0.1, False),
+    (1.0, 0.125, 0.1, False),
+    (1.05, 0.125, 0.1, True),
+    (1.0, 0.0, 0.02, False),
+    (1.3, 1.0, 0.1, False),
+    (1.4, 1.0, 0.1, False),
+    (1.6, 1.0, 0.1, False),
 )
 
 
@@ -78,10 +83,13 @@ def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
         return _plan_pipelines(batch, degrees, bound)
     best: Attempt | None = None
     spent = 0
-    for head_room, grain, coarse in _TRIES:
+    for head_room, grain, coarse, even in _TRIES:
         target = int(bound * head_room)
         limits = Limits(
-            target=target, degree=max(int(target * grain), 1), coarse=int(target * coarse)
+            target=target,
+            degree=max(int(target * grain), 1),
+            coarse=int(target * coarse),
+            even=even,
         )
         made = attempt(degrees, limits)
         if best is None or made.end < best.end:
@@ -96,7 +104,7 @@ def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
 
 def _close_enough(spent: int) -> float:
     """Gap at which the search stops: the more it has cost, the sooner."""
-    return 1.002 + spent / 50000
+    return 1.0005 + spent / 400_000
 
 
 # ---- pipelines ----

@@ -90,6 +90,18 @@ class Widening:
         degree = self._degree(high)
         return degree, self.degrees.ticks(self.jobs, degree)
 
+    def even(self, degree: np.ndarray) -> np.ndarray:
+        """The next degrees that are a k-th of the ranks, or of a node, rounded down: k of them fit.
+
+        Degrees beyond the one with the shortest time stay as they are.
+        """
+        size = self.degrees.batch.hdp_size
+        some = {self.node // k for k in range(1, self.node + 1)}
+        some |= {size // self.node // k * self.node for k in range(1, size // self.node + 1)}
+        steps = np.array(sorted(some), dtype=np.int64)
+        wider = steps[np.searchsorted(steps, degree)]
+        return np.where(wider <= self.cap, wider, degree)
+
     def _valley(self, bottom: np.ndarray, top: np.ndarray) -> np.ndarray:
         """The legal degree in [bottom, top] from which a wider ring is no faster."""
         low, high = self._rung(bottom), self._rung(top)

@@ -6,6 +6,7 @@ Times are integer ticks, so that sums do not depend on the order or the machine.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from .packing import best_fit
 # Rounds of longest_first that place fewer jobs than this go through a heap instead.
 _FEW = 24
 _HEAP_RUN = 512
+# One part in so many above the mean is level enough.
+_GOAL = 4096
 # Ranks with more jobs than this are packed one after the other.
 _MANY = 256
 
@@ -59,6 +62,32 @@ def _by_heap(load: np.ndarray, ticks: np.ndarray, ranks: np.ndarray, at: int, st
     ranks[at:stop] = chosen
     for end, rank in heap:
         load[rank] = end
+
+
+def fill(load: np.ndarray, ticks: np.ndarray) -> np.ndarray:
+    """(num_jobs,) int64: the rank of each local job; arguments as in longest_first.
+
+    LPT alone leaves differences of the order of the smallest jobs. Where they matter, the last two
+    jobs per rank go by best fit instead: the longest first, to the fullest rank that stays below
+    the mean load and a little.
+    """
+    ranks, ends = longest_first(load, ticks)
+    num_ranks = len(load)
+    goal = max((int(load.sum()) + int(ticks.sum())) // num_ranks, int(load.max()))
+    goal += goal // _GOAL
+    if int(ends.max()) <= goal + goal // _GOAL:
+        return ranks
+    first = max(len(ticks) - 2 * num_ranks, 0)
+    fitted, low = longest_first(load, ticks[:first])
+    room = sorted(zip((goal - low).tolist(), range(num_ranks), strict=True))
+    chosen = []
+    for size in ticks[first:].tolist():
+        at = bisect_left(room, (size, -1))
+        left, rank = room.pop(min(at, len(room) - 1))  # the emptiest one where none fits
+        insort(room, (left - size, rank))
+        chosen.append(rank)
+    fullest = goal - room[0][0]
+    return np.concatenate([fitted, chosen]) if fullest < int(ends.max()) else ranks
 
 
 def best_fit_by_rank(
