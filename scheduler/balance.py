@@ -69,6 +69,9 @@ _TRIES = (
 )
 
 
+# In batches of so many jobs riders are worth a look only if fixed_s is a part of the step.
+_LARGE = 32768
+
 # Pipelines: limits that are tried; the share of the mean load that pipelines may add at the least
 # limit; and what the search may cost, in units of about 10 microseconds.
 _LIMITS = 5
@@ -98,7 +101,9 @@ def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
         if best.end <= _close_enough(spent) * bound:
             break
     assert best is not None
-    plans = [build(batch, made) for made in (best, *with_riders(degrees, best))]
+    plans = [build(batch, best)]
+    if batch.num_jobs < _LARGE or degrees.fixed * 100 > bound:
+        plans += [build(batch, made) for made in with_riders(degrees, best)]
     return min(plans, key=lambda plan: finish_s(plan, batch.cost)) if plans[1:] else plans[0]
 
 

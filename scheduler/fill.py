@@ -15,8 +15,8 @@ from .packing import best_fit
 # Rounds of longest_first that place fewer jobs than this go through a heap instead.
 _FEW = 24
 _HEAP_RUN = 512
-# One part in so many above the mean is level enough.
-_GOAL = 4096
+# Parts of the mean load: what LPT may leave above it, and what best fit aims at.
+_ENOUGH, _GOAL = 1024, 4096
 # Ranks with more jobs than this are packed one after the other.
 _MANY = 256
 
@@ -75,7 +75,7 @@ def fill(load: np.ndarray, ticks: np.ndarray) -> np.ndarray:
     num_ranks = len(load)
     goal = max((int(load.sum()) + int(ticks.sum())) // num_ranks, int(load.max()))
     goal += goal // _GOAL
-    if int(ends.max()) <= goal + goal // _GOAL:
+    if int(ends.max()) <= goal + goal // _ENOUGH:
         return ranks
     first = max(len(ticks) - 2 * num_ranks, 0)
     fitted, low = longest_first(load, ticks[:first])
