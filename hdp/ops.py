@@ -21,13 +21,15 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .compiled import Compiled
 
 IGNORE_INDEX = -100
 _INPUTS = (".h", ".cuh", ".cpp", ".cu", ".py")  # of the library, under csrc/
@@ -53,17 +55,29 @@ def merge_lse_(
         block_out, block_lse = block_out.contiguous(), block_lse.to(lse.dtype).contiguous()
         torch.ops.hdp.merge_lse_(out, lse, block_out, block_lse, _flat(spans))
     else:
-        merge_lse_reference_(out, lse, block_out, block_lse, spans)
+        join = COMPILED_JOIN if out.is_cuda else join_
+        merge_lse_reference_(out, lse, block_out, block_lse, spans, join)
+
+
+def join_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    """`merge_lse_` of equally many rows."""
+    merged_out, merged_lse = merge(out, lse, block_out, block_lse)
+    out.copy_(merged_out)
+    lse.copy_(merged_lse)
 
 
 def merge_lse_reference_(
-    out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, spans: Spans
+    out: Tensor,
+    lse: Tensor,
+    block_out: Tensor,
+    block_lse: Tensor,
+    spans: Spans,
+    join: Callable[..., None] = join_,
 ) -> None:
     at = 0
     for start, stop in spans:
         packed = slice(at, at + stop - start)
-        merged = merge(out[start:stop], lse[:, start:stop], block_out[packed], block_lse[:, packed])
-        out[start:stop], lse[:, start:stop] = merged
+        join(out[start:stop], lse[:, start:stop], block_out[packed], block_lse[:, packed])
         at = packed.stop
 
 
@@ -338,3 +352,5 @@ def _statistics_dtype(logits: Tensor) -> torch.dtype:
 
 
 LIBRARY = _load()
+# Where csrc has no kernel for the GPU: rows vary from call to call, heads and head_dim do not.
+COMPILED_JOIN = Compiled(join_, varying=(0, 1, 0, 1))

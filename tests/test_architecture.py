@@ -25,7 +25,8 @@ EXCEPTIONS: dict[str, str] = {}
 IMPORTS: dict[str, set[str]] = {
     # what a step is: lengths in, who holds which tokens out
     "scheduler": set(),
-    "ops": set(),
+    "compiled": set(),
+    "ops": {"compiled"},
     "layout": {"ops", "scheduler"},
     # attention over the ranks of a ring
     "clock": set(),
