@@ -125,6 +125,11 @@ class StepPlan:
         """(num_seqs,) int64: ranks per sequence."""
         return np.diff(self.ring_offsets)
 
+    @property
+    def gap(self) -> float:
+        """How far the planner's time is above its lower bound: 0.02 is 2 %. NaN if not planned."""
+        return self.predicted_s / self.lower_bound_s - 1.0
+
     def ring(self, seq: int) -> tuple[int, ...]:
         return tuple(self.ring_ranks[self.ring_offsets[seq] : self.ring_offsets[seq + 1]].tolist())
 
