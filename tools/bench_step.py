@@ -46,6 +46,11 @@ class OneLongEach:
         order = np.random.default_rng(0).permutation(len(self.seqlens))
         long = order[self.seqlens[order] >= self.long_tokens]
         short = order[self.seqlens[order] <= self.short_tokens]
+        if not len(long) or not len(short):
+            raise SystemExit(
+                f"{len(long)} documents of at least {self.long_tokens} tokens and {len(short)} of "
+                f"at most {self.short_tokens}: change --long-tokens and --short-tokens"
+            )
         first = long[position[1] % len(long)]
         start = position[1] * 97 % len(short)
         others = np.roll(short, -start)
