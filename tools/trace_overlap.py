@@ -1,0 +1,191 @@
+"""Do keys and values travel while attention computes? A trace, and the share that is hidden.
+
+    torchrun --standalone --nproc-per-node 8 tools/trace_overlap.py     # a ring over GPUs, NCCL
+    python tools/trace_overlap.py                                       # one GPU, peers emulated
+    python tools/trace_overlap.py --gathered --tokens 32768
+
+One forward and backward of ring attention under torch's profiler, after warm-up. Writes a Chrome
+trace (`--out`, open it in Perfetto) and prints, for rank 0:
+
+    transfers     device time in which a transfer runs
+    beside        of it, time in which an attention or other compute kernel runs as well
+    before first  compute that ran before the first transfer was over: the first block does not wait
+
+On one GPU a device copy on a stream of its own takes the place of NCCL, with the same rules: it
+starts when what was queued before it is done, and `wait()` holds up the stream, not the host
+(tools/emulated_ring.py). It shares the memory's bandwidth with the kernels, as NVLink does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hdp.attention import ring_attn_varlen_func
+from hdp.comm import RingComm
+
+sys.path.insert(0, str(Path(__file__).parent))
+import emulated_ring
+
+WARM_UP = 3
+Interval = tuple[float, float]  # start, end, microseconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overlap:
+    """What a trace shows; microseconds of device time."""
+
+    transfers_us: float
+    beside_us: float  # transfers while something computes
+    before_first_us: float  # compute before the first transfer has ended
+
+    @property
+    def hidden(self) -> float:
+        """Share of the transfers that ran beside compute."""
+        return self.beside_us / self.transfers_us if self.transfers_us else 0.0
+
+
+def read_trace(trace: dict[str, Any]) -> Overlap:
+    """The overlap in a Chrome trace of torch's profiler."""
+    events = [e for e in trace["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy")]
+    transfers, compute = split(events)
+    moving, busy = union(map(_interval, transfers)), union(map(_interval, compute))
+    first_end = min((_interval(e)[1] for e in transfers), default=0.0)
+    return Overlap(
+        transfers_us=length(moving),
+        beside_us=length(common(moving, busy)),
+        before_first_us=length(common(busy, [(float("-inf"), first_end)])),
+    )
+
+
+def split(events: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(transfers, compute): NCCL's kernels, or what runs beside the busiest stream; and kernels."""
+    transfers = [e for e in events if "nccl" in e["name"].lower()]
+    kernels = [e for e in events if e["cat"] == "kernel" and e not in transfers]
+    if transfers:
+        return transfers, kernels
+    busy_us: dict[int, float] = {}
+    for event in kernels:
+        stream = event["args"]["stream"]
+        busy_us[stream] = busy_us.get(stream, 0.0) + event["dur"]
+    main = max(busy_us, key=lambda stream: busy_us[stream], default=None)
+    others = [e for e in events if e["args"]["stream"] != main]
+    return others, [e for e in kernels if e["args"]["stream"] == main]
+
+
+def _interval(event: dict[str, Any]) -> Interval:
+    return event["ts"], event["ts"] + event["dur"]
+
+
+def union(intervals: Sequence[Interval] | Any) -> list[Interval]:
+    """The same points as sorted, disjoint intervals."""
+    merged: list[Interval] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def common(first: list[Interval], second: list[Interval]) -> list[Interval]:
+    """Points in both; each argument sorted and disjoint."""
+    pairs = ((max(a, c), min(b, d)) for a, b in first for c, d in second)
+    return [(start, end) for start, end in pairs if start < end]
+
+
+def length(intervals: list[Interval]) -> float:
+    return sum(end - start for start, end in intervals)
+
+
+def trace_ring(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
+    """The profiler's trace of one forward and backward of `rank`."""
+    torch.manual_seed(0)
+    sequence = emulated_ring.Sequence.random(
+        args.tokens, args.heads, args.kv_heads, args.head_dim, device
+    )
+    emulated = world == 1
+    ring_size = args.ring_size if emulated else world
+    position = min(args.ring_rank, ring_size - 1) if emulated else rank
+    layout = emulated_ring.ring_layout(args.tokens, ring_size, position)
+    comm: RingComm
+    if emulated:
+        comm = emulated_ring.EmulatedComm(
+            sequence, layout, gathers=args.gathered, copies=device.type == "cuda"
+        )
+    else:
+        comm = RingComm(None, device, gathers=lambda ring, seqlens: args.gathered)
+    q, k, v, dout = sequence.shard(ring_size, position)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def step() -> None:
+        out = ring_attn_varlen_func(*leaves, layout, comm=comm)
+        torch.autograd.grad(out, leaves, dout)
+        comm.take_stats()
+
+    return profiled(step, args.out.with_suffix(f".{rank}.json"), device)
+
+
+def profiled(step: Callable[[], None], path: Path, device: torch.device) -> dict:
+    """The Chrome trace of `step`, written to `path` and read back."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    for _ in range(WARM_UP):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    profiler.export_chrome_trace(str(path))
+    return json.loads(path.read_text())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=128 << 10, help="of the whole sequence")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--ring-size", type=int, default=8, help="where peers are emulated")
+    parser.add_argument("--ring-rank", type=int, default=3, help="the one that is emulated")
+    parser.add_argument("--gathered", action="store_true", help="gather mode (hdp/gather.py)")
+    parser.add_argument("--out", type=Path, default=Path("overlap.json"))
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    args = parser.parse_args(argv)
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {}
+        dist.init_process_group(**(backend or {"backend": "gloo"}))
+        dist.barrier()
+    overlap = read_trace(trace_ring(args, rank, world, device))
+    if rank == 0 and args.json:
+        print(json.dumps(asdict(overlap) | {"hidden": overlap.hidden}))
+    elif rank == 0:
+        print(
+            f"transfers {overlap.transfers_us / 1e3:.2f} ms, beside compute "
+            f"{overlap.beside_us / 1e3:.2f} ms = {overlap.hidden:.1%}, compute before the first "
+            f"transfer was over {overlap.before_first_us / 1e3:.2f} ms; {args.out.stem}.*.json"
+        )
+    if world > 1:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
