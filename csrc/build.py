@@ -56,9 +56,7 @@ def find_torch() -> tuple[Path, tuple[int, ...], bool]:
     match = re.search(r"__version__ = '(\d+)\.(\d+)", text)
     version = tuple(map(int, match.groups())) if match else (0, 0)
     if version < TORCH_MINIMUM:
-        raise BuildError(
-            f"torch {version} is older than {TORCH_MINIMUM}: its stable ABI lacks parts"
-        )
+        raise BuildError("torch {}.{} is older than 2.10: its ABI lacks parts".format(*version))
     return folder, version, re.search(r"^cuda\b.*= '\d", text, re.M) is not None
 
 

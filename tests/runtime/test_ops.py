@@ -317,7 +317,7 @@ def _dense_grad(logits, labels, softcap, grad_logprobs, grad_lse):
 
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-VOCABULARIES = [1, 2, 7, 255, 1000, 1023, 1024, 1025, 2056, 8195]
+VOCABULARIES = [1, 2, 4, 7, 255, 1000, 1023, 1024, 1025, 2060, 8195]
 
 
 def _statistics(dtype):

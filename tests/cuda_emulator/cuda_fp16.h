@@ -1,0 +1,2 @@
+// See cuda_runtime.h beside this.
+#include "cuda_runtime.h"
