@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .assemble import assemble
-from .columns import Column, Columns, Ring
+from .columns import Columns, Ring
 from .degrees import Degrees, Widening
 from .fill import best_fit_by_rank, fill
 from .jobs import Batch
@@ -31,6 +31,7 @@ class Limits:
     coarse: int  # longer local jobs are placed among the rings
     microbatch: int | None = None  # local jobs that share a microbatch take no longer
     even: bool = False  # rings get the next degree that divides the ranks well
+    entries: int | None = None  # rings may have so many ranks in all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +82,8 @@ class Attempt:
     end: int
 
 
-def attempt(degrees: Degrees, limits: Limits) -> Attempt:
-    """Steps 2 to 5 of balance.py."""
+def attempt(degrees: Degrees, limits: Limits) -> Attempt | None:
+    """Steps 2 to 5 of balance.py; None if rings would be on more ranks than `limits.entries`."""
     batch = degrees.batch
     # 2. Degrees. A local job's share of fixed_s is its share of a microbatch.
     degree, ticks = degrees.low.copy(), degrees.low_ticks.copy()
@@ -95,23 +96,17 @@ def attempt(degrees: Degrees, limits: Limits) -> Attempt:
     if limits.even:
         degree[jobs] = widening.even(degree[jobs])
         ticks[jobs] = degrees.ticks(jobs, degree[jobs])
+    if limits.entries is not None and int(degree[jobs].sum()) > limits.entries:
+        return None
     work = int((np.where(degree > 1, ticks, share) * degree).sum())
     longest = int(ticks[jobs].max()) if len(jobs) else 0
     target = max(limits.target, -(-work // batch.hdp_size), longest)
     # 3. Rings.
-    columns, placed = _place(degrees, widening, degree[jobs], ticks[jobs], target, work)
+    load, placed = _place(degrees, widening, degree[jobs], ticks[jobs], target, work)
     degree[jobs] = [ring.degree for ring in placed]
     ticks[jobs] = degrees.ticks(jobs, degree[jobs])
-    load = np.zeros(batch.hdp_size, dtype=np.int64)
-    for column in columns:
-        for start, width in column.spans:
-            load[start : start + width] = column.load
     rings = _spans(jobs, placed)
-    first_free = np.zeros(batch.hdp_size, dtype=np.int64)
-    wide = rings.take(degree[rings.job] > 1)
-    np.maximum.at(first_free, *wide.by_rank(wide.index + 1))
-    # Local jobs with no ring after them have a rank, and share microbatches like all others.
-    loose = rings.take((degree[rings.job] == 1) & (rings.index >= first_free[rings.first]))
+    first_free, loose = _loose(rings, degree, batch.hdp_size)
     np.subtract.at(load, loose.first, ticks[loose.job] - share[loose.job])
     # 4. Local jobs.
     others = np.ones(batch.num_jobs, dtype=bool)
@@ -125,22 +120,32 @@ def attempt(degrees: Degrees, limits: Limits) -> Attempt:
     np.subtract.at(load, loose.first, share[loose.job])
     load += degrees.fixed * num_bins
     np.add.at(load, rank, ticks[local] - degrees.fixed)
-    pinned = np.ones(batch.num_jobs, dtype=bool)
-    pinned[loose.job] = False
     end = int(load.max())
     if batch.pp_size == 1:  # the fullest last: gradients are reduced during its backward
         bins = num_bins[rank] - 1 - bins
     else:
         end += (batch.pp_size - 1) * max(longest, limits.microbatch or 0)
+    others[loose.job] = True
     return Attempt(
         degree=degree,
-        rings=rings.take(pinned[rings.job]),
+        rings=rings.take(~others[rings.job]),
         local=local,
         rank=rank,
         index=first_free[rank] + bins,
         first_free=first_free,
         packing=packing,
         end=end,
+    )
+
+
+def _loose(rings: Spans, degree: np.ndarray, num_ranks: int) -> tuple[np.ndarray, Spans]:
+    """Microbatches up to the last ring of each rank, and the local jobs that come after it: those
+    have a rank, and share microbatches like all others."""
+    first_free = np.zeros(num_ranks, dtype=np.int64)
+    wide = rings.take(degree[rings.job] > 1)
+    np.maximum.at(first_free, *wide.by_rank(wide.index + 1))
+    return first_free, rings.take(
+        (degree[rings.job] == 1) & (rings.index >= first_free[rings.first])
     )
 
 
@@ -163,34 +168,31 @@ def _place(
     ticks: np.ndarray,
     target: int,
     work: int,
-) -> tuple[list[Column], list[Ring]]:
-    """Step 3: columns, then joins."""
-    known: dict[tuple[int, int], int] = {}
-
-    def ticks_at(ring: int, width: int) -> int:
-        key = (ring, width)
-        if key not in known:
-            known[key] = int(degrees.ticks(widening.jobs[ring], width))
-        return known[key]
-
-    ranks, cap = degrees.batch.hdp_size, widening.cap
-    columns = Columns(num_ranks=ranks, node=degrees.node, target=target, cap=cap, ticks_at=ticks_at)
+) -> tuple[np.ndarray, list[Ring]]:
+    """Step 3: columns, then joins. Returns the load of each rank, and the rings."""
+    jobs, low, cap = widening.jobs, widening.low.tolist(), widening.cap.tolist()
+    columns = Columns(
+        num_ranks=degrees.batch.hdp_size,
+        node=degrees.node,
+        target=target,
+        cap=widening.cap,
+        ticks_at=lambda ring, width: int(degrees.ticks(jobs[ring], width)),
+    )
     late = columns.place(degree, ticks, work - int((degree * ticks).sum()))
-    tops, rings = columns.columns(), columns.rings
+    load, depth = columns.tops()
+    rings = columns.rings
     if late:
         joins = Joins(
-            tops,
+            load,
+            depth,
             node=degrees.node,
-            num_ranks=ranks,
-            low=widening.low.tolist(),
-            cap=cap.tolist(),
-            ticks_at=ticks_at,
+            ticks_at=lambda ring, widths: degrees.ticks(jobs[ring], widths),
         )
         size = (degree * ticks).tolist()
         for ring in sorted(late, key=lambda r: (-size[r], r)):
-            joins.place(ring)
-        tops, rings = joins.columns(), {**rings, **joins.rings}
-    return tops, [rings[i] for i in range(len(degree))]
+            rings[ring] = joins.place(ring, low[ring], cap[ring])
+        load = joins.load
+    return load, [rings[i] for i in range(len(degree))]
 
 
 def _spans(jobs: np.ndarray, rings: list[Ring]) -> Spans:

@@ -85,7 +85,7 @@ def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
     if batch.pp_size > 1:
         return _plan_pipelines(batch, degrees, bound)
     best: Attempt | None = None
-    spent = 0
+    spent, entries = 0, _entries(degrees)
     for head_room, grain, coarse, even in _TRIES:
         target = int(bound * head_room)
         limits = Limits(
@@ -93,11 +93,14 @@ def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
             degree=max(int(target * grain), 1),
             coarse=int(target * coarse),
             even=even,
+            entries=None if best is None else entries,
         )
         made = attempt(degrees, limits)
+        if made is None:
+            continue
         if best is None or made.end < best.end:
             best = made
-        spent += len(made.rings.job) + batch.num_jobs // 16 + 16
+        spent += len(made.rings.job) + batch.num_jobs // 16 + int(made.degree.sum()) // 64 + 16
         if best.end <= _close_enough(spent) * bound:
             break
     assert best is not None
@@ -112,17 +115,23 @@ def _close_enough(spent: int) -> float:
     return 1.0005 + spent / 400_000
 
 
+def _entries(degrees: Degrees) -> int:
+    """Plans with more ranks on rings are not worth their size."""
+    return 4 * int(degrees.low.sum()) + 64 * degrees.batch.hdp_size
+
+
 # ---- pipelines ----
 
 
 def _plan_pipelines(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
     """Step 7 by simulation: limits, then head room and wider rings, then orders."""
     best: tuple[float, StepPlan, Attempt, Limits] | None = None
+    spent, entries = 0, _entries(degrees)
 
-    spent = 0
-
-    def consider(made: Attempt, limits: Limits) -> None:
+    def consider(made: Attempt | None, limits: Limits) -> None:
         nonlocal best, spent
+        if made is None:
+            return
         plan = build(batch, made)
         end_s = finish_s(plan, batch.cost)
         slots = batch.pp_size * int(plan.num_microbatches.max())
@@ -131,14 +140,23 @@ def _plan_pipelines(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
             best = (end_s, plan, made, limits)
 
     for limit, mean in _microbatch_limits(degrees, bound):
-        limits = Limits(target=mean, degree=limit, coarse=limit, microbatch=limit)
+        limits = Limits(
+            target=mean,
+            degree=limit,
+            coarse=limit,
+            microbatch=limit,
+            entries=None if best is None else entries,
+        )
         if best is None or spent < _BUDGET:
             consider(attempt(degrees, limits), limits)
     assert best is not None
     first = best[3]
     for head_room, wider in ((1.03, 1), (1.1, 1), (1.0, 4), (1.1, 4), (1.0, 32)):
         limits = replace(
-            first, target=int(first.target * head_room), degree=max(first.degree // wider, 1)
+            first,
+            target=int(first.target * head_room),
+            degree=max(first.degree // wider, 1),
+            entries=entries,
         )
         if spent < _BUDGET:
             consider(attempt(degrees, limits), limits)

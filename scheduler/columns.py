@@ -25,16 +25,6 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
-    """Ranks that have the same rings below them. Load in ticks, depth in microbatches."""
-
-    load: int
-    depth: int
-    width: int
-    spans: tuple[tuple[int, int], ...]  # (first rank, number of ranks)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Ring:
     """Where a job went: the local index of its microbatch on all of its ranks, and the ranks."""
 
@@ -80,14 +70,15 @@ class Columns:
         wide, own = degree.tolist(), ticks.tolist()
         return [r for r in order.tolist() if not self._place(r, wide[r], own[r], supply)]
 
-    def columns(self) -> list[Column]:
-        """All columns, by first rank."""
-        columns = [
-            Column(load=load, depth=depth, width=width, spans=((start, width),))
+    def tops(self) -> tuple[np.ndarray, np.ndarray]:
+        """(num_ranks,) int64 each: load in ticks and microbatches of every rank."""
+        columns = sorted(
+            (start, width, load, depth)
             for width, heap in self._by_width.items()
             for load, start, depth in heap
-        ]
-        return sorted(columns, key=lambda column: column.spans)
+        )
+        _, width, load, depth = np.array(columns, dtype=np.int64).T
+        return np.repeat(load, width), np.repeat(depth, width)
 
     # ---- steps 1 and 2 ----
 

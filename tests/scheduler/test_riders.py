@@ -47,6 +47,7 @@ def test_riders_keep_capacity_and_order(case) -> None:
     degrees = Degrees(Batch.check(lengths, **arguments))
     bound = lower_bound_ticks(degrees)
     made = attempt(degrees, Limits(target=bound, degree=bound, coarse=bound // 4))
+    assert made is not None
     for riding in with_riders(degrees, made):
         plan_ = build(degrees.batch, riding).validate()
         assert plan_.num_microbatches.sum() <= build(degrees.batch, made).num_microbatches.sum()
@@ -61,6 +62,7 @@ def test_orders_keep_what_is_in_them(case, stages: int) -> None:
     bound = lower_bound_ticks(degrees)
     limit = max(bound // stages, 1)
     made = attempt(degrees, Limits(target=bound, degree=limit, coarse=limit, microbatch=limit))
+    assert made is not None
 
     def contents(made_plan) -> list[set[frozenset[int]]]:
         return [
@@ -80,6 +82,7 @@ def test_orders_help_pipelines() -> None:
     degrees = Degrees(batch)
     limit = lower_bound_ticks(degrees) // 8
     made = attempt(degrees, Limits(target=4 * limit, degree=limit, coarse=limit, microbatch=limit))
+    assert made is not None
     seconds = batch.seconds(made.degree)
     times = [
         finish_s(build(batch, ordered), WITH_COMM)
