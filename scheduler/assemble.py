@@ -30,7 +30,8 @@ def assemble(
     index (sum of degree,) is for each entry of ring_ranks the local index of its microbatch on
     that rank. An index that nothing uses is closed up; but with pp_size > 1, when a shared
     microbatch has one index, or with equal counts, it is an empty microbatch. Microbatches that are
-    over the capacity get the smallest offload ratio with which they fit.
+    over the capacity get the smallest offload ratio with which they fit; notes["ranks_saved"] says
+    how many ranks fewer sequences have than without offload.
     """
     seq = np.repeat(np.arange(batch.num_seqs), degree)
     if batch.pp_size == 1 and not batch.equal_counts:
@@ -49,6 +50,8 @@ def assemble(
         shards = -(-batch.seqlens // degree)  # of the fullest rank: all ranks of a ring agree
         tokens = np.bincount(microbatch, weights=np.repeat(shards, degree), minlength=len(ratio))
         ratio = least_ratio(batch, tokens)
+        alone = -(-batch.seqlens // batch.max_tokens_per_rank)
+        notes = {**(notes or {}), "ranks_saved": int(np.maximum(alone - degree, 0).sum())}
     return StepPlan(
         policy=policy,
         hdp_size=batch.hdp_size,

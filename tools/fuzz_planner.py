@@ -118,6 +118,8 @@ def main() -> int:
     begun = time.perf_counter()
     ratios, failures = [], 0
     for number in range(arguments.first, arguments.first + arguments.cases):
+        if number % 10_000 == 0 and number > arguments.first:
+            print(f"{number - arguments.first} cases, {failures} failures", flush=True)
         try:
             ratio, made = run_case(number)
         except Exception as error:

@@ -163,6 +163,7 @@ def test_offload_saves_ranks() -> None:
             assert made.degrees[0] < without.degrees[0] == 32
             assert 0.5 < made.offload_ratio.max() <= 1.0
             assert made.microbatch_tokens.max() > 8192
+            assert made.notes["ranks_saved"] == 32 - made.degrees[0]
         assert made.predicted_s >= made.lower_bound_s
 
 
