@@ -23,6 +23,7 @@ from hdp.scheduler import CostModel, StepPlan, plan
 
 def draw_lengths(rng: np.random.Generator, count: int, most: int) -> np.ndarray:
     """(count,) int64 lengths in [1, most]."""
+    lengths: np.ndarray
     shape = rng.integers(0, 6)
     if shape == 0:
         lengths = rng.integers(1, most + 1, count)
