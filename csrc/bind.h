@@ -117,19 +117,20 @@ inline int64_t product(const Tensor& x, int64_t begin, int64_t end) {
 // ---- dispatch ----
 
 #ifdef HDP_CUDA
-inline void* current_stream(int32_t device) {
+// The stream that torch computes on, on the device of `x`.
+inline cuda::Queue current_queue(const Tensor& x) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "hdp: a CUDA tensor, but this torch has no CUDA");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return stream;
+  cuda::Queue queue{x.get_device_index(), nullptr};
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(queue.device, &queue.stream));
+  return queue;
 }
 
 #define HDP_LAUNCH(where, kernel, args)                                                \
   do {                                                                                 \
     if ((where).is_cuda()) {                                                           \
       const torch::stable::accelerator::DeviceGuard guard((where).get_device_index()); \
-      cuda::kernel(args, current_stream((where).get_device_index()));                  \
+      cuda::kernel(args, current_queue(where));                                        \
     } else {                                                                           \
       cpu::kernel(args);                                                               \
     }                                                                                  \

@@ -89,13 +89,17 @@ void cross_entropy(const CrossEntropy&);
 void cross_entropy_backward(const CrossEntropyBackward&);
 }  // namespace cpu
 
-// On the current device; `stream` is a cudaStream_t. Nothing waits for the device.
 namespace cuda {
-void merge_lse(const MergeLse&, void* stream);
-void copy_rows(const CopyRows&, void* stream);
-void add_rows(const AddRows&, void* stream);
-void cross_entropy(const CrossEntropy&, void* stream);
-void cross_entropy_backward(const CrossEntropyBackward&, void* stream);
+// A device and one of its streams (a cudaStream_t). Kernels are put into it; nothing waits.
+struct Queue {
+  int device;
+  void* stream;
+};
+void merge_lse(const MergeLse&, Queue);
+void copy_rows(const CopyRows&, Queue);
+void add_rows(const AddRows&, Queue);
+void cross_entropy(const CrossEntropy&, Queue);
+void cross_entropy_backward(const CrossEntropyBackward&, Queue);
 }  // namespace cuda
 
 }  // namespace hdp

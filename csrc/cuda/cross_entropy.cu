@@ -49,7 +49,7 @@ struct Sum {
   __device__ void add(const S (&y)[N]) {
     S higher = largest;
 #pragma unroll
-    for (int n = 0; n < N; ++n) higher = y[n] > higher ? y[n] : higher;
+    for (int n = 0; n < N; ++n) higher = fmax(higher, y[n]);  // passes over NaN; the sum does not
     if (higher > largest) {
       total *= exponential(largest - higher);
       largest = higher;
@@ -59,7 +59,7 @@ struct Sum {
   }
 
   __device__ void join(S other_largest, S other_total) {
-    const S higher = largest > other_largest ? largest : other_largest;
+    const S higher = fmax(largest, other_largest);
     total =
         total * exponential(largest - higher) + other_total * exponential(other_largest - higher);
     largest = higher;
@@ -284,22 +284,22 @@ void launch_narrow(const CrossEntropyBackward& args, cudaStream_t stream) {
 
 }  // namespace
 
-void cross_entropy(const CrossEntropy& args, void* stream) {
-  visit(args.dtype,
-        [&](auto logit) { forward<decltype(logit)>(args, static_cast<cudaStream_t>(stream)); });
+void cross_entropy(const CrossEntropy& args, Queue queue) {
+  const cudaStream_t stream = open(queue);
+  visit(args.dtype, [&](auto logit) { forward<decltype(logit)>(args, stream); });
 }
 
-void cross_entropy_backward(const CrossEntropyBackward& args, void* stream) {
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+void cross_entropy_backward(const CrossEntropyBackward& args, Queue queue) {
+  const cudaStream_t stream = open(queue);
   if (args.grad_dtype == args.dtype) {
     visit(args.dtype, [&](auto logit) {
       using T = decltype(logit);
-      launch_backward<T, T, 16 / static_cast<int>(sizeof(T))>(args, cuda_stream);
+      launch_backward<T, T, 16 / static_cast<int>(sizeof(T))>(args, stream);
     });
   } else if (args.grad_dtype == DType::bf16) {
-    launch_narrow<bf16>(args, cuda_stream);
+    launch_narrow<bf16>(args, stream);
   } else {
-    launch_narrow<f16>(args, cuda_stream);
+    launch_narrow<f16>(args, stream);
   }
 }
 

@@ -23,6 +23,13 @@ inline void check(cudaError_t error, const char* what) {
 
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
+// The stream, with its device current. Torch has made it current already, but in its own copy of
+// the CUDA runtime: this library carries one, so that it fits every torch.
+inline cudaStream_t open(Queue queue) {
+  check(cudaSetDevice(queue.device), "cudaSetDevice");
+  return static_cast<cudaStream_t>(queue.stream);
+}
+
 // ---- numbers ----
 
 using bf16 = __nv_bfloat16;

@@ -121,12 +121,12 @@ void merge(const MergeLse& args, cudaStream_t stream) {
 
 }  // namespace
 
-void merge_lse(const MergeLse& args, void* stream) {
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (args.dtype == DType::f64) return merge<double, double>(args, cuda_stream);
+void merge_lse(const MergeLse& args, Queue queue) {
+  const cudaStream_t stream = open(queue);
+  if (args.dtype == DType::f64) return merge<double, double>(args, stream);
   visit(args.block_dtype, [&](auto block) {
     using B = decltype(block);
-    if constexpr (!std::is_same_v<B, double>) merge<float, B>(args, cuda_stream);
+    if constexpr (!std::is_same_v<B, double>) merge<float, B>(args, stream);
   });
 }
 

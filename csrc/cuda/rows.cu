@@ -142,21 +142,21 @@ void add_rows_as(const AddRows& args, cudaStream_t stream) {
 
 }  // namespace
 
-void copy_rows(const CopyRows& args, void* stream) {
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+void copy_rows(const CopyRows& args, Queue queue) {
+  const cudaStream_t stream = open(queue);
   const auto fits = [&](int64_t bytes) {
     return args.row_bytes % bytes == 0 && args.x_outer_bytes % bytes == 0 &&
            args.values_outer_bytes % bytes == 0 && is_aligned(args.x, bytes) &&
            is_aligned(args.values, bytes);
   };
-  if (fits(16)) return copy<uint4>(args, cuda_stream);
-  if (fits(4)) return copy<unsigned>(args, cuda_stream);
-  if (fits(2)) return copy<unsigned short>(args, cuda_stream);
-  copy<unsigned char>(args, cuda_stream);
+  if (fits(16)) return copy<uint4>(args, stream);
+  if (fits(4)) return copy<unsigned>(args, stream);
+  if (fits(2)) return copy<unsigned short>(args, stream);
+  copy<unsigned char>(args, stream);
 }
 
-void add_rows(const AddRows& args, void* stream) {
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+void add_rows(const AddRows& args, Queue queue) {
+  const cudaStream_t stream = open(queue);
   visit(args.dtype, [&](auto x) {
     visit(args.values_dtype, [&](auto values) {
       using T = decltype(x);
@@ -164,7 +164,7 @@ void add_rows(const AddRows& args, void* stream) {
       // What bind.h lets through: equal dtypes, or half precision added to fp32.
       if constexpr (std::is_same_v<T, V> ||
                     (std::is_same_v<T, float> && !std::is_same_v<V, double>)) {
-        add_rows_as<T, V>(args, cuda_stream);
+        add_rows_as<T, V>(args, stream);
       }
     });
   });
