@@ -122,7 +122,8 @@ inline cuda::Queue current_queue(const Tensor& x) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "hdp: a CUDA tensor, but this torch has no CUDA");
   cuda::Queue queue{x.get_device_index(), nullptr};
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(queue.device, &queue.stream));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(queue.device, &queue.stream) == TORCH_SUCCESS,
+                  "hdp: no current stream on CUDA device ", queue.device);
   return queue;
 }
 
