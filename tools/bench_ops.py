@@ -18,6 +18,7 @@ On a CPU with one thread the clock is that thread's.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import platform
 import statistics
 import subprocess
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hdp import console, ops
+from hdp.losses import chunked_logprobs
 from hdp.scheduler.report import markdown
 
 Run = Callable[[], Any]
@@ -46,7 +48,7 @@ class Case:
 
     name: str
     shape: str
-    num_bytes: int
+    num_bytes: int  # that must move; 0: bound by something else
     variants: dict[str, Run]
     reset: Run = field(default=lambda: None)  # before each repetition, not timed
 
@@ -88,8 +90,8 @@ def measure(case: Case, device: torch.device, bytes_per_s: float, repeats: int) 
             *((case.name, case.shape) if i == 0 else ("", "")),
             name,
             f"{1e3 * time_s:.3f}",
-            f"{case.num_bytes / time_s / 1e9:.1f}",
-            f"{case.num_bytes / bytes_per_s / time_s:.0%}",
+            f"{case.num_bytes / time_s / 1e9:.1f}" if case.num_bytes else "-",
+            f"{case.num_bytes / bytes_per_s / time_s:.0%}" if case.num_bytes else "-",
             f"{first / time_s:.2f}x",
         ]
         for i, (name, time_s) in enumerate(times.items())
@@ -110,6 +112,7 @@ def cases(device: torch.device, compiled: bool) -> Iterator[Case]:
     for vocab in vocabularies:
         for dtype in (torch.float32, torch.bfloat16):
             yield from cross_entropy_cases(device, tokens, vocab, dtype, compiled)
+    yield loss_case(device, *((8192, 4096, 128256) if gpu else (256, 256, 32000)))
 
 
 def late_halves(rows: int, num_spans: int) -> list[tuple[int, int]]:
@@ -164,7 +167,7 @@ def merge_case(
         return torch.cat([out.flatten(), lse.flatten()])
 
     check(variants, result, 1e-5)
-    shape = f"{packed}x{heads}x{dim} {short(block_dtype)}, {num_spans} spans"
+    shape = f"{packed}x{heads}x{dim} {short(block_dtype)}, spans: {num_spans}"
     return Case(name="merge", shape=shape, num_bytes=moved, variants=variants, reset=reset)
 
 
@@ -251,6 +254,32 @@ def cross_entropy_cases(
             variants=variants,
             reset=lambda: logits.copy_(kept),
         )
+
+
+def loss_case(device: torch.device, tokens: int, hidden_size: int, vocab: int) -> Case:
+    """hdp/losses.py forward and backward, matmuls included, with csrc and as if it were absent."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    hidden, weight = (
+        torch.randn(n, hidden_size, device=device).div_(hidden_size**0.25).to(dtype)
+        for n in (tokens, vocab)
+    )
+    hidden.requires_grad_(), weight.requires_grad_()
+    labels = torch.randint(vocab, (tokens,), device=device)
+    library, nothing = ops.LIBRARY, dataclasses.replace(ops.LIBRARY, devices=frozenset())
+
+    def step(used: ops.Library) -> Tensor:
+        ops.LIBRARY = used
+        try:
+            loss = chunked_logprobs(hidden, weight, labels).sum()
+            grads = torch.autograd.grad(loss, (hidden, weight))
+        finally:
+            ops.LIBRARY = library
+        return torch.cat([x.flatten().float() for x in grads])
+
+    variants: dict[str, Run] = {"eager": partial(step, nothing), "csrc": partial(step, library)}
+    check(variants, lambda run: run(), 1e-2 if dtype == torch.bfloat16 else 1e-5)
+    shape = f"{tokens}x{hidden_size}x{vocab} {short(dtype)}"
+    return Case(name="loss, forward and backward", shape=shape, num_bytes=0, variants=variants)
 
 
 # ---- measuring ----

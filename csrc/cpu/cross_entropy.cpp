@@ -117,13 +117,18 @@ void forward(const CrossEntropy& args) {
       double total = 0;  // over tiles; within one the sum is a tree
       for (int64_t at = 0; at < args.vocab; at += kTile) {
         const int64_t size = std::min(kTile, args.vocab - at);
-        load_tile(logits + at, tile, size);
-        if (cap != 0) cap_tile<S>(tile, nullptr, size, cap);
-        std::fill(tile + size, tile + kTile, -std::numeric_limits<S>::infinity());
-        const S higher = std::max(largest, maximum(tile, scratch));
+        const S* y = tile;
+        if (std::is_same_v<T, S> && cap == 0 && size == kTile) {
+          y = reinterpret_cast<const S*>(logits + at);  // as it lies there
+        } else {
+          load_tile(logits + at, tile, size);
+          if (cap != 0) cap_tile<S>(tile, nullptr, size, cap);
+          std::fill(tile + size, tile + kTile, -std::numeric_limits<S>::infinity());
+        }
+        const S higher = std::max(largest, maximum(y, scratch));
         total *= std::exp(static_cast<double>(largest) - static_cast<double>(higher));
         largest = higher;
-        total += static_cast<double>(sum_of_exponentials(tile, scratch, largest));
+        total += static_cast<double>(sum_of_exponentials(y, scratch, largest));
       }
       S picked = load(logits[label]);
       if (cap != 0) cap_tile<S>(&picked, nullptr, 1, cap);
