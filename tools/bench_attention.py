@@ -28,8 +28,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -182,7 +184,8 @@ def _through_ring(name, layout, comm, kernel, tensors: dict[str, Tensor]) -> Var
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ring_attn_varlen_func(q, k, v, layout, comm=comm, kernel=kernel)
 
-    return Variant(name=name, attend=attend, **{k: v.clone() for k, v in tensors.items()})
+    copies: dict[str, Any] = {k: v.clone() for k, v in tensors.items()}
+    return Variant(name=name, attend=attend, **copies)
 
 
 # ---- measuring ----
@@ -242,7 +245,7 @@ def time_all(
     for repeat in range(-2, repeats):
         for variant in usable:
             flush.zero_()
-            took = _time_once(lambda v=variant: v.run(backward), device)
+            took = _time_once(partial(variant.run, backward), device)
             if repeat >= 0:
                 seconds[variant.name].append(took * variant.share)
     return {name: median(values) for name, values in seconds.items()}

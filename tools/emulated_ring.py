@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hdp.comm import Peers, RingComm
+from hdp.comm import Peers, RingComm, Transfer
 from hdp.layout import RingLayout
 from hdp.scheduler.zigzag import rank_chunks
 
@@ -111,7 +111,7 @@ class EmulatedComm(RingComm):
         return Arrival(self, lambda: [tensor for tensor, _ in pairs], done)
 
 
-class Arrival:
+class Arrival(Transfer):
     """A transfer of `EmulatedComm`; stands in for `hdp.comm.Transfer`."""
 
     def __init__(
@@ -120,7 +120,8 @@ class Arrival:
         tensors: Callable[[], list[Tensor]],
         done: torch.cuda.Event | None,
     ) -> None:
-        self._comm, self._tensors, self._done = comm, tensors, done
+        super().__init__(comm, [], [], [])
+        self._tensors, self._done = tensors, done
 
     def wait(self) -> list[Tensor]:
         if self._done is not None:

@@ -7,6 +7,7 @@ differentiable. What is not installed is left out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +57,10 @@ def _torch_attention(device: torch.device, size: int) -> dict[str, Attend]:
 
     def with_backend(backend: SDPBackend) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            batch = [x.unflatten(0, (size, -1)).transpose(1, 2) for x in (q, k, v)]
+            qs, ks, vs = (x.unflatten(0, (size, -1)).transpose(1, 2) for x in (q, k, v))
             with sdpa_kernel(backend):
                 out = F.scaled_dot_product_attention(
-                    *batch, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+                    qs, ks, vs, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
                 )
             return out.transpose(1, 2).flatten(0, 1)
 
@@ -75,10 +76,12 @@ def _torch_varlen(segments: Segments, device: torch.device) -> Attend:
     from torch.nn.attention.varlen import varlen_attn
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+        grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
         offsets = segments.cu_tensors(device)
         longest = (segments.max_seqlen_q, segments.max_seqlen_k)
-        return varlen_attn(q, k, v, *offsets, *longest, window_size=(-1, 0), **grouped)
+        out = varlen_attn(q, k, v, *offsets, *longest, window_size=(-1, 0), **grouped)
+        assert isinstance(out, Tensor)  # a tuple only if asked for
+        return out
 
     return attend
 
@@ -87,8 +90,8 @@ def _each(seqlens: tuple[int, ...]) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = []
         for lengths in zip(*(x.split(seqlens) for x in (q, k, v)), strict=True):
-            batch = [x[None].transpose(1, 2) for x in lengths]
-            out = F.scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True)
+            qs, ks, vs = (x[None].transpose(1, 2) for x in lengths)
+            out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=True)
             parts.append(out[0].transpose(0, 1))
         return torch.cat(parts)
 

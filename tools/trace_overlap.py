@@ -128,7 +128,7 @@ def trace_ring(args: argparse.Namespace, rank: int, world: int, device: torch.de
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
     def step() -> None:
-        out = ring_attn_varlen_func(*leaves, layout, comm=comm)
+        out = ring_attn_varlen_func(leaves[0], leaves[1], leaves[2], layout, comm=comm)
         torch.autograd.grad(out, leaves, dout)
         comm.take_stats()
 
@@ -170,8 +170,10 @@ def main(argv: list[str] | None = None) -> int:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group(**(backend or {"backend": "gloo"}))
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
         dist.barrier()
     overlap = read_trace(trace_ring(args, rank, world, device))
     if rank == 0 and args.json:

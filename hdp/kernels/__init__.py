@@ -23,6 +23,12 @@ from .base import BlockKernel, backward_block, forward_block, lse_dtype
 from .select import KERNELS, Choice, choose_kernel, select_kernel
 
 __all__ = [
-    *("KERNELS", "BlockKernel", "Choice", "backward_block", "choose_kernel", "forward_block"),
-    *("lse_dtype", "select_kernel"),
+    "KERNELS",
+    "BlockKernel",
+    "Choice",
+    "backward_block",
+    "choose_kernel",
+    "forward_block",
+    "lse_dtype",
+    "select_kernel",
 ]
