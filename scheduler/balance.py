@@ -63,6 +63,13 @@ _TRIES = (
     (1.0, 0.125, 0.1, False),
     (1.05, 0.125, 0.1, True),
     (1.0, 0.0, 0.02, False),
+    (1.08, 1.0, 0.1, False),
+    (1.06, 1.0, 0.1, False),
+    (1.06, 1.0, 0.1, True),
+    (1.07, 1.0, 0.1, False),
+    (1.04, 1.0, 0.1, False),
+    (1.04, 1.0, 0.1, True),
+    (1.03, 1.0, 0.1, False),
     (1.3, 1.0, 0.1, False),
     (1.4, 1.0, 0.1, False),
     (1.6, 1.0, 0.1, False),
@@ -88,6 +95,8 @@ def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
     spent, entries = 0, _entries(degrees)
     for head_room, grain, coarse, even in _TRIES:
         target = int(bound * head_room)
+        if best is not None and target >= best.end:
+            continue
         limits = Limits(
             target=target,
             degree=max(int(target * grain), 1),
