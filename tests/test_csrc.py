@@ -81,15 +81,9 @@ def _package_with(library: Path, folder: Path) -> Path:
 
 
 def _test_ops(folder: Path, select: str, env=None) -> str:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/runtime/test_ops.py",
-        "-p",
-        "no:cacheprovider",
-    ]
-    return run(*command, "-v", "-k", select, cwd=folder, env=env)
+    tests = [str(path.relative_to(ROOT)) for path in ROOT.glob("tests/runtime/test_ops*.py")]
+    command = [sys.executable, "-m", "pytest", *tests, "-p", "no:cacheprovider", "-v"]
+    return run(*command, "-k", select, cwd=folder, env=env)
 
 
 # ---- the sources ----
