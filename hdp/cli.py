@@ -104,6 +104,15 @@ def run_training(config: TrainConfig) -> int:
 
     try:
         train(config)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                "hdp: interrupted; the same command goes on from the last checkpoint in "
+                f"{config.run_dir}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return 130
     except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         trace = Path(config.run_dir) / f"traceback-{rank}.txt"

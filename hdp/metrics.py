@@ -108,16 +108,21 @@ def peak_flops(device_name: str) -> float | None:
 class MetricsWriter:
     """Appends each step to `metrics.jsonl` and, if asked for, to TensorBoard.
 
-    A context manager. `enabled=False` (all ranks but one) writes nothing.
+    A context manager. `enabled=False` (all ranks but one) writes nothing. Steps from `first_step`
+    on that are there already were trained and lost before a resume: they are taken out.
     """
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool, enabled: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path, *, tensorboard: bool, enabled: bool = True, first_step: int = 1
+    ) -> None:
         self._file: TextIO | None = None
         self._board: Any = None
         if not enabled:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        path = run_dir / "metrics.jsonl"
+        _keep_steps_before(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -125,7 +130,7 @@ class MetricsWriter:
                 raise ValueError(
                     "--tensorboard needs the tensorboard package: pip install tensorboard"
                 ) from None
-            self._board = SummaryWriter(str(run_dir / "tensorboard"))
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, metrics: StepMetrics) -> None:
         if self._file is None:
@@ -146,6 +151,22 @@ class MetricsWriter:
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _keep_steps_before(path: Path, first_step: int) -> None:
+    """Drop the rows of later steps, and a last one that was cut off, by one rename."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < first_step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    rest = path.with_suffix(".partial")
+    rest.write_text("".join(kept), encoding="utf-8")
+    rest.replace(path)
 
 
 def _short(value: float) -> str:

@@ -72,7 +72,10 @@ def _steps(
     observer = Observer(run)
     with (
         MetricsWriter(
-            Path(config.run_dir), tensorboard=config.tensorboard, enabled=run.is_main
+            Path(config.run_dir),
+            tensorboard=config.tensorboard,
+            enabled=run.is_main,
+            first_step=first_step,
         ) as writer,
         StepFeed(
             run.dataset,

@@ -86,7 +86,7 @@ def test_an_error_of_a_run_is_a_message_and_keeps_its_traceback(
 
     monkeypatch.setattr("hdp.train.train", fail)
     config = TrainConfig(run_dir=str(tmp_path))
-    error: Exception = ValueError("sequence of 9 tokens needs 3 ranks of 4")
+    error: BaseException = ValueError("sequence of 9 tokens needs 3 ranks of 4")
     assert run_training(config) == 2
     captured = capsys.readouterr().err
     assert captured.startswith("hdp: error: sequence of 9 tokens needs 3 ranks of 4\n")
@@ -94,6 +94,10 @@ def test_an_error_of_a_run_is_a_message_and_keeps_its_traceback(
     error = RuntimeError("a lost rank")
     assert run_training(config) == 1
     assert "RuntimeError: a lost rank" in capsys.readouterr().err
+    error = KeyboardInterrupt()
+    assert run_training(config) == 130
+    assert "goes on from the last checkpoint" in capsys.readouterr().err
+    error = RuntimeError("a lost rank")
     monkeypatch.setenv("RANK", "1")
     assert run_training(config) == 1
     assert not capsys.readouterr().err

@@ -48,7 +48,7 @@ def test_step_line_leaves_out_what_is_not_known():
 
 def test_writer_appends_and_tensorboard_reads_back(tmp_path):
     for step in (1, 2):
-        with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        with MetricsWriter(tmp_path, tensorboard=True, first_step=step) as writer:
             writer.write(dataclasses.replace(METRICS, step=step))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
@@ -57,6 +57,19 @@ def test_writer_appends_and_tensorboard_reads_back(tmp_path):
     board = events.EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [event.step for event in board.Scalars("loss")] == [1, 2]
+
+
+def test_steps_that_a_resume_trains_again_are_in_the_file_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in (1, 2, 3):
+            writer.write(dataclasses.replace(METRICS, step=step, loss=1.0))
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while it wrote
+    with MetricsWriter(tmp_path, tensorboard=False, first_step=3) as writer:
+        writer.write(dataclasses.replace(METRICS, step=3, loss=2.0))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
 def test_disabled_writer_writes_nothing(tmp_path):
