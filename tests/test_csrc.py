@@ -107,12 +107,19 @@ def test_sources_are_formatted():
 
 
 def test_one_op_one_file_each():
-    """Every op of library.cpp is implemented, and its kernels have a CPU and a CUDA file."""
+    """Every op has kernels for both devices, a reference, a fake kernel and an opcheck."""
     text = (CSRC / "library.cpp").read_text()
     schemas = re.findall(r'm\.def\(\s*"(\w+)\(', text)
     assert schemas and set(schemas) == set(re.findall(r'm\.impl\("(\w+)"', text))
     cpu = {path.stem for path in (CSRC / "cpu").glob("*.cpp")}
     assert cpu == {path.stem for path in (CSRC / "cuda").glob("*.cu")}
+    ops = (ROOT / "hdp" / "ops.py").read_text()
+    tests = (ROOT / "tests" / "runtime" / "test_ops.py").read_text()
+    for name in schemas:
+        reference = f"{name.removesuffix('_')}_reference{'_' if name.endswith('_') else ''}"
+        assert f"def {name}(" in ops and f"def {reference}(" in ops, name
+        assert f'"hdp::{name}"' in ops or f'"{name}"' in ops, f"{name} has no fake kernel"
+        assert f"names.{name}," in tests, f"{name} has no opcheck"
 
 
 # ---- what is built ----
