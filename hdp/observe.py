@@ -57,7 +57,8 @@ class Observer:
         step_s: float,
         total_tokens: int,
     ) -> StepMetrics:
-        """Metrics of the step that has just ended, the same on all ranks. Collective."""
+        """Metrics of the step that has just ended; all but this rank's times are the same on all
+        ranks. Collective."""
         run, plan = self._run, batch.plan
         spans = run.context.recorder.spans()
         mine = [

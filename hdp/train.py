@@ -31,7 +31,7 @@ _LONG_S = 3600.0  # loading, saving and exporting may take so long before a rank
 def train(config: TrainConfig) -> list[StepMetrics]:
     """Train as `config` says, on all ranks that torchrun started (without torchrun: on one).
 
-    Returns the metrics of the logged steps, the same on all ranks. Raises ValueError for what
+    Returns the metrics of the logged steps, on all ranks. Raises ValueError for what
     cannot be run, NonFiniteError before harm is done, RankFailure when another rank is lost, and
     CheckpointError if the last save failed.
     """

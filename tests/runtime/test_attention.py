@@ -137,14 +137,10 @@ def _check_bf16_accumulates_in_fp32(rank, world):
 
 
 def test_bf16_error_does_not_grow_with_the_ring():
-    alone = run_ranks(_check_bf16_accumulates_in_fp32, 2)
-    many = run_ranks(_check_bf16_accumulates_in_fp32, 8)
-    for name, two, eight in zip(
-        ("out", "dq", "dk", "dv"), torch.tensor(alone).T, torch.tensor(many).T, strict=True
-    ):
-        assert eight.max() < 1.5 * two.max(), (
-            f"{name}: 2 ranks {two.max():.2e}, 8 ranks {eight.max():.2e}"
-        )
+    """Accumulated in bf16, out, dq, dk and dv are off by 1.3x as much on 8 ranks as on 2."""
+    two = torch.tensor(run_ranks(_check_bf16_accumulates_in_fp32, 2)).mean(0)
+    eight = torch.tensor(run_ranks(_check_bf16_accumulates_in_fp32, 8)).mean(0)
+    assert (eight < 1.2 * two).all(), f"out, dq, dk, dv: 2 ranks {two}, 8 ranks {eight}"
 
 
 def test_merge_is_exact_for_far_apart_lse():

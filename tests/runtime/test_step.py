@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -138,6 +140,20 @@ def test_overlapped_reduction_changes_nothing(world):
     for policy in policies:
         for name, want in plain[policy][1].items():
             torch.testing.assert_close(overlapped[policy][1][name], want, rtol=1e-12, atol=1e-14)
+
+
+def _clipped(rank, world):
+    context = make_context(torch.float64, grad_clip=0.01)
+    step = make_batch(make_plan("random1", SEQLENS, world), rank, random_samples(SEQLENS))
+    result = train_step(context, step)
+    gradients = context.optimizer.gradients
+    return result.grad_norm, math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
+
+
+def test_gradients_are_clipped_to_the_global_norm():
+    before, after = run_ranks(_clipped, 2)[0]
+    assert before > 0.1
+    assert after == pytest.approx(0.01)
 
 
 def _non_finite(rank, world):

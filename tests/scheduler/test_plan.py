@@ -122,3 +122,15 @@ def test_repr_and_equality_with_others() -> None:
     assert made != "plan"
     one = plan([5], hdp_size=1, max_tokens_per_rank=8, cost=COMPUTE_ONLY)
     assert one.microbatches(0)[0].pieces[0].ranks == (0,)
+
+
+def test_digest_covers_the_offload_ratio():
+    def digest(ratio):
+        columns = ([4, 4], [[0], [1]], [[[0]], [[1]]])
+        plan = StepPlan.from_lists(
+            *columns, offload_ratio=[[ratio], [0.0]], offloadable=0.5, max_tokens_per_rank=4
+        )
+        return plan.digest
+
+    assert digest(0.25) == digest(0.25)
+    assert digest(0.25) != digest(0.5)

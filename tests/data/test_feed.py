@@ -1,0 +1,63 @@
+"""StepFeed: the count that losses are divided by, and errors of its thread."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hdp.data.feed import StepFeed
+from hdp.data.pack import Sample
+from hdp.data.sampler import Sampler
+from tests.random_plans import random_plan
+
+SEQLENS = np.array([5, 17, 1, 40, 9, 3, 22])
+
+
+class Data:
+    """Samples with masks, and the counts that an index would have."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.samples = [
+            Sample(input_ids=rng.integers(0, 50, n), loss_mask=rng.random(n) < 0.6) for n in SEQLENS
+        ]
+        self.seqlens = SEQLENS
+        self.num_loss_tokens = np.array([s.loss_mask[1:].sum() for s in self.samples])
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+def _feed(rank, make_plan):
+    sampler = Sampler(SEQLENS, seed=1, batch_tokens=60)
+    return StepFeed(Data(), sampler, make_plan, rank=rank, position=(0, 0))
+
+
+def test_count_is_that_of_the_labels_of_all_ranks():
+    with (
+        _feed(0, lambda n: random_plan(n, 3, 0)) as a,
+        _feed(1, lambda n: random_plan(n, 3, 0)) as b,_feed(2, lambda n: random_plan(n, 3, 0)) as c
+    ):
+        for steps in zip(iter(a), iter(b), iter(c), range(4), strict=False):
+            *ranks, _ = steps
+            labels = [x.labels for step in ranks for x in step.batches]
+            count = sum(int((x >= 0).sum()) for x in labels)
+            assert {step.num_loss_tokens for step in ranks} == {count}
+            assert len({step.plan.digest for step in ranks}) == 1
+            assert len({step.next_position for step in ranks}) == 1
+
+
+def test_an_error_of_the_thread_reaches_the_caller():
+    def fail(seqlens):
+        raise ValueError(f"no plan for {len(seqlens)} sequences")
+
+    with _feed(0, fail) as feed, pytest.raises(ValueError, match="no plan for"):
+        next(iter(feed))
+
+
+def test_steps_are_those_of_the_positions():
+    with _feed(0, lambda n: random_plan(n, 2, 0)) as feed:
+        first, second = (step for step, _ in zip(feed, range(2), strict=False))
+        again = feed.make(first.next_position)
+        assert again.seq_ids.tolist() == second.seq_ids.tolist()
+        assert again.next_position == second.next_position
