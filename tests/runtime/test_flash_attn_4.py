@@ -62,7 +62,7 @@ def calls(head_dim: int, heads: int, kv_heads: int) -> None:
     [(128, 8, 2, False), (128, 8, 8, True), (64, 8, 2, True), (256, 8, 2, False)],
 )
 def test_flash_attn_4_takes_our_calls(head_dim, heads, kv_heads, deterministic) -> None:
-    """For Hopper; for Blackwell its scheduler asks the driver how many multiprocessors there are."""
+    """For Hopper; for Blackwell its scheduler asks the driver about the GPU."""
     pytest.importorskip("flash_attn.cute.interface", exc_type=ImportError)
     code = (
         "import torch; from tests.runtime.test_flash_attn_4 import calls;"
