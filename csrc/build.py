@@ -174,8 +174,9 @@ def build(target: Path, mode: str) -> str:
 
 
 def sources(mode: str) -> list[Path]:
-    folders = ["*.cpp", "cpu/*.cpp", *(["cuda/*.cu"] if mode == "cuda" else [])]
-    return [path for pattern in folders for path in sorted(CSRC.glob(pattern))]
+    patterns = ["*.cpp", "cpu/*.cpp", "offload/*.cpp"]
+    patterns += ["cuda/*.cu", "offload/*.cu"] if mode == "cuda" else []
+    return [path for pattern in patterns for path in sorted(CSRC.glob(pattern))]
 
 
 def is_current(library: Path, info: str) -> bool:

@@ -20,6 +20,7 @@ _EXPORTS = {
     "pack": "hdp.data.pack",
     "ring_attn_varlen_func": "hdp.attention",
     "train_step": "hdp.step",
+    "offload": "hdp.offloading.context",
 }
 
 __all__ = ["__version__", *_EXPORTS]

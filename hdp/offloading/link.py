@@ -1,0 +1,187 @@
+"""Link: moves bytes between a device and the host, ordered by events alone.
+
+A block is host memory that holds a copy of some device memory. Its life, and what each call orders:
+
+    send      OUT: after the caller's kernels so far, and after the last read of the host memory
+    sent      caller's stream: after the copy has left. Then the device memory may be reused
+    fetch     IN: after the copy out, and after the caller's kernels so far (they may still use what
+              the new device memory was before)
+    fetched   caller's stream: after the copy is back. Then it may be used
+    free      nothing waits; who reuses the host memory lets OUT wait for the last fetch
+
+`StreamLink` does this over `Streams`; `NativeLink` (native.py) is the same in C++. Both pass the
+tests of tests/runtime/test_offload_link.py, in which a race detector knows every access.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .pool import Extent, HostPool, Read, Slabs
+from .streams import IN, OUT, Streams
+
+
+class FreedError(RuntimeError):
+    """A block was used after it was freed, or after its link was closed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkStats:
+    """Bytes of host memory, and bytes copied since the start."""
+
+    held_bytes: int
+    in_use_bytes: int
+    peak_in_use_bytes: int
+    max_bytes: int
+    sent_bytes: int
+    fetched_bytes: int
+
+
+class Link(Protocol):
+    """Blocks are opaque. `stream`: what `stream()` returned, now or earlier."""
+
+    device: torch.device
+    name: str
+
+    def stream(self) -> Any:
+        """The caller's current stream."""
+        ...
+
+    def send(self, data: Tensor, stream: Any) -> Any:
+        """A new block with a copy of data, (num_bytes,) uint8 on the device, as it is once
+        `stream` has come so far. Whoever calls keeps data alive until `sent`. Raises PoolFull."""
+        ...
+
+    def sent(self, block: Any, stream: Any) -> None: ...
+
+    def fetch(self, block: Any, out: Tensor, stream: Any) -> None:
+        """Copy a block to out, (num_bytes,) uint8, memory that `stream` may write now. Whoever
+        calls keeps out alive until `fetched`."""
+        ...
+
+    def fetched(self, block: Any, stream: Any) -> None: ...
+
+    def free(self, block: Any) -> None: ...
+
+    def prepare(self, num_bytes: int) -> None:
+        """Start making host memory of so many bytes, in the background."""
+        ...
+
+    def stats(self) -> LinkStats: ...
+
+    def close(self) -> None:
+        """Wait for all copies and give all host memory back. Blocks are freed."""
+        ...
+
+
+class _Block:
+    __slots__ = ("extents", "fetched", "num_bytes", "read", "sent")
+
+    def __init__(self, extents: list[Extent], num_bytes: int) -> None:
+        self.extents: list[Extent] | None = extents  # None: freed
+        self.num_bytes = num_bytes
+        self.sent: Any = None  # event
+        self.read: Read | None = None  # the last fetch
+
+
+class StreamLink:
+    """The reference implementation; see the module docstring."""
+
+    def __init__(
+        self, streams: Streams, *, max_bytes: int, slab_bytes: int, num_threads: int = 8
+    ) -> None:
+        self.device, self.name = streams.device, type(streams).__name__
+        self._streams = streams
+        self._slabs = Slabs(streams.new_slab, slab_bytes=slab_bytes, num_threads=num_threads)
+        self._slab_bytes = slab_bytes
+        self._pool = HostPool(self._slabs.grow, slab_bytes=slab_bytes, max_bytes=max_bytes)
+        self._num_reads = self._sent_bytes = self._fetched_bytes = 0
+        self._closed = False
+
+    def stream(self) -> Any:
+        return self._streams.current()
+
+    def prepare(self, num_bytes: int) -> None:
+        count = min(-(-num_bytes // self._slab_bytes), self._pool.max_bytes // self._slab_bytes)
+        self._slabs.prepare(count)
+
+    def send(self, data: Tensor, stream: Any) -> _Block:
+        self._check_open()
+        extents, read = self._pool.take(data.numel())
+        block = _Block(extents, data.numel())
+        self._streams.wait(OUT, self._streams.record(stream))
+        if read is not None:
+            self._streams.wait(OUT, read.event)
+        self._each(block, lambda host, at: self._streams.copy(OUT, host, data[at]))
+        block.sent = self._streams.record(OUT)
+        self._sent_bytes += block.num_bytes
+        return block
+
+    def sent(self, block: _Block, stream: Any) -> None:
+        self._check(block)
+        self._streams.wait(stream, block.sent)
+
+    def fetch(self, block: _Block, out: Tensor, stream: Any) -> None:
+        self._check(block)
+        assert out.numel() == block.num_bytes, (out.numel(), block.num_bytes)
+        self._streams.wait(IN, block.sent)
+        self._streams.wait(IN, self._streams.record(stream))
+        self._each(block, lambda host, at: self._streams.copy(IN, out[at], host))
+        self._num_reads += 1
+        block.read = Read(self._num_reads, self._streams.record(IN))
+        self._fetched_bytes += block.num_bytes
+
+    def fetched(self, block: _Block, stream: Any) -> None:
+        self._check(block)
+        assert block.read is not None, "fetched() before fetch()"
+        self._streams.wait(stream, block.read.event)
+
+    def free(self, block: _Block) -> None:
+        if self._closed:
+            return
+        self._check(block)
+        assert block.extents is not None
+        self._pool.give(block.extents, block.read)
+        block.extents = None
+
+    def stats(self) -> LinkStats:
+        pool = self._pool
+        return LinkStats(
+            held_bytes=len(self._slabs) * self._slab_bytes,
+            in_use_bytes=pool.in_use_bytes,
+            peak_in_use_bytes=pool.peak_in_use_bytes,
+            max_bytes=pool.max_bytes,
+            sent_bytes=self._sent_bytes,
+            fetched_bytes=self._fetched_bytes,
+        )
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._streams.synchronize()
+        for slab in self._slabs.close():
+            self._streams.free_slab(slab)
+
+    def _each(self, block: _Block, copy: Callable[[Tensor, slice], None]) -> None:
+        at = 0
+        for extent in block.extents or ():
+            length = min(extent.stop - extent.start, block.num_bytes - at)
+            host = self._slabs[extent.slab][extent.start : extent.start + length]
+            copy(host, slice(at, at + length))
+            at += length
+        assert at == block.num_bytes, (at, block.num_bytes)
+
+    def _check(self, block: _Block) -> None:
+        self._check_open()
+        if block.extents is None:
+            raise FreedError(f"a block of {block.num_bytes} bytes was used after it was freed")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise FreedError("the host memory was given back: the offload engine is closed")

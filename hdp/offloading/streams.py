@@ -1,0 +1,94 @@
+"""Streams: what a device offers to move memory, and CUDA's through torch alone.
+
+Three streams matter: the caller's (kernels run there), OUT (device to host) and IN (host to
+device). `link.py` orders them by events and never waits on the host. The CPU twin (`twin.py`) has
+the same methods on simulated streams.
+
+CudaStreams is the reference of csrc/offload/cuda.cpp, and what runs where the extension was not
+built.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+OUT, IN = "out", "in"
+
+# cudaHostRegisterPortable: pinned for every context of the process
+_PORTABLE = 1
+
+
+class Streams(Protocol):
+    """A stream is OUT, IN or what `current` returned."""
+
+    device: torch.device
+
+    def current(self) -> Any:
+        """The caller's stream: kernels queued now run there."""
+        ...
+
+    def record(self, stream: Any) -> Any:
+        """An event that fires when everything queued on `stream` so far is done."""
+        ...
+
+    def wait(self, stream: Any, event: Any) -> None:
+        """What is queued on `stream` from now on starts after the event. The host does not wait."""
+        ...
+
+    def copy(self, stream: Any, dst: Tensor, src: Tensor) -> None:
+        """Queue a copy of (num_bytes,) uint8, one side on the host. Keeps neither side alive."""
+        ...
+
+    def new_slab(self, num_bytes: int) -> Tensor:
+        """(num_bytes,) uint8 host memory that the copy engines reach. Called from any thread."""
+        ...
+
+    def free_slab(self, slab: Tensor) -> None: ...
+
+    def synchronize(self) -> None:
+        """Return when OUT and IN are idle."""
+        ...
+
+
+class CudaStreams:
+    """Streams of one CUDA device, by torch's streams, events and copies."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._streams = {OUT: torch.cuda.Stream(device), IN: torch.cuda.Stream(device)}
+
+    def current(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
+    def record(self, stream: Any) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(self._streams.get(stream, stream))
+        return event
+
+    def wait(self, stream: Any, event: torch.cuda.Event) -> None:
+        self._streams.get(stream, stream).wait_event(event)
+
+    def copy(self, stream: Any, dst: Tensor, src: Tensor) -> None:
+        with torch.cuda.stream(self._streams[stream]):
+            dst.copy_(src, non_blocking=True)
+
+    def new_slab(self, num_bytes: int) -> Tensor:
+        # torch's own pinned allocator rounds up to a power of two and takes 0.5 s per GiB. Pages
+        # that exist are registered faster: touch them first, in this thread.
+        slab = torch.empty(num_bytes, dtype=torch.uint8)
+        slab[::4096] = 0
+        with torch.cuda.device(self.device):
+            status = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), num_bytes, _PORTABLE)
+        if int(status) != 0:
+            raise MemoryError(f"pinning {num_bytes} bytes failed: {status}")
+        return slab
+
+    def free_slab(self, slab: Tensor) -> None:
+        torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())
+
+    def synchronize(self) -> None:
+        for stream in self._streams.values():
+            stream.synchronize()

@@ -1,0 +1,152 @@
+"""Offload engines on simulated devices, a model to run on them, and what each test ends with."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hdp.offloading.engine import OffloadEngine
+from hdp.offloading.forward import Treatment, Windows
+from hdp.offloading.link import Link, StreamLink
+from hdp.offloading.native import NativeLink, native_available
+from hdp.offloading.twin import TwinStreams
+
+GRANULE = 64 << 10
+CPU = torch.device("cpu")
+
+# Simulated streams under three schedules, and the C++ link on threads with random delays.
+KINDS = [
+    "lazy",
+    "random",
+    "eager",
+    pytest.param(
+        "native",
+        marks=pytest.mark.skipif(not native_available(CPU), reason="csrc is not built"),
+    ),
+]
+TIGHT = Windows(window_bytes=0, keep_bytes=0, prefetch_bytes=0)
+SMALL = Windows(window_bytes=20_000, keep_bytes=10_000, prefetch_bytes=20_000)
+ROOMY = Windows(window_bytes=1 << 20, keep_bytes=60_000, prefetch_bytes=1 << 20)
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+TREATMENTS = [
+    Treatment(),
+    Treatment(ratio=0.4),
+    Treatment(ratio=0.0, pointwise=1.0),
+    Treatment(pointwise=1.0),
+    Treatment(ratio=0.7, pointwise=0.5, matmul=0.5),
+    Treatment(pointwise=1.0, matmul=1.0),
+]
+every_treatment = pytest.mark.parametrize(
+    "treatment", TREATMENTS, ids=lambda t: f"{t.ratio}-{t.pointwise}-{t.matmul}"
+)
+MIN_BYTES = 1000
+SLAB = 4 * GRANULE  # of open_engine
+
+
+def open_link(kind: str, *, seed: int = 0, max_bytes: int = 64 << 20, slab_bytes=SLAB):
+    """(link, its TwinStreams or None)."""
+    if kind == "native":
+        link: Link = NativeLink(CPU, max_bytes=max_bytes, slab_bytes=slab_bytes, seed=seed + 1)
+        return link, None
+    streams = TwinStreams(order=kind, seed=seed)  # type: ignore[arg-type]
+    return StreamLink(streams, max_bytes=max_bytes, slab_bytes=slab_bytes, num_threads=2), streams
+
+
+@contextmanager
+def open_engine(
+    kind: str = "lazy", *, windows: Windows = SMALL, on_full="error", idle=True, **sizes
+) -> Iterator[OffloadEngine]:
+    """An engine; afterwards nothing is held (if idle) and no access was unordered."""
+    link, streams = open_link(kind, **sizes)
+    engine = OffloadEngine(link, windows=windows, on_full=on_full)
+    yield engine
+    if idle:
+        gc.collect()
+        check_idle(engine)
+    if streams is not None:
+        streams.synchronize()
+        assert not streams.races, streams.races[:3]
+    engine.close()
+
+
+def check_idle(engine: OffloadEngine) -> None:
+    """No host memory is in use, no device memory is kept, no account is off."""
+    assert engine.stats().in_use_bytes == 0
+    state = engine._state
+    assert state.leaving_bytes == state.ahead_bytes == 0
+    assert not state.dropped
+    assert all(saved.value is None for saved in state.leaving)
+
+
+class Norm(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size))
+
+    def forward(self, x):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(x.dtype)
+
+
+class Block(nn.Module):
+    """A decoder layer in small: norms in fp32, fused QKV, attention, gated MLP."""
+
+    def __init__(self, size, heads=2):
+        super().__init__()
+        self.norm1, self.norm2, self.heads = Norm(size), Norm(size), heads
+        self.qkv, self.out = nn.Linear(size, 3 * size), nn.Linear(size, size)
+        self.gate, self.up = nn.Linear(size, 2 * size), nn.Linear(size, 2 * size)
+        self.down = nn.Linear(2 * size, size)
+
+    def forward(self, x):
+        tokens, size = x.shape
+        qkv = self.qkv(self.norm1(x)).view(tokens, 3, self.heads, -1)
+        q, k, v = (qkv[:, i].transpose(0, 1) for i in range(3))
+        attended = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)
+        x = x + self.out(attended[0].transpose(0, 1).reshape(tokens, size))
+        h = self.norm2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def make_model(layers=3, size=32, dtype=torch.bfloat16, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(*[Block(size) for _ in range(layers)]).to(dtype)
+
+
+def make_input(tokens=96, size=32, dtype=torch.bfloat16, seed=1):
+    torch.manual_seed(seed)
+    return torch.randn(tokens, size).to(dtype)
+
+
+def loss_of(output):
+    return output.float().square().mean()
+
+
+def gradients(model, x, forward=None):
+    """{name: gradient} of one forward, offloaded by the Forward given."""
+    model.zero_grad(set_to_none=True)
+    if forward is None:
+        loss = loss_of(model(x))
+    else:
+        with forward:
+            loss = loss_of(model(x))
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        assert torch.equal(got[name], gradient), f"{name} differs"
+
+
+def forward_of(engine, treatment=None, **options):
+    return engine.forward(treatment, min_bytes=options.pop("min_bytes", MIN_BYTES), **options)
