@@ -14,7 +14,8 @@ hdp_size * T rank-seconds. The bound is the smallest T, up to 0.1 %, for which i
 * pipeline a microbatch passes all pp_size stages before the last one can start, and again after it
            is done: fixed_s for each
 
-It is a bound for plans in which a ring is one job's and host copies are hidden.
+It is a bound for plans in which a ring is one job's and keeps to its nodes, and host copies are
+hidden.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def _few_at_once(widening: Widening, ranks: int) -> int:
     """Jobs that need many ranks run one after the other, or few at once."""
     order = np.argsort(-widening.low, kind="stable")
     order = order[widening.low[order] > 1]
-    at_once = ranks // widening.low[order]
+    low, node = widening.low[order], widening.node
+    at_once = np.where(low <= node, node // low * (ranks // node), ranks // low)
     return int((np.cumsum(widening.best_ticks[order]) // at_once).max(initial=0))
 
 

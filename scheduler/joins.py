@@ -1,8 +1,9 @@
 """Joins: the last rings, for which no column of columns.py was low enough.
 
 Each goes to the least loaded ranks of one node, or to the least loaded whole nodes, which wait for
-the highest of them. How many: where the ring ends first; as long as that is below the highest rank
-of all, fewer ranks (less work) are better. Without nodes there is one, of all ranks.
+the highest of them. How many: the end of the ring, or of the highest rank if that is later, plus
+the time that the ring takes from its ranks, waiting included, spread over all ranks; the least sum
+wins. Without nodes there is one, of all ranks.
 """
 
 from __future__ import annotations
@@ -56,13 +57,12 @@ class Joins:
         return Ring(depth=depth, degree=degree, spans=tuple(spans))
 
     def _inside(self, ring: int, low: int, cap: int) -> tuple[int, int, int, np.ndarray]:
-        """(what counts of the end, degree, end, ranks) of the best place inside a node."""
+        """(what counts, degree, end, ranks) of the best place inside a node."""
         degrees = np.arange(low, cap + 1)
+        below = np.cumsum(self._rising, axis=1)[:, low - 1 : cap]
         ends = self._rising[:, low - 1 : cap] + self.ticks_at(ring, degrees)
-        counts = np.maximum(ends, self.highest)
-        # The narrowest of the best, on the node where it ends first.
-        column = int(np.argmin(counts.min(axis=0)))
-        node = int(np.argmin(ends[:, column]))
+        counts = self._counts(ends, degrees * ends - below)
+        node, column = divmod(int(np.argmin(counts)), len(degrees))
         degree = low + column
         ranks = np.sort(self._order[node, :degree]) + node * self.node
         return int(counts[node, column]), degree, int(ends[node, column]), ranks
@@ -72,13 +72,19 @@ class Joins:
         heights = self._rising[:, -1]
         order = np.argsort(heights, kind="stable")
         first = max(2, -(-low // self.node))
-        counts = np.arange(first, cap // self.node + 1)
-        ends = heights[order][counts - 1] + self.ticks_at(ring, counts * self.node)
-        best = int(np.argmin(np.maximum(ends, self.highest)))
-        nodes = np.sort(order[: counts[best]])
-        ranks = (nodes[:, None] * self.node + np.arange(self.node)).ravel()
-        end = int(ends[best])
-        return max(end, self.highest), len(ranks), end, ranks
+        nodes = np.arange(first, cap // self.node + 1)
+        degrees = nodes * self.node
+        below = np.cumsum(self._rising.sum(axis=1)[order])[nodes - 1]
+        ends = heights[order][nodes - 1] + self.ticks_at(ring, degrees)
+        counts = self._counts(ends, degrees * ends - below)
+        best = int(np.argmin(counts))
+        chosen = np.sort(order[: nodes[best]])
+        ranks = (chosen[:, None] * self.node + np.arange(self.node)).ravel()
+        return int(counts[best]), len(ranks), int(ends[best]), ranks
+
+    def _counts(self, ends: np.ndarray, taken: np.ndarray) -> np.ndarray:
+        """What a place costs: the later end, and the ranks' time that it takes, over all ranks."""
+        return np.maximum(ends, self.highest) + taken // len(self.load)
 
     def _sort(self, nodes: np.ndarray) -> None:
         loads = self.load.reshape(-1, self.node)[nodes]
