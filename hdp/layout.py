@@ -101,19 +101,9 @@ class Rows:
             return tensor.narrow(dim, start, stop - start)
         return gather_rows(tensor, self.spans, dim)
 
-    def put_(self, tensor: torch.Tensor, values: torch.Tensor, dim: int = 0) -> None:
-        """tensor[rows] = values, in place."""
-        if len(self.spans) == 1:
-            self.take(tensor, dim).copy_(values)
-        else:
-            scatter_rows_(tensor, values, self.spans, dim)
-
     def add_(self, tensor: torch.Tensor, values: torch.Tensor) -> None:
         """tensor[rows] += values, in place, in the dtype of `tensor`."""
-        if len(self.spans) == 1:
-            self.take(tensor).add_(values)
-        else:
-            scatter_rows_(tensor, values, self.spans, accumulate=True)
+        scatter_rows_(tensor, values, self.spans, accumulate=True)
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,10 @@ def merge_case(
 
 
 def rows_cases(device: torch.device, rows: int, heads: int, dim: int) -> Iterator[Case]:
-    """16 spans of queries (dim 0), of keys and values (dim 1), and gradients added to fp32."""
+    """16 spans of queries (dim 0), of keys and values (dim 1), and gradients added to fp32.
+
+    Gradients of one span as well: torch's own addition of bf16 to fp32 is not vectorized.
+    """
     spans = late_halves(rows, 16)
     index = torch.cat([torch.arange(*span) for span in spans]).to(device)
     shape = f"{len(index)} of {rows} rows x{heads}x{dim}"
@@ -189,12 +192,20 @@ def rows_cases(device: torch.device, rows: int, heads: int, dim: int) -> Iterato
         case_shape = f"{shape} bf16" if axis == 0 else f"2x{len(index)}x8x{dim} bf16"
         yield Case(name=name, shape=case_shape, num_bytes=moved, variants=variants)
 
+    for added in ([(rows // 2, rows)], spans):
+        yield add_case(device, rows, heads, dim, added)
+
+
+def add_case(
+    device: torch.device, rows: int, heads: int, dim: int, spans: list[tuple[int, int]]
+) -> Case:
+    index = torch.cat([torch.arange(*span) for span in spans]).to(device)
     total = torch.zeros(rows, heads, dim, device=device)
     values = torch.randn(len(index), heads, dim, device=device).bfloat16()
-    variants = {
+    variants: dict[str, Run] = {
         "index": lambda: total.index_add_(0, index, values.to(total.dtype)),
-        "views": lambda: ops.scatter_rows_reference_(total, values, spans, 0, True),
-        "csrc": lambda: ops.scatter_rows_(total, values, spans, accumulate=True),
+        "views": partial(ops.scatter_rows_reference_, total, values, spans, 0, True),
+        "csrc": partial(ops.scatter_rows_, total, values, spans, accumulate=True),
     }
 
     def result(run: Run) -> Tensor:
@@ -203,9 +214,9 @@ def rows_cases(device: torch.device, rows: int, heads: int, dim: int) -> Iterato
         return total.clone()
 
     check(variants, result, 1e-6)
-    yield Case(
+    return Case(
         name="add rows",
-        shape=f"{shape} bf16 to fp32",
+        shape=f"{len(index)}x{heads}x{dim} bf16 to fp32, spans: {len(spans)}",
         num_bytes=values.numel() * (4 + 4 + 2),
         variants=variants,
         reset=total.zero_,
