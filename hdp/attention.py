@@ -88,7 +88,7 @@ def _forward(
     if comm.gathers(layout.ring, layout.ring_seqlens):
         return gather_forward(q, k, v, layout, comm, softmax_scale, kernel)
     num_ring = layout.num_ring_tokens
-    blocks = _Rotation(torch.stack((k[:num_ring], v[:num_ring])), layout, comm)  # 1
+    blocks = _Rotation(_stacked(k[:num_ring], v[:num_ring], k.dtype), layout, comm)  # 1
     out, lse = forward_block(kernel, q, k, v, layout.first, softmax_scale)  # 2
     ring_out, ring_lse = out[:num_ring].to(lse.dtype), lse[:, :num_ring]
     for step in layout.steps:  # 3
@@ -122,13 +122,12 @@ def _backward(
     if comm.gathers(layout.ring, layout.ring_seqlens):
         return gather_backward(dout, q, k, v, out, lse, layout, comm, softmax_scale, kernel)
     num_ring = layout.num_ring_tokens
-    blocks = _Rotation(torch.stack((k[:num_ring], v[:num_ring])), layout, comm)
+    blocks = _Rotation(_stacked(k[:num_ring], v[:num_ring], k.dtype), layout, comm)
     dq, dk, dv = backward_block(kernel, dout, q, k, v, out, lse, layout.first, softmax_scale)
     ring_dq = dq[:num_ring].to(lse.dtype)
     # the gradient of the block in hand: first our own, which leaves with the block itself
-    grads = _Rotation(
-        torch.stack((dk[:num_ring], dv[:num_ring])).to(lse.dtype), layout, comm, round_trip=True
-    )
+    own_grads = _stacked(dk[:num_ring], dv[:num_ring], lse.dtype)
+    grads = _Rotation(own_grads, layout, comm, round_trip=True)
     for step in layout.steps:
         kv = blocks.next()
         part = None
@@ -190,6 +189,13 @@ class _Rotation:
         if forward:
             self.send(block)
         return block
+
+
+def _stacked(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """(2, rows, heads, dim) in `dtype`, each element read and written once."""
+    block = first.new_empty((2, *first.shape), dtype=dtype)
+    block[0], block[1] = first, second
+    return block
 
 
 def _check_inputs(

@@ -24,7 +24,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from hdp.scheduler import CostModel
@@ -164,8 +163,7 @@ def gather_backward(
     dq, dk, dv = backward_block(kernel, dout, q, k, v, out, lse, layout.first, softmax_scale)
     transfer.wait()
     ring_dq = dq[:num_ring].to(lse.dtype)
-    dkeys = keys.new_zeros(keys.shape, dtype=lse.dtype)
-    dvalues = torch.zeros_like(dkeys)
+    dkeys, dvalues = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (keys, values))
     for rows, num_keys, segments in shares.blocks:
         part = kernel.backward(
             dout[rows],
