@@ -76,13 +76,17 @@ class _Held(NamedTuple):
 
     tensor: Tensor
     version: int
-    new_bytes: int  # to save it; 0: it is there anyway
+    new_bytes: int  # to save it; 0: it is small, or there anyway
+    fixed: bool  # a parameter
+
+    @property
+    def writes(self) -> int:
+        return self.tensor._version - self.version
 
     def get(self) -> Tensor:
-        writes = self.tensor._version - self.version
-        if writes:
+        if self.writes:
             what = f"{str(self.tensor.dtype).removeprefix('torch.')} {tuple(self.tensor.shape)}"
-            raise ModifiedError(modified("an input of a recipe", what, writes))
+            raise ModifiedError(modified("an input of a recipe", what, self.writes))
         return self.tensor
 
 
@@ -196,7 +200,7 @@ class Tape(TorchDispatchMode):
     def recipe(self, tensor: Tensor) -> Recipe | None:
         """How to make the storage of `tensor` again. What has to be saved for it is saved now."""
         made = self._of(tensor)
-        if made is None or any(not saved.owners for saved in _uses(made)):
+        if made is None or not _usable(made):
             return None
         self._resolve(made, set())
         return Recipe(made, list(dict.fromkeys(_uses(made))), tensor.device)
@@ -254,7 +258,7 @@ class Tape(TorchDispatchMode):
         new_bytes = tensor.untyped_storage().nbytes()
         if fixed or new_bytes < self._min_bytes or tensor.device != self._forward.device:
             new_bytes = 0
-        return _Held(tensor, tensor._version, new_bytes)
+        return _Held(tensor, tensor._version, new_bytes, fixed)
 
     def _resolve(self, made: _Made, seen: set[int]) -> None:
         """Save what is not saved yet; afterwards `made` refers to nothing large but Saved."""
@@ -267,10 +271,11 @@ class Tape(TorchDispatchMode):
                 self._resolve(x.made, seen)
             elif isinstance(x, _Held) and x.new_bytes:
                 return _Use(self._forward.save_source(x.get()), geometry(x.tensor))
-            elif isinstance(x, _Held) and not x.tensor.is_leaf:
+            elif isinstance(x, _Held):
                 # With its graph it would hold whoever holds us. Above autograd, where we are now,
                 # detach shares the version counter; where the tape sees operations, it does not.
-                return x._replace(tensor=x.tensor.detach())
+                tensor = x.tensor.detach() if x.fixed else x.tensor.detach().clone()
+                return _Held(tensor, tensor._version, 0, x.fixed)
             return x
 
         made.args, made.kwargs = _replace(made.args, settle), _replace(made.kwargs, settle)
@@ -307,6 +312,20 @@ def _collect_sources(made: _Made, sources: dict[int, _Held], seen: set[int]) -> 
             _collect_sources(x.made, sources, seen)
         elif isinstance(x, _Held) and x.new_bytes:
             sources[storage_key(x.tensor.untyped_storage())] = x
+
+
+def _usable(made: _Made) -> bool:
+    """Whether all that it needs is still there, as it was."""
+    for x in made.leaves():
+        if isinstance(x, _Part):
+            fine = _usable(x.made)
+        elif isinstance(x, _Use):
+            fine = x.saved.owners > 0
+        else:
+            fine = not x.writes
+        if not fine:
+            return False
+    return True
 
 
 def _uses(made: _Made) -> Iterator[Saved]:
