@@ -47,7 +47,6 @@ IMPORTS: dict[str, set[str]] = {
     "mesh": set(),
     "parallel": set(),
     "recorder": {"clock", "comm", "scheduler"},
-    "offloading": {"ops"},
     "step": {"comm", "data", "losses", "mesh", "parallel", "recorder", "watchdog"},
     # what a run needs beside steps
     "config": set(),
