@@ -19,6 +19,9 @@ reduction of gradients. Bytes: see `offloadable`, `hidden_ratio` (ByteScale Eq. 
     cost = CostModel.from_coefficients(quadratic_s=5.128e-9, linear_s=1.84e-4)
     cost.piece_s(262144, 32)            # seconds on each of 32 ranks
     cost.save("h200.json"); CostModel.load("h200.json")
+
+A file may have a `report` beside the coefficients: where they come from, what was measured, how far
+the fit is off (tools/profile_machine.py writes it). It is for people; a CostModel does not keep it.
 """
 
 from __future__ import annotations
@@ -239,10 +242,11 @@ class CostModel:
         }
         return cls(**{**derived, **others})
 
-    def to_json(self) -> str:
-        """JSON text; an infinite bandwidth is null."""
+    def to_json(self, report: dict[str, Any] | None = None) -> str:
+        """JSON text; an infinite bandwidth is null. report: see the module docstring."""
         values = {k: None if v == math.inf else v for k, v in asdict(self).items()}
-        return json.dumps({"version": FORMAT_VERSION, **values}, indent=2)
+        more = {} if report is None else {"report": report}
+        return json.dumps({"version": FORMAT_VERSION, **values, **more}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> CostModel:
@@ -250,6 +254,7 @@ class CostModel:
         try:
             data = json.loads(text)
             version = data.pop("version")
+            data.pop("report", None)
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"not a CostModel in JSON: {error!r}") from error
         if version != FORMAT_VERSION:
@@ -262,8 +267,8 @@ class CostModel:
         values: dict[str, Any] = {k: math.inf if v is None else v for k, v in data.items()}
         return cls(**values)
 
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json() + "\n", encoding="ascii")
+    def save(self, path: str | Path, report: dict[str, Any] | None = None) -> None:
+        Path(path).write_text(self.to_json(report) + "\n", encoding="ascii")
 
     @classmethod
     def load(cls, path: str | Path) -> CostModel:

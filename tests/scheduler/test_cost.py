@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -130,6 +131,16 @@ def test_offload_by_hand() -> None:
 def test_json_round_trip(cost: CostModel, tmp_path) -> None:
     cost.save(tmp_path / "cost.json")
     assert CostModel.load(tmp_path / "cost.json") == cost
+
+
+def test_a_report_travels_in_the_file_alone(tmp_path) -> None:
+    """Residuals and provenance are for people: the model is the same with and without them."""
+    path = tmp_path / "cost.json"
+    report = {"residuals": [0.01, -0.02], "provenance": {"torch": "2.13"}}
+    WITH_COMM.save(path, report)
+    assert CostModel.load(path) == WITH_COMM
+    assert json.loads(path.read_text())["report"] == report
+    assert "report" not in json.loads(WITH_COMM.to_json())
 
 
 @pytest.mark.parametrize(
