@@ -92,7 +92,8 @@ class TrainConfig:
     beta2: float = 0.95
     grad_clip: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
-    optimizer: Literal["adamw", "apex"] = "adamw"
+    optimizer: Literal["adamw", "apex", "transformer_engine"] = "adamw"
+    """AdamW by torch's fused kernel, or by that of a library."""
 
     # -- output --
     run_dir: str = "runs/default"

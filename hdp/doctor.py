@@ -52,8 +52,9 @@ def choose_backends(report: dict[str, Any]) -> dict[str, dict[str, str]]:
         chosen["device"] = ("none", f"{torch['error']}; planning and simulation work")
     else:
         chosen |= _torch_backends(torch)
-        on_request = "; apex's on request" if "apex" in has else ""
-        chosen["optimizer"] = ("torch fused AdamW", f"one kernel per update{on_request}")
+        others = [name for name in ("apex", "transformer-engine") if name in has]
+        flags = "".join(f", --optimizer {name.replace('-', '_')}" for name in others)
+        chosen["optimizer"] = ("torch fused AdamW", "one kernel per update" + flags)
     if "transformers" in has:
         chosen["models"] = ("transformers", "unmodified, attention registered as 'hdp'")
     else:

@@ -4,10 +4,13 @@ AdamW (Loshchilov and Hutter, arXiv 1711.05101): the decay of weights is decoupl
 and scaled by the learning rate. Matrices decay; norms, biases and other vectors do not. The update
 is elementwise, so each rank updates its own shards and nothing is communicated.
 
-Two implementations of the same update, with the same state dict: a run may change between them.
+Three implementations of the same update, with the same state dict: a run may change between them.
 
-    adamw   torch's fused kernel where the device has one, else its foreach loops
-    apex    apex's multi-tensor kernel (FusedAdam's); an error if apex is not installed
+    adamw               torch's fused kernel where the device has one, else its foreach loops
+    apex                apex's multi-tensor kernel (FusedAdam's)
+    transformer_engine  Transformer Engine's (FusedAdam's)
+
+The last two are errors where the library is not installed.
 
 The schedule is a value, not an object that counts: learning rate = schedule(step). Resuming needs
 the step and nothing else.
@@ -22,14 +25,20 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .kernels.transformer_engine import load_adam as _load_transformer_engine
+
 if TYPE_CHECKING:
     from .config import TrainConfig
+
+# Tensors and numbers of one launch -> the update, in place; see KernelAdamW._step_group.
+AdamKernel = Callable[..., None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,23 +97,24 @@ def build_optimizer(
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
-    backend: Literal["adamw", "apex"] = "adamw",
+    backend: Literal["adamw", "apex", "transformer_engine"] = "adamw",
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `model`, in a decaying and a non-decaying group.
 
     Call it after `parallel.shard`: sharding replaces the parameters.
 
-    Raises ValueError for values out of range, a model without trainable parameters, and
-    backend="apex" where apex or a CUDA device is missing.
+    Raises ValueError for values out of range, a model without trainable parameters, and a back end
+    whose library or CUDA device is missing.
     """
     if not (weight_decay >= 0 and math.isfinite(weight_decay)):
         raise ValueError(f"weight_decay={weight_decay} must be 0 or more")
     groups = decay_groups(model, weight_decay)
     options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
-    if backend == "apex":
-        return ApexAdamW(groups, **options)
+    if backend in _LIBRARIES:
+        return KernelAdamW(groups, library=backend, **options)
     if backend != "adamw":
-        raise ValueError(f"optimizer {backend!r} is unknown; choose 'adamw' or 'apex'")
+        known = ", ".join(map(repr, ("adamw", *_LIBRARIES)))
+        raise ValueError(f"optimizer {backend!r} is unknown; choose one of {known}")
     device = groups[0]["params"][0].device
     fused = device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(groups, **options, fused=fused, foreach=not fused)
@@ -114,8 +124,8 @@ def build_optimizer(
 
 def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
     """What runs, for the start-up report."""
-    if isinstance(optimizer, ApexAdamW):
-        return "AdamW (apex)"
+    if isinstance(optimizer, KernelAdamW):
+        return f"AdamW ({optimizer.library})"
     kind = "fused" if optimizer.defaults.get("fused") else "foreach"
     return f"AdamW (torch, {kind})"
 
@@ -138,20 +148,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-class ApexAdamW(torch.optim.AdamW):
-    """torch's AdamW, its state and its groups, updated by apex's multi-tensor kernel.
+class KernelAdamW(torch.optim.AdamW):
+    """torch's AdamW, its state and its groups, updated by a library's multi-tensor kernel.
 
-    apex's own FusedAdam cannot update DTensors and keeps its step count elsewhere; this gives its
-    kernel the local shards and keeps the state that checkpoints know how to reshard.
+    The libraries' own FusedAdam classes keep their step counts elsewhere, and apex's cannot update
+    DTensors. This gives the kernel the local shards and keeps the state that checkpoints know how
+    to reshard.
     """
 
-    def __init__(self, params: Any, **options: Any) -> None:
-        self._kernel, self._apply_kernel = _load_apex()
+    def __init__(self, params: Any, *, library: str, **options: Any) -> None:
+        self._kernel = _LIBRARIES[library]()
+        self.library = library
         super().__init__(params, **options, fused=False, foreach=False)
         device = self.param_groups[0]["params"][0].device
         if device.type != "cuda":
             raise ValueError(
-                f"optimizer 'apex' updates parameters on cuda, these are on {device}: "
+                f"optimizer {library!r} updates parameters on cuda, these are on {device}: "
                 "move them, or use 'adamw'"
             )
         self._overflow = torch.zeros(1, dtype=torch.int32, device=device)
@@ -174,15 +186,16 @@ class ApexAdamW(torch.optim.AdamW):
         by_step: dict[int, list[int]] = defaultdict(list)
         for i, step in enumerate(steps):  # on the CPU: no wait for the GPU
             step += 1
-            by_step[int(step.item())].append(i)
+            # Shards may be empty. apex's launcher drops all that it holds if the last one is.
+            if _local(params[i]).numel():
+                by_step[int(step.item())].append(i)
         beta1, beta2 = group["betas"]
         for count, members in by_step.items():
             lists = [
                 [_local(tensors[i]) for i in members]
                 for tensors in (grads, params, averages, squares)
             ]
-            self._apply_kernel(
-                self._kernel,
+            self._kernel(
                 self._overflow,
                 lists,
                 float(group["lr"]),
@@ -209,8 +222,7 @@ def _local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def _load_apex() -> tuple[Any, Any]:
-    """(multi_tensor_adam kernel, function that applies it to lists of tensors)."""
+def _load_apex() -> AdamKernel:
     try:
         import amp_C  # apex's compiled extension
         from apex.multi_tensor_apply import multi_tensor_applier
@@ -219,4 +231,10 @@ def _load_apex() -> tuple[Any, Any]:
             f"optimizer 'apex' was asked for but apex cannot be imported ({error}); build it with "
             "its C++ and CUDA extensions (github.com/NVIDIA/apex), or use 'adamw'"
         ) from error
-    return amp_C.multi_tensor_adam, multi_tensor_applier
+    return partial(multi_tensor_applier, amp_C.multi_tensor_adam)
+
+
+_LIBRARIES: dict[str, Callable[[], AdamKernel]] = {
+    "apex": _load_apex,
+    "transformer_engine": _load_transformer_engine,
+}

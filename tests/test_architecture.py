@@ -53,7 +53,7 @@ IMPORTS: dict[str, set[str]] = {
     "monitor": set(),
     "agree": set(),
     "watchdog": {"agree", "clock", "mesh", "monitor"},
-    "optim": set(),
+    "optim": {"kernels"},
     "rng": set(),
     "checkpoint_dir": set(),
     "checkpoint_io": {"checkpoint_dir"},

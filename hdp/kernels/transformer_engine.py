@@ -1,4 +1,4 @@
-"""Transformer Engine's fused attention: cuDNN's kernels, with their graphs cached by size class.
+"""Transformer Engine: its fused attention, cuDNN's kernels with their graphs cached by size class.
 
 Packed sequences are its layout "thd". cuDNN wants one execution graph per shape; Transformer Engine
 rounds the batch and the number of tokens up for that, and `max_seqlen` is rounded up here, so that
@@ -8,11 +8,15 @@ shape: see cudnn.py).
 lse is called softmax stats there: natural log, fp32, (total_q, num_heads, 1) with cuDNN 9.6 or
 later (before that, padded per sequence: refused here). The backward wants it in the same layout,
 together with the state of a random generator that only dropout reads.
+
+Its multi-tensor Adam, for hdp/optim.py, is here too: the library is imported in one file.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,6 +117,22 @@ def _library() -> Any:
     import transformer_engine.pytorch.cpp_extensions.fused_attn as library
 
     return library
+
+
+def load_adam() -> Callable[..., None]:
+    """kernel(overflow, tensor lists, numbers ...) of its FusedAdam.
+
+    Raises ValueError if it cannot be imported.
+    """
+    try:
+        from transformer_engine.pytorch.optimizers import multi_tensor_adam, multi_tensor_applier
+    except Exception as error:  # built for another torch or CUDA: any error is possible
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            "optimizer 'transformer_engine' was asked for but Transformer Engine cannot be "
+            f"imported ({reason}): {_REMEDY}, or use 'adamw'"
+        ) from error
+    return partial(multi_tensor_applier, multi_tensor_adam)
 
 
 def _te_dtype(dtype: torch.dtype) -> Any:

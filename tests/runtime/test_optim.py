@@ -7,17 +7,21 @@ import itertools
 import math
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from hdp.checkpoint import Checkpointer
 from hdp.config import TrainConfig
+from hdp.mesh import HDPMesh
 from hdp.optim import (
-    ApexAdamW,
+    KernelAdamW,
     WarmupCosine,
     _keep_implementation,
     build_optimizer,
@@ -158,22 +162,26 @@ def _gradients(model, steps=6):
     ]
 
 
+def _train_sharded(model, optimizer, gradients):
+    for step_gradients in gradients:
+        unshard_all(model)
+        set_microbatch(model, reduce=True)
+        # A loss whose gradient is the given one, all of it from the last rank.
+        share = 1.0 if dist.get_rank() == dist.get_world_size() - 1 else 0.0
+        out = model(torch.ones(1, 7, dtype=torch.float64)).sum() * 0
+        loss = sum((p * g).sum() for p, g in zip(model.parameters(), step_gradients, strict=True))
+        (out + share * loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def _sharded_run(rank, world_size):
     model = _model()
     gradients = _gradients(model)
     shard(model, init_device_mesh("cpu", (world_size,)), layers=list(model))
     optimizer = build_optimizer(model, **OPTIONS)
     assert optimizer_name(optimizer) == "AdamW (torch, fused)"
-    for step_gradients in gradients:
-        unshard_all(model)
-        set_microbatch(model, reduce=True)
-        # A loss whose gradient is the given one, all of it from the last rank.
-        share = 1.0 if rank == world_size - 1 else 0.0
-        out = model(torch.ones(1, 7, dtype=torch.float64)).sum() * 0
-        loss = sum((p * g).sum() for p, g in zip(model.parameters(), step_gradients, strict=True))
-        (out + share * loss).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    _train_sharded(model, optimizer, gradients)
     return full_state_dict(model)
 
 
@@ -208,49 +216,75 @@ def test_learning_rate_is_used_from_the_next_step_on():
     assert {group["lr"] for group in optimizer.param_groups} == {0.1}
 
 
-# ---- apex ----
+# ---- kernels of libraries ----
+
+LIBRARIES = ("apex", "transformer_engine")
 
 
-def _adam_of_apex(overflow, lists, lr, beta1, beta2, eps, step, adamw, bias_correction, decay):
+def _adam_of_a_library(overflow, lists, lr, beta1, beta2, eps, step, adamw, bias_correction, decay):
     """What csrc/multi_tensor_adam.cu computes in its decoupled mode."""
     assert adamw == 1 and bias_correction == 1 and isinstance(step, int)
-    for g, p, m, v in zip(*lists, strict=True):
+    # Its launcher launches at the last chunk of the last tensor, which an empty one has not.
+    assert lists[0][-1].numel(), "the last tensor is empty: nothing would be updated"
+    for tensors in zip(*lists, strict=True):
+        assert all(x.is_contiguous() and type(x) in (torch.Tensor, nn.Parameter) for x in tensors)
+        g, p, m, v = tensors
         m.mul_(beta1).add_(g, alpha=1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
         p.sub_(lr * (m_hat / (v_hat.sqrt() + eps) + decay * p))
 
 
+def _put_fake_libraries(modules) -> None:
+    """Both interfaces over the arithmetic above."""
+
+    def apply(op, flag, lists, *args):
+        return op(flag, lists, *args)
+
+    fakes = {
+        "apex": {},
+        "apex.multi_tensor_apply": {"multi_tensor_applier": apply},
+        "amp_C": {"multi_tensor_adam": _adam_of_a_library},
+        "transformer_engine": {},
+        "transformer_engine.pytorch": {},
+        "transformer_engine.pytorch.optimizers": {
+            "multi_tensor_adam": _adam_of_a_library,
+            "multi_tensor_applier": apply,
+        },
+    }
+    for name, members in fakes.items():
+        modules[name] = types.ModuleType(name)
+        vars(modules[name]).update(members)
+
+
 @pytest.fixture
-def fake_apex(monkeypatch):
-    """apex's interface over the arithmetic above; parameters on the CPU pass for cuda ones."""
-    apex, multi_tensor_apply = types.ModuleType("apex"), types.ModuleType("apex.multi_tensor_apply")
-    multi_tensor_apply.multi_tensor_applier = lambda op, flag, lists, *args: op(flag, lists, *args)
-    amp_c = types.ModuleType("amp_C")
-    amp_c.multi_tensor_adam = _adam_of_apex
-    monkeypatch.setitem(sys.modules, "apex", apex)
-    monkeypatch.setitem(sys.modules, "apex.multi_tensor_apply", multi_tensor_apply)
-    monkeypatch.setitem(sys.modules, "amp_C", amp_c)
+def fake_libraries(monkeypatch):
+    fakes = {}
+    _put_fake_libraries(fakes)
+    for name, module in fakes.items():
+        monkeypatch.setitem(sys.modules, name, module)
 
 
-class _ApexOnCPU(ApexAdamW):
+class _OnCPU(KernelAdamW):
     """Lets the fake kernel run: only the device check and the overflow flag need a GPU."""
 
-    def __init__(self, params, **options):
-        with pytest.raises(ValueError, match="'apex' updates parameters on cuda"):
-            super().__init__(params, **options)
+    def __init__(self, params, *, library, **options):
+        with pytest.raises(ValueError, match=f"'{library}' updates parameters on cuda"):
+            super().__init__(params, library=library, **options)
         self._overflow = torch.zeros(1, dtype=torch.int32)
         self.register_load_state_dict_pre_hook(_keep_implementation)
 
 
-def test_apex_is_the_same_update_with_the_same_state(fake_apex):
-    models = [_model(), _model()]
+def _on_cpu(model, library):
     options = {k: v for k, v in OPTIONS.items() if k != "weight_decay"}
-    optimizers = [
-        _ApexOnCPU(decay_groups(models[0], OPTIONS["weight_decay"]), **options),
-        build_optimizer(models[1], **OPTIONS),
-    ]
-    assert optimizer_name(optimizers[0]) == "AdamW (apex)"
+    return _OnCPU(decay_groups(model, OPTIONS["weight_decay"]), library=library, **options)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_is_the_same_update_with_the_same_state(fake_libraries, library):
+    models = [_model(), _model()]
+    optimizers = [_on_cpu(models[0], library), build_optimizer(models[1], **OPTIONS)]
+    assert optimizer_name(optimizers[0]) == f"AdamW ({library})"
     gradients = _gradients(models[0])
     first, second = (_train(m, o, gradients[:3]) for m, o in zip(models, optimizers, strict=True))
     for a, b in zip(first, second, strict=True):
@@ -270,7 +304,41 @@ def test_apex_is_the_same_update_with_the_same_state(fake_apex):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_missing_apex_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "amp_C", None)
-    with pytest.raises(ValueError, match=r"apex cannot be imported .*use 'adamw'"):
-        build_optimizer(nn.Linear(2, 2), lr=1e-3, backend="apex")
+def _through_a_checkpoint(rank, world_size, directory, library):
+    """Three steps by a library, a checkpoint, three by torch."""
+    _put_fake_libraries(sys.modules)
+    gradients = _gradients(_model())
+    with HDPMesh.create(device="cpu") as mesh:
+        options = {"mesh": mesh, "keep_last": 1, "model_config": {}, "seed": 0}
+        with Checkpointer(Path(directory), **options) as checkpointer:
+            first = _model()
+            shard(first, mesh.device_mesh, layers=list(first))
+            optimizer = _on_cpu(first, library)
+            _train_sharded(first, optimizer, gradients[:3])
+            checkpointer.save(3, model=first, optimizer=optimizer, extra={})
+            checkpointer.wait()
+            second = _model()
+            shard(second, mesh.device_mesh, layers=list(second))
+            optimizer = build_optimizer(second, **OPTIONS)
+            assert checkpointer.load(model=second, optimizer=optimizer).step == 3
+            _train_sharded(second, optimizer, gradients[3:])
+            return full_state_dict(second)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_checkpoint_of_a_library_is_one_of_torch(tmp_path, library):
+    """On four ranks: shards of 5 and 3 rows are uneven, and some are empty."""
+    state = run_ranks(_through_a_checkpoint, 4, str(tmp_path), library)[0]
+    model = _model()
+    gradients = _gradients(model)
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        want = _by_hand(parameter, [step[i] for step in gradients])
+        torch.testing.assert_close(state[name], want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_missing_library_is_named(monkeypatch, library):
+    for name in ("amp_C", "transformer_engine"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=rf"'{library}' .*cannot be imported .*use 'adamw'"):
+        build_optimizer(nn.Linear(2, 2), lr=1e-3, backend=library)
