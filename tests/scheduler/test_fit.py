@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hdp.scheduler import CostModel, StepPlan
-from hdp.scheduler.fit import Observation, _non_negative, fit_cost
+from hdp.scheduler.fit import Observation, _non_negative, fit_cost, fit_line
 from hdp.scheduler.simulate import microbatch_times
 
 TRUE = CostModel.from_coefficients(
@@ -26,24 +29,34 @@ SHAPES = [
 ]
 
 
-def _plan(pieces) -> StepPlan:
+def _plan(pieces, across_nodes=False) -> StepPlan:
     """One microbatch with these pieces, on every rank of the widest of them."""
     degree = max(d for _, d in pieces)
     rings = [list(range(d)) for _, d in pieces]
     everywhere = [[[s for s, ring in enumerate(rings) if r in ring]] for r in range(degree)]
-    return StepPlan.from_lists([n for n, _ in pieces], rings, everywhere, max_tokens_per_rank=10**6)
+    return StepPlan.from_lists(
+        [n for n, _ in pieces],
+        rings,
+        everywhere,
+        max_tokens_per_rank=10**6,
+        ranks_per_node=1 if across_nodes else None,
+    )
 
 
-def _seconds(pieces, cost=TRUE) -> float:
-    return float(microbatch_times(_plan(pieces), cost).total_s[0])
+def _seconds(pieces, cost=TRUE, across_nodes=False) -> float:
+    return float(microbatch_times(_plan(pieces, across_nodes), cost).total_s[0])
+
+
+def _assert_same(cost, true) -> None:
+    for field in ("quadratic_s", "linear_s", "fixed_s", "small_shard_tokens", "ring_step_s"):
+        assert getattr(cost, field) == pytest.approx(getattr(true, field), rel=1e-6), field
 
 
 def test_fit_recovers_the_coefficients():
     observations = [Observation(pieces=tuple(p), seconds=_seconds(p)) for p in SHAPES]
     fit = fit_cost(observations, CostModel.from_coefficients(quadratic_s=1.0, linear_s=1.0))
     assert np.abs(fit.relative_errors).max() < 1e-9
-    for field in ("quadratic_s", "linear_s", "fixed_s", "small_shard_tokens", "ring_step_s"):
-        assert getattr(fit.cost, field) == pytest.approx(getattr(TRUE, field), rel=1e-6), field
+    _assert_same(fit.cost, TRUE)
 
 
 def test_local_measurements_leave_the_ring_alone():
@@ -54,6 +67,64 @@ def test_local_measurements_leave_the_ring_alone():
     fit = fit_cost(observations, base)
     assert fit.cost.ring_step_s == 0.5
     assert np.abs(fit.relative_errors).max() < 1e-9
+
+
+def test_what_small_shards_cost_is_not_counted_twice():
+    """On one rank it looks linear; the base says how much of it is attention's."""
+    observations = [
+        Observation(pieces=tuple(p), seconds=_seconds(p)) for p in SHAPES if p[0][1] == 1
+    ]
+    base = replace(TRUE, quadratic_s=1.0, linear_s=1.0, fixed_s=0.0)
+    _assert_same(fit_cost(observations, base).cost, TRUE)
+
+
+@pytest.mark.parametrize("bytes_per_s", [3e8, 1e9, 1e10])
+def test_exposed_transfers_are_told_from_the_rest(bytes_per_s):
+    """With measured links the other coefficients come out right, whatever part of it shows."""
+    true = replace(
+        TRUE,
+        kv_bytes_per_token=6144.0,
+        intra_node_bytes_per_s=bytes_per_s,
+        inter_node_bytes_per_s=bytes_per_s / 4,
+    )
+    shapes = [*SHAPES, [(65536, 4)], [(512, 2)], [(2048, 4), (700, 1)]]
+    observations = [
+        Observation(pieces=tuple(p), seconds=_seconds(p, true, across), across_nodes=across)
+        for p in shapes
+        for across in (False, True)
+    ]
+    hidden = [o.exposed_s(true) <= 0 for o in observations if o.degree > 1]
+    assert bytes_per_s == 1e10 or not all(hidden), "the case tests nothing"
+    base = replace(true, quadratic_s=1.0, linear_s=1.0, small_shard_tokens=0.0, ring_step_s=0.0)
+    fit = fit_cost(observations, base, known_links=True)
+    assert np.abs(fit.relative_errors).max() < 1e-9
+    _assert_same(fit.cost, true)
+    for o in observations:
+        assert o.predicted_s(fit.cost) == pytest.approx(o.seconds, rel=1e-9)
+
+
+def test_unknown_links_become_free():
+    base = replace(TRUE, kv_bytes_per_token=1e9, intra_node_bytes_per_s=1.0)
+    observations = [Observation(pieces=tuple(p), seconds=_seconds(p)) for p in SHAPES]
+    fit = fit_cost(observations, base)
+    assert fit.cost.intra_node_bytes_per_s == math.inf
+    assert np.abs(fit.relative_errors).max() < 1e-9
+
+
+@given(st.floats(1e-6, 1e-3), st.floats(1e6, 1e12))
+def test_a_line_is_found(latency_s, bytes_per_s):
+    sizes = [2**n for n in range(10, 30, 4)]
+    times = [latency_s + size / bytes_per_s for size in sizes]
+    found = fit_line(sizes, times)
+    for size, seconds in zip(sizes, times, strict=True):
+        assert found[0] + size / found[1] == pytest.approx(seconds, rel=1e-6)
+
+
+def test_a_line_needs_sizes_that_differ():
+    with pytest.raises(ValueError, match="two sizes"):
+        fit_line([1024, 1024], [1.0, 1.0])
+    with pytest.raises(ValueError, match="larger messages"):
+        fit_line([1, 2, 4096], [3.0, 2.0, 1e-4])
 
 
 @given(st.integers(0, 10_000))
