@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import ring_attn_varlen_func
+from .export_dir import check_target, partial_path, publish
 from .hf_check import check_supported
 from .kernels import select_kernel
 from .losses import chunked_logprobs
@@ -240,13 +241,11 @@ def export_model(
         tokenizer: anything with `save_pretrained(folder)`, or None.
         dtype: of the written weights; None: as they are.
 
-    Raises ValueError if weights are missing, or if `path` holds something else than an export.
+    Raises ValueError if weights are missing, or if `path` holds anything but an export.
     """
     from transformers import AutoModelForCausalLM
 
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or not _is_export_or_empty(path)):
-        raise ValueError(f"{path} exists and is no exported model; choose another folder")
+    target = check_target(path)
     weights = {
         name.removeprefix("model."): (x if dtype is None else x.to(dtype)).detach().cpu()
         for name, x in state_dict.items()
@@ -260,15 +259,13 @@ def export_model(
     missing = sorted(skeleton.state_dict().keys() - weights.keys())
     if missing:
         raise ValueError(f"state_dict lacks {len(missing)} weights, first {missing[0]}")
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(target)
     shutil.rmtree(partial, ignore_errors=True)
     skeleton.save_pretrained(partial, state_dict=weights, max_shard_size="5GB")
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
         _warn_if_misread(partial)
-    if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
+    publish(target)
 
 
 def transformer_shape(model: CausalLM | PreTrainedModel) -> dict[str, int]:
@@ -389,10 +386,6 @@ def _warn_if_misread(folder: Path) -> None:
             "hdp.hf.load_tokenizer",
             stacklevel=3,
         )
-
-
-def _is_export_or_empty(path: Path) -> bool:
-    return (path / "config.json").exists() or not any(path.iterdir())
 
 
 def _first_line(error: BaseException) -> str:

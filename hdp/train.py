@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+from .agree import on_rank_0
 from .checkpoint import Checkpointer, CheckpointError
 from .config import TrainConfig
 from .data.feed import StepFeed
+from .export_dir import check_target
 from .hf import export_model
 from .mesh import HDPMesh
 from .metrics import MetricsWriter, StepMetrics
@@ -40,6 +43,8 @@ def train(config: TrainConfig) -> list[StepMetrics]:
         HDPMesh.create(hdp_size=config.hdp_size, device=device, timeout_s=_LONG_S) as mesh,
         Watchdog.start(mesh, timeout_s=config.timeout_s) as watchdog,
     ):
+        if config.export_hf:  # found out now, not after the last step
+            on_rank_0(partial(check_target, config.export_hf), mesh.hdp_group)
         with watchdog.allow(_LONG_S, "loading data and model"):
             run = set_up(config, mesh, watchdog)
         with Checkpointer(
@@ -55,9 +60,7 @@ def train(config: TrainConfig) -> list[StepMetrics]:
                 last_step, total_tokens = _resume(run, checkpointer)
             metrics = list(_steps(run, checkpointer, last_step + 1, total_tokens))
             with watchdog.allow(_LONG_S, "writing the last checkpoint and the model"):
-                checkpointer.wait()
-                if config.export_hf:
-                    _export(run, Path(config.export_hf))
+                _finish(run, checkpointer)
     return metrics
 
 
@@ -148,9 +151,22 @@ def _save(run: Run, checkpointer: Checkpointer, step: int, total_tokens: int) ->
     )
 
 
+def _finish(run: Run, checkpointer: Checkpointer) -> None:
+    """Wait for the last save, and export. That the save failed is no reason to lose the export."""
+    failed = None
+    try:
+        checkpointer.wait()
+    except CheckpointError as error:
+        failed = error
+    if run.config.export_hf:
+        _export(run, Path(run.config.export_hf))
+    if failed is not None:
+        raise failed
+
+
 def _export(run: Run, folder: Path) -> None:
     """Write the model for `from_pretrained`. Collective; one rank writes."""
     state = full_state_dict(run.model)
     if run.is_main:
         export_model(run.model, folder, state, tokenizer=run.dataset.tokenizer)
-        run.say(f"wrote {folder}: load it with AutoModelForCausalLM.from_pretrained")
+        run.say(f"wrote {folder} in bf16: load it with AutoModelForCausalLM.from_pretrained")

@@ -39,7 +39,8 @@ IMPORTS: dict[str, set[str]] = {
     # the model around it
     "losses": {"ops"},
     "hf_check": set(),
-    "hf": {"attention", "hf_check", "kernels", "losses"},
+    "export_dir": set(),
+    "hf": {"attention", "export_dir", "hf_check", "kernels", "losses"},
     # tokens
     "console": set(),
     "data": {"console", "hf", "layout", "scheduler"},
@@ -66,8 +67,8 @@ IMPORTS: dict[str, set[str]] = {
     },
     "observe": {"data", "hf", "metrics", "run", "scheduler", "step"},
     "train": {
-        *("checkpoint", "config", "data", "hf", "mesh", "metrics", "observe", "optim"),
-        *("parallel", "run", "step", "watchdog"),
+        *("agree", "checkpoint", "config", "data", "export_dir", "hf", "mesh", "metrics"),
+        *("observe", "optim", "parallel", "run", "step", "watchdog"),
     },
     # the command line
     "machine": {"kernels", "ops"},

@@ -259,6 +259,15 @@ def test_export_refuses_what_it_would_destroy(tmp_path):
     (precious / "chapter1.txt").write_text("")
     with pytest.raises(ValueError, match="is no exported model"):
         export_model(model, precious, model.state_dict())
+    # a config.json makes no export: a run's folder and anybody's model have one
+    (precious / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is no exported model.* holds chapter1.txt, config.json"):
+        export_model(model, precious, model.state_dict())
+    assert sorted(p.name for p in precious.iterdir()) == ["chapter1.txt", "config.json"]
+    export_model(model, tmp_path / "out", model.state_dict())
+    (tmp_path / "out" / "notes.md").write_text("")
+    with pytest.raises(ValueError, match=r"holds notes.md"):
+        export_model(model, tmp_path / "out", model.state_dict())
     state = dict(model.state_dict())
     del state["model.model.norm.weight"]
     with pytest.raises(ValueError, match=r"lacks 1 weights, first model\.norm\.weight"):

@@ -160,6 +160,34 @@ def test_export_is_what_from_pretrained_loads(inputs, tmp_path):
     assert abs(resumed[0][1] - trained[-1][1]) < 0.6
 
 
+def test_export_into_the_run_folder_is_refused_before_training(inputs, tmp_path):
+    options = config(inputs, tmp_path, steps=1)
+    run_ranks(_train, 1, options)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    into = config(inputs, tmp_path, steps=2, export_hf=str(tmp_path))
+    with pytest.raises(RankError, match=r"is no exported model.* it holds checkpoints, config"):
+        run_ranks(_train, 2, into)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_failed_last_save_does_not_lose_the_export(inputs, tmp_path):
+    options = config(inputs, tmp_path / "run", steps=2, export_hf=str(tmp_path / "out"))
+    with pytest.raises(RankError, match=r"CheckpointError: saving .* failed"):
+        run_ranks(_train_without_space, 1, options)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 10_000
+
+
+def _train_without_space(rank, world, options):
+    import hdp.checkpoint_io as module
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    module._Writer.write_data = full
+    return _train(rank, world, options)
+
+
 def test_a_document_that_no_ring_can_hold_is_an_error_with_a_remedy(inputs, tmp_path):
     with pytest.raises(RankError, match=r"2 ranks of 100 tokens hold 200 .*--max-length 200"):
         run_ranks(_train, 2, config(inputs, tmp_path, max_tokens_per_rank=100))
