@@ -118,7 +118,7 @@ def build_optimizer(
     device = groups[0]["params"][0].device
     fused = device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(groups, **options, fused=fused, foreach=not fused)
-    optimizer.register_load_state_dict_pre_hook(_keep_implementation)
+    optimizer.register_load_state_dict_pre_hook(_keep_options)
     return optimizer
 
 
@@ -167,7 +167,7 @@ class KernelAdamW(torch.optim.AdamW):
                 "move them, or use 'adamw'"
             )
         self._overflow = torch.zeros(1, dtype=torch.int32, device=device)
-        self.register_load_state_dict_pre_hook(_keep_implementation)
+        self.register_load_state_dict_pre_hook(_keep_options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -209,12 +209,15 @@ class KernelAdamW(torch.optim.AdamW):
             )
 
 
-def _keep_implementation(
-    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
-) -> dict[str, Any]:
-    """A loaded state says what was learnt, not by which kernel: keep this run's choice."""
-    ours = {key: optimizer.defaults[key] for key in ("fused", "foreach")}
-    groups = [{**group, **ours} for group in state_dict["param_groups"]]
+def _keep_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A loaded state says what was learnt, not how to go on: options and kernel are this run's.
+
+    Else a run resumed with another weight decay or beta would go on with the old one, unnoticed.
+    """
+    groups = [
+        {**saved, **{key: value for key, value in ours.items() if key != "params"}}
+        for saved, ours in zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
+    ]
     return {**state_dict, "param_groups": groups}
 
 

@@ -23,7 +23,7 @@ from hdp.mesh import HDPMesh
 from hdp.optim import (
     KernelAdamW,
     WarmupCosine,
-    _keep_implementation,
+    _keep_options,
     build_optimizer,
     decay_groups,
     learning_rate,
@@ -216,6 +216,15 @@ def test_learning_rate_is_used_from_the_next_step_on():
     assert {group["lr"] for group in optimizer.param_groups} == {0.1}
 
 
+def test_loaded_state_keeps_the_options_of_this_run():
+    """A run resumed with other options used the old ones: --weight-decay did nothing."""
+    first = build_optimizer(_model(), lr=0.1, weight_decay=0.3, betas=(0.8, 0.9))
+    second = build_optimizer(_model(), lr=0.2, weight_decay=0.0, betas=(0.7, 0.99))
+    options = [{**group, "params": None} for group in second.param_groups]
+    second.load_state_dict(first.state_dict())
+    assert [{**group, "params": None} for group in second.param_groups] == options
+
+
 # ---- kernels of libraries ----
 
 LIBRARIES = ("apex", "transformer_engine")
@@ -272,7 +281,7 @@ class _OnCPU(KernelAdamW):
         with pytest.raises(ValueError, match=f"'{library}' updates parameters on cuda"):
             super().__init__(params, library=library, **options)
         self._overflow = torch.zeros(1, dtype=torch.int32)
-        self.register_load_state_dict_pre_hook(_keep_implementation)
+        self.register_load_state_dict_pre_hook(_keep_options)
 
 
 def _on_cpu(model, library):
