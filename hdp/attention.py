@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .comm import RingComm, Transfer
 from .gather import gather_backward, gather_forward
@@ -68,6 +69,7 @@ class _RingAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # out and lse are constants here: a second gradient would be wrong
     def backward(ctx, dout):
         dq, dk, dv = _backward(dout, *ctx.saved_tensors, *ctx.rest)
         return dq, dk, dv, None, None, None, None

@@ -203,3 +203,13 @@ def test_gradcheck_on_one_rank():
     q = torch.randn(9, 2, 4, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(9, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     torch.autograd.gradcheck(lambda *x: ring_attn_varlen_func(*x, layout), (q, k, v))
+
+
+def test_second_gradients_are_refused():
+    """Backward takes out and lse for constants: a gradient of a gradient was wrong, silently."""
+    q, k, v = torch.randn(3, 5, 2, 8, dtype=torch.float64).requires_grad_().unbind()
+    layout = RingLayout(local_seqlens=(5,))
+    out = ring_attn_varlen_func(q, k, v, layout, kernel=KERNELS["reference"]())
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
