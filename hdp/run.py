@@ -124,6 +124,7 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
         model=model,
         context=context,
     )
+    run.plan(dataset.seqlens.max()[None])  # a ring that cannot hold it is found out now
     _introduce(run, dtype)
     return run
 

@@ -193,6 +193,14 @@ def test_a_document_that_no_ring_can_hold_is_an_error_with_a_remedy(inputs, tmp_
         run_ranks(_train, 2, config(inputs, tmp_path, max_tokens_per_rank=100))
 
 
+def test_static_rings_that_cannot_hold_a_document_are_refused_before_training(inputs, tmp_path):
+    """The 700 tokens of the longest document come up in some step, maybe hours later."""
+    options = {"policy": "static", "cp_size": 1, "max_tokens_per_rank": 400, "batch_tokens": 100}
+    with pytest.raises(RankError, match=r"needs 2 ranks of 400, cp_size=1; raise cp_size to 2"):
+        run_ranks(_train, 2, config(inputs, tmp_path, steps=1, **options))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_trace_step_writes_planned_and_measured(inputs, tmp_path):
     run_ranks(_train, 2, config(inputs, tmp_path, steps=2, trace_step=2))
     events = json.loads((tmp_path / "timeline_2.json").read_text())["traceEvents"]
