@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from .cost import CostModel
+from .h200 import h200_cost
 from .lengths import OVERLONG, read_lengths
 from .plan import StepPlan
 from .planner import POLICIES, plan
@@ -33,10 +34,6 @@ from .simulate import simulate
 from .timeline import Timeline
 from .workloads import WORKLOADS
 
-# A 7B GPT on A100 GPUs as FlexSP published it: compute only. Good enough to see shapes of plans.
-DEFAULT_COST = CostModel.from_coefficients(
-    quadratic_s=5.128e-9, linear_s=1.84e-4, name="7B GPT, published constants, compute only"
-)
 _COMPARED = ("static", "bytescale-naive", "bytescale", "hdp")
 _EPILOG = "named workloads: " + ", ".join(f"workload:{name}" for name in WORKLOADS)
 
@@ -130,9 +127,7 @@ def _add_cluster(command: argparse.ArgumentParser, *, required: bool) -> None:
     )
     group.add_argument("--pp-size", type=_count, default=1, metavar="N", help="pipeline stages")
     group.add_argument("--ranks-per-node", type=_count, metavar="N", help="default: one big node")
-    group.add_argument(
-        "--offload", action="store_true", help="let activations move to the host (needs --cost)"
-    )
+    group.add_argument("--offload", action="store_true", help="let activations move to the host")
     group.add_argument(
         "--equal-counts", action="store_true", help="the same number of microbatches everywhere"
     )
@@ -141,7 +136,7 @@ def _add_cluster(command: argparse.ArgumentParser, *, required: bool) -> None:
 def _add_cost(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("the cost model")
     group.add_argument(
-        "--cost", metavar="FILE", help="cost model in JSON (default: a 7B GPT, compute only)"
+        "--cost", metavar="FILE", help="cost model in JSON (default: LLaMA-7B on H200)"
     )
     group.add_argument(
         "--coefficient",
@@ -247,7 +242,7 @@ def _seqlens(arguments: argparse.Namespace) -> np.ndarray:
 
 
 def _cost(arguments: argparse.Namespace) -> CostModel:
-    cost = CostModel.load(arguments.cost) if arguments.cost else DEFAULT_COST
+    cost = CostModel.load(arguments.cost) if arguments.cost else h200_cost()
     names = {field.name: type(getattr(cost, field.name)) for field in fields(CostModel)}
     changes: dict[str, Any] = {}
     for text in arguments.coefficient:

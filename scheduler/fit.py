@@ -86,8 +86,11 @@ def fit_cost(
     *,
     name: str = "",
     known_links: bool = False,
+    only_attention: bool = False,
 ) -> Fit:
     """Coefficients of time from measurements; everything else as in `base`.
+
+    only_attention: the seconds are those of attention alone: linear_s and fixed_s become 0.
 
     known_links: kv_bytes_per_token and the bandwidths of `base` were measured, and stay. Otherwise
     transfers count as hidden or as part of the fitted terms, and the bandwidths become infinite
@@ -101,6 +104,8 @@ def fit_cost(
     on_rings = any(o.degree > 1 for o in observations)
     # On one rank L and L / d are the same: only their sum can be told.
     columns = [0, 1, 2, 3, 4] if on_rings else [0, 2, 4]
+    if only_attention:
+        columns = [0, 1, 3] if on_rings else [0, 1]
     if len(observations) < len(columns):
         raise ValueError(
             f"{len(observations)} observations cannot determine {len(columns)} coefficients: "
@@ -166,12 +171,12 @@ def _solve(
     found = np.zeros(5)
     found[columns] = _non_negative(features[:, columns] / seconds[:, None], 1.0 - known_s / seconds)
     quadratic_s, small, linear_s, ring_step_s, fixed_s = found.tolist()
-    cost = replace(base, quadratic_s=quadratic_s, linear_s=linear_s, fixed_s=fixed_s)
-    if 1 not in columns:
-        return cost
-    # without a quadratic part what small shards cost is as good as linear; rings then pay nothing
-    small_shard_tokens = small / quadratic_s if quadratic_s > 0 else 0.0
-    return replace(cost, small_shard_tokens=small_shard_tokens, ring_step_s=ring_step_s)
+    changes = {"quadratic_s": quadratic_s, "linear_s": linear_s, "fixed_s": fixed_s}
+    if 1 in columns:
+        changes["small_shard_tokens"] = small / quadratic_s if quadratic_s > 0 else 0.0
+    if 3 in columns:
+        changes["ring_step_s"] = ring_step_s
+    return replace(base, **changes)
 
 
 def _non_negative(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:

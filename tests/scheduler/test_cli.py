@@ -28,7 +28,7 @@ def test_plan_prints_table_and_timeline(capsys) -> None:
     assert code == 0
     assert err == ""
     assert "60 sequences" in out
-    for label in ("step time", "lower bound", "gap to it", "bubble", "KV tokens sent",
+    for label in ("step time", "lower bound", "gap to it", "bubble", "sent over rings",
                   "rings, degree x count", "microbatches per rank", "planning"):  # fmt: skip
         assert any(line.startswith(label) for line in out.splitlines()), label
     assert "A 16K on " in out
@@ -97,6 +97,7 @@ def test_saved_plans_are_simulated(capsys, tmp_path) -> None:
 
 def test_coefficients_override_the_cost_model(capsys) -> None:
     extra = ["--coefficient", "quadratic_s=0", "--coefficient", "linear_s=1e-3"]
+    extra += ["--coefficient", "kv_bytes_per_token=0"]
     _, out, _ = run(capsys, "plan", *BATCH, *CLUSTER, *extra, "--json")
     data = json.loads(out)
     assert (data["cost"]["quadratic_s"], data["cost"]["linear_s"]) == (0.0, 1e-3)

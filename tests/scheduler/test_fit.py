@@ -78,6 +78,18 @@ def test_what_small_shards_cost_is_not_counted_twice():
     _assert_same(fit_cost(observations, base).cost, TRUE)
 
 
+@pytest.mark.parametrize("degrees", [(1,), (1, 2, 4)])
+def test_attention_alone_has_no_linear_part(degrees):
+    true = replace(TRUE, linear_s=0.0, fixed_s=0.0, ring_step_s=TRUE.ring_step_s * (4 in degrees))
+    observations = [
+        Observation(pieces=((n * d, d),), seconds=_seconds([(n * d, d)], true))
+        for n in (128, 1024, 8192)
+        for d in degrees
+    ]
+    base = CostModel.from_coefficients(quadratic_s=1.0, linear_s=1.0)
+    _assert_same(fit_cost(observations, base, only_attention=True).cost, true)
+
+
 @pytest.mark.parametrize("bytes_per_s", [3e8, 1e9, 1e10])
 def test_exposed_transfers_are_told_from_the_rest(bytes_per_s):
     """With measured links the other coefficients come out right, whatever part of it shows."""
