@@ -17,9 +17,12 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from hdp.scheduler import StepPlan
 
@@ -110,19 +113,32 @@ class MetricsWriter:
 
     A context manager. `enabled=False` (all ranks but one) writes nothing. Steps from `first_step`
     on that are there already were trained and lost before a resume: they are taken out.
+
+    A full disk stops no training: `say` tells of it once, rows wait in memory and are written when
+    there is room again; TensorBoard, whose writer is broken then, gets no more of this run.
     """
 
     def __init__(
-        self, run_dir: Path, *, tensorboard: bool, enabled: bool = True, first_step: int = 1
+        self,
+        run_dir: Path,
+        *,
+        tensorboard: bool,
+        enabled: bool = True,
+        first_step: int = 1,
+        say: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
         self._board: Any = None
+        self._say = say
+        self._unwritten = b""
+        self._is_failing = False
         if not enabled:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
         _keep_steps_before(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        # without a buffer: a killed run keeps its last step, and it is known what was written
+        self._file = FileIO(path, "a")
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -136,21 +152,42 @@ class MetricsWriter:
         if self._file is None:
             return
         values = asdict(metrics)
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()  # a killed run keeps its last step
+        self._unwritten += json.dumps(values).encode() + b"\n"
+        self._append()
         if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._board.add_scalar(name, value, metrics.step)
+            try:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)) and name != "step":
+                        self._board.add_scalar(name, value, metrics.step)
+            except OSError as error:
+                self._board = None
+                self._say(f"TensorBoard gets no more of this run: {error}")
+
+    def _append(self) -> None:
+        """Write what is not written yet, as far as there is room."""
+        assert self._file is not None
+        try:
+            while self._unwritten:
+                written = self._file.write(self._unwritten)
+                self._unwritten = self._unwritten[written:]
+            self._is_failing = False
+        except OSError as error:
+            if not self._is_failing:
+                self._say(f"cannot write {self._file.name}: {error}; will try again")
+            self._is_failing = True
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
+            self._append()
+            if self._unwritten:
+                self._say(f"{self._file.name} lacks the last {self._unwritten.count(10)} rows")
             self._file.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
 
 
 def _keep_steps_before(path: Path, first_step: int) -> None:

@@ -79,6 +79,7 @@ def _steps(
             tensorboard=config.tensorboard,
             enabled=run.is_main,
             first_step=first_step,
+            say=run.say,
         ) as writer,
         StepFeed(
             run.dataset,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from io import FileIO
 
 import pytest
 
@@ -70,6 +71,39 @@ def test_steps_that_a_resume_trains_again_are_in_the_file_once(tmp_path):
         writer.write(dataclasses.replace(METRICS, step=3, loss=2.0))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_full_disk_loses_no_row(tmp_path, monkeypatch):
+    """A partial write, then none, then room again: all rows are there, whole, and it is told."""
+    said = []
+    full = OSError(28, "No space left on device")
+    room = [10, full, 0, None]  # bytes that the next writes take, None: all
+
+    class Disk(FileIO):
+        def write(self, data):
+            most = room.pop(0) if room else None
+            if isinstance(most, OSError):
+                raise most
+            return super().write(data[:most])
+
+    monkeypatch.setattr("hdp.metrics.FileIO", Disk)
+    with MetricsWriter(tmp_path, tensorboard=False, say=said.append) as writer:
+        for step in (1, 2, 3):
+            writer.write(dataclasses.replace(METRICS, step=step))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert len(said) == 1 and "No space left on device; will try again" in said[0]
+    room[:] = [full] * 3
+    with MetricsWriter(tmp_path, tensorboard=False, first_step=4, say=said.append) as writer:
+        writer.write(dataclasses.replace(METRICS, step=4))
+        writer.write(dataclasses.replace(METRICS, step=5))
+    assert said[2].endswith("metrics.jsonl lacks the last 2 rows")
+    # TensorBoard's writer raises what its thread met
+    with MetricsWriter(tmp_path, tensorboard=True, first_step=4, say=said.append) as writer:
+        monkeypatch.setattr(writer._board, "add_scalar", lambda *_: (_ for _ in ()).throw(full))
+        writer.write(dataclasses.replace(METRICS, step=4))
+        writer.write(dataclasses.replace(METRICS, step=5))
+    assert len(said) == 4 and "TensorBoard gets no more of this run" in said[3]
 
 
 def test_disabled_writer_writes_nothing(tmp_path):
