@@ -1,17 +1,24 @@
-"""Compiled: a function of tensors under torch.compile, or plain where that does not work.
+"""torch.compile for small things: one function (`Compiled`), and what lies between rings.
 
-An optimisation must not be able to stop a run: Triton needs a C compiler at run time, and clusters
-exist without one. The first failure to compile is said once, and from then on the function runs as
-it is written. Out of memory is no such failure and is raised.
+`Compiled` must not be able to stop a run: Triton needs a C compiler at run time, and clusters exist
+without one. The first failure to compile is said once, and from then on the function runs as it is
+written. Out of memory is no such failure and is raised.
+
+`compile_layers` is asked for (`--compile`), so its failures are errors. It compiles each decoder
+layer with the attention left out: torch.compile stops where hf.py says that a ring begins, and goes
+on behind it. So norms, projections and RoPE before it are graphs, and the output projection,
+residuals, norm and MLP behind it, whatever the model calls them. The layers share the graphs, and
+so do all lengths: tests/runtime/test_compiled_layers.py counts them.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Compiled:
@@ -44,3 +51,13 @@ class Compiled:
                 f"{self._function.__name__} is not compiled: {self.failure}", stacklevel=2
             )
             return self._function(*tensors)
+
+
+def compile_layers(layers: Iterable[nn.Module], backend: Any = "inductor") -> None:
+    """Let each layer's forward be compiled when it is first called.
+
+    Before `parallel.shard`: its hooks, and activation checkpointing, stay outside of the graphs.
+    backend: torch.compile's.
+    """
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)

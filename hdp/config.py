@@ -39,6 +39,8 @@ class TrainConfig:
     """Block kernel by name (see `hdp doctor`); chosen by device and dtype if not given."""
     activation_checkpointing: bool = False
     """Keep only each layer's input for backward and recompute the rest."""
+    compile: bool = False
+    """torch.compile the layers around their attention; a minute at the start."""
 
     # -- data --
     data: str = "stdlib"

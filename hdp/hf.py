@@ -21,6 +21,7 @@ and gradients equal those of the plain model run sequence by sequence (test_equa
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import shutil
@@ -294,7 +295,13 @@ def register_attention() -> None:
     """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(ATTENTION, hdp_attention)
+    AttentionInterface.register(ATTENTION, _uncompiled_attention())
+
+
+@functools.cache  # one object: graphs are guarded by it
+def _uncompiled_attention() -> Any:
+    """What torch.compile makes of a layer stops at the ring and goes on behind it."""
+    return torch.compiler.disable(hdp_attention, reason="rings are not compiled")
 
 
 def hdp_attention(

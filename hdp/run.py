@@ -13,6 +13,7 @@ from hdp.scheduler import CostModel, StepPlan, plan
 
 from . import console
 from .comm import RingComm
+from .compiled import compile_layers
 from .config import DEMO_MODEL, TrainConfig
 from .data import Sampler, TokenDataset, open_dataset
 from .gather import gather_pays
@@ -86,6 +87,8 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
     dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=config.max_tokens_per_rank)
     model = _open_model(config, dataset, mesh, dtype)
     cost = CostModel.load(config.cost) if config.cost else estimate_cost(model, mesh.device, dtype)
+    if config.compile:
+        compile_layers(model.layers)
     shard(
         model,
         mesh.device_mesh,
@@ -206,6 +209,8 @@ def _introduce(run: Run, dtype: torch.dtype) -> None:
         f"{str(dtype).removeprefix('torch.')}; attention: {attention.kernel.name}"
     )
     run.say("ops: {} ({})".format(*describe(mesh.device.type)))
+    if config.compile:
+        run.say("layers: torch.compile, with the attention left out")
     if attention.passed_over:
         run.say(f"attention: {attention.why}")
     run.say(str(run.dataset.report))

@@ -62,8 +62,8 @@ IMPORTS: dict[str, set[str]] = {
     "metrics": {"scheduler"},
     # a run: its parts connected, watched, walked
     "run": {
-        *("comm", "config", "console", "data", "gather", "hf", "kernels", "mesh", "ops", "optim"),
-        *("parallel", "recorder", "rng", "scheduler", "step", "watchdog"),
+        *("comm", "compiled", "config", "console", "data", "gather", "hf", "kernels", "mesh"),
+        *("ops", "optim", "parallel", "recorder", "rng", "scheduler", "step", "watchdog"),
     },
     "observe": {"data", "hf", "metrics", "run", "scheduler", "step"},
     "train": {
