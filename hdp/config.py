@@ -33,6 +33,8 @@ class TrainConfig:
     """"demo" (a Llama of 1.3M parameters), a checkpoint's folder or hub name, or a config.json."""
     random_init: bool = False
     """Ignore the checkpoint's weights and start from a seeded random initialisation."""
+    config_overrides: str | None = None
+    """Entries of the model's config to change, as JSON, such as '{"sliding_window": null}'."""
     dtype: Literal["auto", "fp64", "fp32", "bf16"] = "auto"
     """Compute dtype; master weights and reductions stay fp32. auto: bf16 on CUDA, fp32 on CPU."""
     attention: str | None = None
@@ -122,6 +124,8 @@ class TrainConfig:
         _require(self.lr > 0, "lr", self.lr, "above 0")
         _require(self.timeout_s > 0, "timeout_s", self.timeout_s, "above 0")
         _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
+        if not isinstance(self.model_entries, dict):
+            raise ValueError(f"--config-overrides must be a JSON object: {self.config_overrides}")
         if (self.policy == "static") != (self.cp_size is not None):
             raise ValueError(
                 f"policy {self.policy!r} with cp_size {self.cp_size}: --cp-size belongs to "
@@ -132,6 +136,17 @@ class TrainConfig:
                 f"--overlong {self.overlong} changes documents: say from which length on with "
                 "--max-length"
             )
+
+    @property
+    def model_entries(self) -> dict[str, Any]:
+        """What --config-overrides says."""
+        try:
+            return json.loads(self.config_overrides or "{}")
+        except ValueError as error:
+            raise ValueError(
+                f"--config-overrides {self.config_overrides!r} is no JSON ({error}); it is like "
+                "'{\"sliding_window\": null}'"
+            ) from error
 
     def to_json(self) -> str:
         """All values; `train` leaves them in run_dir/config.json."""

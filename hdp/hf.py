@@ -357,19 +357,18 @@ def _resolve_config(config: Any, overrides: Mapping[str, Any] | None) -> PreTrai
             raise ValueError('a config needs its kind of model: {"model_type": "llama", ...}')
         try:
             return AutoConfig.for_model(model_type, **entries)
-        except ValueError as error:
-            raise ValueError(f"unknown model_type {model_type!r}") from error
+        except Exception as error:  # it has its own classes of errors for values
+            told = f"unknown model_type {model_type!r}, or entries that do not fit"
+            raise ValueError(f"{told}: {_first_line(error)}") from error
     if isinstance(config, PreTrainedConfig):
         config = copy.deepcopy(config)
         config.update(overrides)
         return config
     try:
         return AutoConfig.from_pretrained(config, **overrides)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{str(config)!r} is neither a folder with a config.json nor a model on the hub: "
-            f"{_first_line(error)}"
-        ) from error
+    except Exception as error:
+        told = f"{str(config)!r} is neither a folder with a config.json nor a model on the hub"
+        raise ValueError(f"{told}, or has entries that do not fit: {_first_line(error)}") from error
 
 
 def _names_generic_tokenizer(folder: Path) -> bool:
@@ -396,4 +395,6 @@ def _warn_if_misread(folder: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """With the second one, where the first only announces it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])

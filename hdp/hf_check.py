@@ -10,6 +10,8 @@ Two nets, because a wrong answer here is a model that trains and is wrong:
    RoPE whose frequencies depend on the longest sequence of a batch.
 
 A third net is at run time: `hf.hdp_attention` refuses keywords that ask for such a feature.
+Messages name the command's flag, `--config-overrides`; in Python it is an argument of `build_model`
+and `load_model`.
 
 This file inspects models by their attributes and imports no transformers.
 """
@@ -107,14 +109,14 @@ def _attention_problems(
         yield "causal", f"{where}: non-causal attention; ring attention is causal only"
     window = _active_window(module, config, index)
     if window is not None:
-        off = '"use_sliding_window": False'
+        off = '"use_sliding_window": false'
         if not hasattr(config, "use_sliding_window"):
-            off = '"sliding_window": None'
+            off = '"sliding_window": null'
         yield (
             "window",
             (
                 f"{where}: sliding window of {window} tokens; if no sequence is longer than "
-                f"that it changes nothing: pass config_overrides={{{off}}}"
+                f"that it changes nothing: pass --config-overrides '{{{off}}}'"
             ),
         )
     if any(getattr(module, sink, None) is not None for sink in ("sinks", "sink")):
@@ -132,7 +134,7 @@ def _attention_problems(
             "dropout",
             (
                 f"{where}: attention dropout of {dropout}; the ring has no common random numbers: "
-                'pass config_overrides={"attention_dropout": 0.0}'
+                "pass --config-overrides '{\"attention_dropout\": 0.0}'"
             ),
         )
 
@@ -171,7 +173,7 @@ def _rope_problems(config: Any, where: str) -> Iterator[Problem]:
                 (
                     f"{where}: RoPE type {kind!r} depends on the longest sequence of a batch; use "
                     "'default', 'linear', 'llama3' or 'yarn' "
-                    '(config_overrides={"rope_parameters": {"rope_type": "yarn", ...}})'
+                    '(--config-overrides \'{"rope_parameters": {"rope_type": "yarn", ...}}\')'
                 ),
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -181,6 +182,7 @@ def _open_model(
         "dtype": torch.float64 if dtype == torch.float64 else torch.float32,
         "skeleton": mesh.hdp_rank != 0,
         "attn_backend": config.attention,
+        "config_overrides": config.model_entries,
     }
     if config.model == "demo":
         shape = {**DEMO_MODEL, "vocab_size": dataset.vocab_size}
@@ -214,9 +216,20 @@ def _introduce(run: Run, dtype: torch.dtype) -> None:
     if attention.passed_over:
         run.say(f"attention: {attention.why}")
     run.say(str(run.dataset.report))
+    longest, positions = run.dataset.report.longest_tokens, _num_positions(run.model)
+    if longest > positions:
+        run.say(
+            f"sequences of up to {longest:,} tokens for a model of {positions:,} positions "
+            "(max_position_embeddings): it extrapolates there; --max-length limits the data, "
+            "--config-overrides can scale RoPE"
+        )
     source = config.cost or "estimated from the model's shape"
     cp_size = f" with cp_size {config.cp_size}" if config.cp_size else ""
     run.say(
         f"plan: {config.policy}{cp_size}, at most {config.max_tokens_per_rank:,} tokens per rank "
         f"and microbatch; costs: {source}"
     )
+
+
+def _num_positions(model: CausalLM) -> float:
+    return getattr(model.config, "max_position_embeddings", None) or math.inf

@@ -293,6 +293,10 @@ def test_checkpoint_that_lacks_weights_is_refused(tmp_path):
     [
         ({"hidden_size": 8}, "kind of model"),
         ({"model_type": "lama"}, "unknown model_type 'lama'"),
+        (
+            {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 5},
+            "do not fit: .*hidden size .32. is not a multiple of .* heads .5.",
+        ),
         ("/no/such/folder", "neither a folder with a config.json nor a model on the hub"),
         ({"model_type": "t5"}, "no causal LM can be made for model type 't5'"),
     ],

@@ -31,7 +31,7 @@ REFUSED = {
     "qwen2 window": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-        r'layers\.1\.self_attn: sliding window of 8 .*"use_sliding_window": False',
+        r'layers\.1\.self_attn: sliding window of 8 .*"use_sliding_window": false',
     ),
     "qwen3 window": (
         "qwen3",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -201,6 +202,24 @@ def test_static_rings_that_cannot_hold_a_document_are_refused_before_training(in
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def _train_and_listen(rank, world, options):
+    import contextlib
+    import io
+
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        _train(rank, world, options)
+    return said.getvalue()
+
+
+def test_more_tokens_than_positions_are_told(inputs, tmp_path):
+    """RoPE has an answer for any position; a model that was never trained there has not."""
+    plain = run_ranks(_train_and_listen, 1, config(inputs, tmp_path / "plain", steps=1))[0]
+    assert "max_position_embeddings" not in plain
+    options = {"config_overrides": '{"max_position_embeddings": 64}', "steps": 1}
+    said = run_ranks(_train_and_listen, 1, config(inputs, tmp_path / "short", **options))[0]
+    assert re.search(r"sequences of up to \d+ tokens for a model of 64 positions", said), said
+
+
 def test_trace_step_writes_planned_and_measured(inputs, tmp_path):
     run_ranks(_train, 2, config(inputs, tmp_path, steps=2, trace_step=2))
     events = json.loads((tmp_path / "timeline_2.json").read_text())["traceEvents"]
@@ -227,6 +246,11 @@ def test_trace_step_writes_planned_and_measured(inputs, tmp_path):
         ({"cp_size": 2}, "--cp-size belongs to --policy static"),
         ({"overlong": "drop"}, "--max-length"),
         ({"min_lr_ratio": 2.0}, "in \\[0, 1\\]"),
+        (
+            {"config_overrides": "sliding_window=null"},
+            'is no JSON .*it is like \'{"sliding_window"',
+        ),
+        ({"config_overrides": "[1]"}, "must be a JSON object"),
     ],
 )
 def test_bad_options_are_refused(options, message):
