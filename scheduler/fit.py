@@ -96,7 +96,8 @@ def fit_cost(
     transfers count as hidden or as part of the fitted terms, and the bandwidths become infinite
     where ring microbatches were measured. Without observations on more than one rank the ring's
     coefficients (small_shard_tokens, ring_step_s, bandwidths) stay those of `base`.
-    Raises ValueError for fewer observations than coefficients, or times that are not positive.
+    Raises ValueError for fewer observations than coefficients, and for times that are not positive
+    or do not grow with the tokens.
     """
     seconds = np.array([o.seconds for o in observations], dtype=np.float64)
     if not (np.isfinite(seconds).all() and (seconds > 0).all()):
@@ -171,6 +172,8 @@ def _solve(
     found = np.zeros(5)
     found[columns] = _non_negative(features[:, columns] / seconds[:, None], 1.0 - known_s / seconds)
     quadratic_s, small, linear_s, ring_step_s, fixed_s = found.tolist()
+    if not quadratic_s + linear_s > 0:
+        raise ValueError(f"times {seconds.tolist()} do not grow with tokens: measure longer ones")
     changes = {"quadratic_s": quadratic_s, "linear_s": linear_s, "fixed_s": fixed_s}
     if 1 in columns:
         changes["small_shard_tokens"] = small / quadratic_s if quadratic_s > 0 else 0.0

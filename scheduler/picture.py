@@ -60,7 +60,7 @@ def draw_plans(
         raise ValueError(f"cannot draw to {path}: use one of {', '.join(FORMATS)}")
     if not plans:
         raise ValueError("no plans to draw")
-    figure_of = _matplotlib()
+    figure_of = figure_class()
     first_s = plans[0][2].makespan_s
     drawn = [
         _Panel(
@@ -103,8 +103,8 @@ class _Panel:
     speedup: float | None = None  # over the first panel
 
 
-def _matplotlib() -> Any:
-    """matplotlib's Figure, without pyplot: no display, no global state."""
+def figure_class() -> Any:
+    """matplotlib's Figure, without pyplot: no display, no global state. For other pictures too."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -3,44 +3,62 @@
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tools/profile_machine.py
     torchrun --standalone --nproc-per-node 8 examples/sft.py --cost cost.json ...
 
-Every rank runs real training steps of one microbatch each: one long sequence, several, many short
-ones, alone and on rings of 2, 4, ... ranks. Their times are fitted (scheduler/fit.py); a few other
-shapes are measured too and only predicted: the last column of the table says how well. Time outside
-of the microbatch (gathering parameters, reducing gradients, the optimizer) becomes `reduce_s`.
+Five measurements, a few minutes in all, each in a file that also runs alone where that makes sense:
+
+  1. kernels       attention of one layer by length, degree and block; merges (measure_kernels.py)
+  2. links         P2P, all-reduce, host link, alone and shared (measure_links.py)
+  3. model         seconds and bytes of a token without attention, forward's part
+                   (measure_model.py)
+  4. microbatches  real training steps of one microbatch: one long sequence, several, many short
+                   ones, on one rank and on rings of 2, 4, ... ranks
+  5. the step      what is outside of microbatches (gathering parameters, reducing gradients, the
+                   optimizer) becomes `reduce_s`
+
+Times are fitted to 4 (scheduler/fit.py), beside the links of 2: what a training step takes is what
+the planner wants to know. On one rank there is no ring to fit, and its coefficients come from 1.
+Some microbatches are not fitted but only predicted: their errors say how good the model is.
+
+The JSON is a cost model with a `report`: provenance, the source of each field, every measured row
+beside what the model says. `--plot` draws it, tools/profile_picture.py draws it again later.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import sys
 import time
+from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from hdp import console
 from hdp.config import TrainConfig
 from hdp.data.feed import StepBatch
 from hdp.data.pack import Sample, pack_microbatch
 from hdp.mesh import HDPMesh
 from hdp.run import Run, set_up
 from hdp.scheduler import StepPlan
-from hdp.scheduler.fit import Observation, fit_cost
 from hdp.step import train_step
 from hdp.watchdog import Watchdog
 
-Shape = tuple[int, tuple[int, ...]]  # (degree, lengths of the whole sequences)
+sys.path.insert(0, str(Path(__file__).parent))
+import measure_kernels
+import measure_links
+import measure_model
+from profile_report import Measured, Shape, fit_all, heads_of, show_and_save
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="cost.json", help="where the cost model goes")
+    parser.add_argument("--plot", help="draw the report: .png, .svg or .pdf")
     parser.add_argument("--model", default="demo", help="as for training")
     parser.add_argument("--data", default="stdlib", help="for the tokenizer of the demo model")
     parser.add_argument("--max-tokens-per-rank", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--link-bytes", type=int, help="largest message; default by device")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--activation-checkpointing", action="store_true")
     return parser.parse_args()
@@ -64,20 +82,58 @@ def main() -> None:
     device = None if args.device == "auto" else args.device
     with HDPMesh.create(device=device) as mesh, Watchdog.start(mesh, timeout_s=3600) as watchdog:
         run = set_up(config, mesh, watchdog)
-        fitted, held_out = shapes(capacity, mesh.hdp_size)
-        measured = {shape: measure(run, shape, args.repeats) for shape in fitted + held_out}
-        report(run, args, fitted, held_out, measured)
+        measured = measure(run, args)
+        fit = fit_all(run, measured)
+        if run.is_main:
+            show_and_save(run, measured, fit, out=args.out, plot=args.plot)
+
+
+# ---- measuring ----
+
+
+def measure(run: Run, args: argparse.Namespace) -> Measured:
+    """Collective. Microbatches are measured in turn, so that noise hits all shapes alike."""
+    began, capacity = time.perf_counter(), args.max_tokens_per_rank
+    run.say("measuring attention and merges")
+    degrees = sorted({1, 2, 4, 8, *degrees_of(run.mesh.hdp_size)})
+    kernels = measure_kernels.measure_kernels(heads_of(run, args.repeats), capacity, degrees)
+    run.say("measuring links")
+    links = measure_links.measure_links(run.mesh, repeats=args.repeats, most_bytes=args.link_bytes)
+    run.say("measuring the model without attention")
+    model = measure_model.measure_model(run, capacity, repeats=args.repeats)
+    run.say("measuring microbatches")
+    fitted, held_out = shapes(capacity, run.mesh.hdp_size)
+    steps = {shape: make_step(run, shape) for shape in fitted + held_out}
+    rows: dict[Shape, list[tuple[float, float]]] = {shape: [] for shape in steps}
+    for turn in range(args.repeats + 1):
+        for shape, step in steps.items():
+            row = measure_step(run, step)
+            if turn:  # the first one warms up
+                rows[shape].append(row)
+    middle = {
+        shape: (median(a for a, _ in mine), median(b for _, b in mine))
+        for shape, mine in rows.items()
+    }
+    return Measured(
+        kernels=kernels,
+        links=links,
+        model=model,
+        fitted={shape: middle[shape] for shape in fitted},
+        held_out={shape: middle[shape] for shape in held_out},
+        wall_s=time.perf_counter() - began,
+    )
+
+
+def degrees_of(num_ranks: int) -> list[int]:
+    """1, 2, 4, ... and all ranks."""
+    powers = [1 << n for n in range(num_ranks.bit_length()) if 1 << n <= num_ranks]
+    return sorted({*powers, num_ranks})
 
 
 def shapes(capacity: int, num_ranks: int) -> tuple[list[Shape], list[Shape]]:
     """(shapes to fit, shapes to predict): fractions of what the ranks of a ring hold."""
-    degrees = [1]
-    while degrees[-1] * 2 <= num_ranks:
-        degrees.append(degrees[-1] * 2)
-    if degrees[-1] != num_ranks:
-        degrees.append(num_ranks)
     fitted, held_out = [], []
-    for d in degrees:
+    for d in degrees_of(num_ranks):
         room = capacity * d
         fitted += [
             (d, (room,)),
@@ -86,26 +142,28 @@ def shapes(capacity: int, num_ranks: int) -> tuple[list[Shape], list[Shape]]:
             (d, (room // 4,) * 4),
             (d, (room // 16,) * 16),
         ]
-        held_out += [(d, (room * 3 // 4,)), (d, (room // 3, room // 5, room // 7))]
+        held_out += [
+            (d, (room * 3 // 4,)),
+            (d, (room // 3,)),
+            (d, (room // 5,)),
+            (d, (room // 3, room // 5, room // 7)),
+            (d, (room // 24,) * 24),
+        ]
     return fitted, held_out
 
 
-def measure(run: Run, shape: Shape, repeats: int) -> tuple[float, float]:
-    """(seconds of the microbatch, seconds of the step around it), medians; mean over ranks."""
-    step = make_step(run, shape)
-    rows = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        train_step(run.context, step)
-        step_s = time.perf_counter() - began
-        spans = [span for span in run.context.recorder.spans() if span.name == "0"]
-        inside_s = max(span.end_s for span in spans) - min(span.start_s for span in spans)
-        row = torch.tensor([inside_s, step_s - inside_s], dtype=torch.float64)
-        row = row.to(run.mesh.device)
-        dist.all_reduce(row, group=run.mesh.hdp_group)
-        rows.append((row / run.mesh.hdp_size).tolist())
-    inside, outside = zip(*rows[1:], strict=True)  # the first one warms up
-    return median(inside), median(outside)
+def measure_step(run: Run, step: StepBatch) -> tuple[float, float]:
+    """(seconds of the microbatch, seconds of the step around it); mean over ranks."""
+    began = time.perf_counter()
+    train_step(run.context, step)
+    step_s = time.perf_counter() - began
+    spans = [span for span in run.context.recorder.spans() if span.name == "0"]
+    inside_s = max(span.end_s for span in spans) - min(span.start_s for span in spans)
+    row = torch.tensor([inside_s, step_s - inside_s], dtype=torch.float64)
+    row = row.to(run.mesh.device)
+    dist.all_reduce(row, group=run.mesh.hdp_group)
+    inside, outside = (row / run.mesh.hdp_size).tolist()
+    return inside, outside
 
 
 def make_step(run: Run, shape: Shape) -> StepBatch:
@@ -138,46 +196,6 @@ def make_step(run: Run, shape: Shape) -> StepBatch:
         num_loss_tokens=sum(seqlens) - len(seqlens),
         next_position=(0, 0),
     )
-
-
-def report(
-    run: Run,
-    args: argparse.Namespace,
-    fitted: list[Shape],
-    held_out: list[Shape],
-    measured: dict[Shape, tuple[float, float]],
-) -> None:
-    """Fit, print the table, write the file."""
-
-    def observation(shape: Shape) -> Observation:
-        degree, lengths = shape
-        pieces = tuple((length, degree) for length in lengths)
-        return Observation(pieces=pieces, seconds=measured[shape][0])
-
-    host = "cuda" if run.mesh.device.type == "cuda" else "cpu"
-    where = torch.cuda.get_device_name() if host == "cuda" else "CPU"
-    name = f"{args.model} on {run.mesh.hdp_size} ranks of {where}, measured"
-    fit = fit_cost([observation(shape) for shape in fitted], run.cost, name=name)
-    cost = dataclasses.replace(fit.cost, reduce_s=median(out for _, out in measured.values()))
-    table = []
-    for shape in fitted + held_out:
-        features = np.array(observation(shape).features)
-        small = cost.quadratic_s * cost.small_shard_tokens
-        terms = [cost.quadratic_s, small, cost.linear_s, cost.ring_step_s, cost.fixed_s]
-        predicted = float(features @ terms)
-        degree, lengths = shape
-        text = f"{len(lengths)} x {lengths[0]:,}" if len(set(lengths)) == 1 else f"{lengths}"
-        error = f"{predicted / measured[shape][0] - 1:+.1%}"
-        table.append(
-            [text, degree, f"{measured[shape][0]:.4f}", f"{predicted:.4f}"]
-            + ([error, ""] if shape in fitted else ["", error])
-        )
-    if not run.is_main:
-        return
-    columns = ["sequences", "ranks", "measured s", "model s", "fit error", "prediction error"]
-    console.print_table(columns, table, title=cost.name)
-    cost.save(args.out)
-    print(f"wrote {args.out}: use it with --cost {args.out}")
 
 
 if __name__ == "__main__":

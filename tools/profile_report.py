@@ -1,0 +1,267 @@
+"""From measurements to a cost model with a report: the fit, the provenance, the tables, the file.
+
+tools/profile_machine.py measures and calls this. The report is JSON in the file of the cost model:
+
+    provenance       machine, versions, commit, date, command, model
+    sources          where each field of the cost model comes from
+    largest_errors   of fitted and of only predicted microbatches, and of whole steps
+    microbatches     each with measured and predicted seconds
+    kernels, links, model   rows of measure_kernels.py, measure_links.py, measure_model.py
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from hdp import console
+from hdp.hf import transformer_shape
+from hdp.ops import describe
+from hdp.run import Run
+from hdp.scheduler import CostModel
+from hdp.scheduler.fit import Fit, Observation, fit_cost
+
+sys.path.insert(0, str(Path(__file__).parent))
+import measure_kernels
+import measure_links
+import measure_model
+from profile_picture import GOAL, draw_profile
+
+Shape = tuple[int, tuple[int, ...]]  # (degree, lengths of the whole sequences)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Everything that was measured, the same on all ranks."""
+
+    kernels: list[dict[str, Any]]
+    links: list[dict[str, Any]]
+    model: list[dict[str, Any]]
+    fitted: dict[Shape, tuple[float, float]]  # (seconds of the microbatch, of the step around it)
+    held_out: dict[Shape, tuple[float, float]]
+    wall_s: float
+
+
+def heads_of(run: Run, repeats: int) -> measure_kernels.Heads:
+    shape = transformer_shape(run.model)
+    cuda = run.mesh.device.type == "cuda"
+    return measure_kernels.Heads(
+        heads=shape["num_heads"],
+        kv_heads=shape["num_kv_heads"],
+        head_dim=shape["head_dim"],
+        dtype=torch.bfloat16 if cuda else torch.float32,  # as TrainConfig.dtype "auto"
+        device=run.mesh.device,
+        repeats=repeats,
+        group=run.mesh.hdp_group,
+    )
+
+
+# ---- fitting ----
+
+
+def fit_all(run: Run, measured: Measured) -> Fit:
+    """Fields that were measured directly first, then the times of microbatches beside them."""
+    mesh = run.mesh
+    layer = measure_kernels.attention_fit(measured.kernels)
+    model = measure_model.model_costs(measured.model)
+    changes: dict[str, Any] = {
+        "forward_share": model.forward_share,
+        "activation_bytes_per_token": model.activation_bytes_per_token,
+        "reduce_s": median(out for _, out in [*measured.fitted.values()]),
+        **measure_links.coefficients(measured.links),
+    }
+    if layer is not None:
+        changes["small_shard_tokens"] = layer.cost.small_shard_tokens
+        changes["ring_step_s"] = layer.cost.ring_step_s * run.cost.num_layers
+    if model.temporary_bytes_per_token is not None:
+        changes["temporary_bytes_per_token"] = model.temporary_bytes_per_token
+    where = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU"
+    ranks = f"{mesh.hdp_size} rank{'s' * (mesh.hdp_size > 1)}"
+    return fit_cost(
+        [observation(run, shape, s) for shape, (s, _) in measured.fitted.items()],
+        replace(run.cost, **changes),
+        name=f"{run.config.model} on {ranks} of {where}, measured",
+        known_links=True,
+    )
+
+
+def observation(run: Run, shape: Shape, seconds: float) -> Observation:
+    degree, lengths = shape
+    return Observation(
+        pieces=tuple((length, degree) for length in lengths),
+        seconds=seconds,
+        across_nodes=degree > run.mesh.ranks_per_node,
+    )
+
+
+def sources(run: Run, measured: Measured) -> dict[str, str]:
+    """Where each field comes from, in words."""
+    names = {row["link"] for row in measured.links}
+    on_rings = run.mesh.hdp_size > 1
+    cuda = run.mesh.device.type == "cuda"
+    ring = "microbatches on rings" if on_rings else "attention alone, without transfers"
+    host = "pinned copies" if cuda else "memory copies, no device"
+    estimate = "NOT measured: an estimate"
+    inside, across = measure_links.INSIDE in names, measure_links.ACROSS in names
+    return {
+        "quadratic_s": "measured: microbatches",
+        "linear_s": "measured: microbatches",
+        "fixed_s": "measured: microbatches",
+        "small_shard_tokens": f"measured: {ring}",
+        "ring_step_s": f"measured: {ring}",
+        "forward_share": "measured: forward alone, median",
+        "reduce_s": "measured: steps less their microbatch, median",
+        "intra_node_bytes_per_s": "measured: P2P inside a node" if inside else estimate,
+        "inter_node_bytes_per_s": "measured: P2P across nodes" if across else estimate,
+        "host_bytes_per_s": f"measured: {host}, both ways at once, all ranks of a node",
+        "ranks_per_host_link": f"measured: {host}, one rank against all",
+        "activation_bytes_per_token": "measured: storages that autograd saves",
+        "temporary_bytes_per_token": "measured: peak less what is saved" if cuda else "arithmetic",
+        "kv_bytes_per_token": "arithmetic: keys, values, their gradients",
+        "num_layers": "the model",
+    }
+
+
+# ---- showing ----
+
+
+def microbatch_rows(run: Run, measured: Measured, cost: CostModel) -> list[dict[str, Any]]:
+    """Measured beside predicted, JSON-ready; `step_*` is the whole step, with `reduce_s`."""
+    rows = []
+    for fitted, part in ((True, measured.fitted), (False, measured.held_out)):
+        for shape, (inside_s, outside_s) in part.items():
+            seen = observation(run, shape, inside_s)
+            predicted_s = seen.predicted_s(cost)
+            step_s, predicted_step_s = inside_s + outside_s, predicted_s + cost.reduce_s
+            rows.append(
+                {
+                    "lengths": list(shape[1]),
+                    "degree": shape[0],
+                    "across_nodes": seen.across_nodes,
+                    "fitted": fitted,
+                    "measured_s": inside_s,
+                    "predicted_s": predicted_s,
+                    "error": predicted_s / inside_s - 1,
+                    "step_s": step_s,
+                    "step_error": predicted_step_s / step_s - 1,
+                }
+            )
+    return rows
+
+
+def make_report(run: Run, measured: Measured, cost: CostModel) -> dict[str, Any]:
+    """What goes into the file beside the coefficients."""
+    attention = measure_kernels.attention_fit(measured.kernels)
+    model = measure_model.model_costs(measured.model)
+    rows = microbatch_rows(run, measured, cost)
+    worst = {
+        name: max(abs(row[key]) for row in rows if row["fitted"] == fitted)
+        for name, key, fitted in (
+            ("fit", "error", True),
+            ("prediction", "error", False),
+            ("step_prediction", "step_error", False),
+        )
+    }
+    return {
+        "provenance": provenance(run, measured),
+        "sources": sources(run, measured),
+        "largest_errors": worst,
+        "microbatches": rows,
+        "attention_of_one_layer": attention
+        and {
+            "quadratic_s": attention.cost.quadratic_s,
+            "small_shard_tokens": attention.cost.small_shard_tokens,
+            "ring_step_s": attention.cost.ring_step_s,
+        },
+        "without_attention": {"linear_s": model.linear_s, "fixed_s": model.fixed_s},
+        "kernels": measure_kernels.with_predictions(measured.kernels, attention),
+        "links": measured.links,
+        "model": measured.model,
+    }
+
+
+def provenance(run: Run, measured: Measured) -> dict[str, Any]:
+    mesh, device = run.mesh, run.mesh.device
+    heads = heads_of(run, 1)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()
+    cuda = device.type == "cuda"
+    return {
+        "machine": torch.cuda.get_device_name() if cuda else _cpu(),
+        "ranks": mesh.hdp_size,
+        "ranks_per_node": mesh.ranks_per_node,
+        "torch": torch.__version__,
+        "attention": heads.kernel.name,
+        "ops": describe(device.type)[0],
+        "model": run.config.model,
+        "shape": transformer_shape(run.model),
+        "dtype": str(heads.dtype).removeprefix("torch."),
+        "activation_checkpointing": run.config.activation_checkpointing,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": commit or "unknown",
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "measured_in_s": round(measured.wall_s),
+    }
+
+
+def _cpu() -> str:
+    """Name and cores of the processor."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    name = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "CPU")
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def show_and_save(run: Run, measured: Measured, fit: Fit, *, out: str, plot: str | None) -> None:
+    """Tables, the file, the picture."""
+    cost = fit.cost
+    report = make_report(run, measured, cost)
+    links, kernels = measure_links.links_table(report["links"]), report["kernels"]
+    console.print_table(measure_links.LINK_COLUMNS, links, title="links")
+    console.print_table(
+        measure_kernels.KERNEL_COLUMNS,
+        measure_kernels.kernels_table(kernels),
+        title=f"\nattention: {report['provenance']['attention']}",
+    )
+    columns = ["sequences", "ranks", "measured s", "model s", "fit error", "prediction error"]
+    table = []
+    for row in report["microbatches"]:
+        lengths, error = row["lengths"], f"{row['error']:+.1%}"
+        text = f"{len(lengths)} x {lengths[0]:,}" if len(set(lengths)) == 1 else str(lengths)
+        table.append(
+            [text, row["degree"], f"{row['measured_s']:.4f}", f"{row['predicted_s']:.4f}"]
+            + ([error, ""] if row["fitted"] else ["", error])
+        )
+    console.print_table(columns, table, title=f"\n{cost.name}")
+    print("\n" + verdict(report, cost))
+    cost.save(out, report)
+    print(f"wrote {out}: use it with --cost {out}")
+    if plot:
+        draw_profile(cost, report, plot)
+        print(f"wrote {plot}")
+
+
+def verdict(report: dict[str, Any], cost: CostModel) -> str:
+    """Is the model good enough, and do the parts agree with the whole?"""
+    worst, parts = report["largest_errors"], report["attention_of_one_layer"]
+    good = "within" if worst["step_prediction"] <= GOAL else "NOT within"
+    linear = report["without_attention"]["linear_s"]
+    alone = f"{parts['quadratic_s'] * cost.num_layers:.3g}" if parts else "unknown"
+    return (
+        f"largest error: {worst['fit']:.1%} fitted, {worst['prediction']:.1%} predicted, "
+        f"{worst['step_prediction']:.1%} predicted whole steps ({good} {GOAL:.0%})\n"
+        f"attention, s per token^2: {cost.quadratic_s:.3g} in training, {alone} alone\n"
+        f"the rest, s per token: {cost.linear_s:.3g} in training, {linear:.3g} alone"
+    )
