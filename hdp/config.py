@@ -43,6 +43,8 @@ class TrainConfig:
     """Keep only each layer's input for backward and recompute the rest."""
     compile: bool = False
     """torch.compile the layers around their attention; a minute at the start."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's kernels in the layers; auto: where they are installed and fit."""
 
     # -- data --
     data: str = "stdlib"

@@ -20,6 +20,7 @@ from .data import Sampler, TokenDataset, open_dataset
 from .gather import gather_pays
 from .hf import CausalLM, build_model, load_model, transformer_shape
 from .kernels import choose_kernel
+from .liger import use_liger
 from .mesh import HDPMesh
 from .ops import describe
 from .optim import build_optimizer
@@ -88,6 +89,9 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
     dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=config.max_tokens_per_rank)
     model = _open_model(config, dataset, mesh, dtype)
     cost = CostModel.load(config.cost) if config.cost else estimate_cost(model, mesh.device, dtype)
+    layers = use_liger(
+        model.model, config.liger, device=mesh.device, dtype=dtype, compiled=config.compile
+    )
     if config.compile:
         compile_layers(model.layers)
     shard(
@@ -129,7 +133,7 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
         context=context,
     )
     run.plan(dataset.seqlens.max()[None])  # a ring that cannot hold it is found out now
-    _introduce(run, dtype)
+    _introduce(run, dtype, layers)
     return run
 
 
@@ -199,7 +203,7 @@ def _open_model(
     return model
 
 
-def _introduce(run: Run, dtype: torch.dtype) -> None:
+def _introduce(run: Run, dtype: torch.dtype, layers: str) -> None:
     """Say once what runs where: fallbacks are announced, never silent."""
     mesh, config = run.mesh, run.config
     head_dim = transformer_shape(run.model)["head_dim"]
@@ -211,8 +215,7 @@ def _introduce(run: Run, dtype: torch.dtype) -> None:
         f"{str(dtype).removeprefix('torch.')}; attention: {attention.kernel.name}"
     )
     run.say("ops: {} ({})".format(*describe(mesh.device.type)))
-    if config.compile:
-        run.say("layers: torch.compile, with the attention left out")
+    run.say(f"layers: {layers}" + ("; under torch.compile" if config.compile else ""))
     if attention.passed_over:
         run.say(f"attention: {attention.why}")
     run.say(str(run.dataset.report))

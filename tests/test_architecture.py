@@ -39,6 +39,7 @@ IMPORTS: dict[str, set[str]] = {
     # the model around it
     "losses": {"ops"},
     "hf_check": set(),
+    "liger": set(),
     "export_dir": set(),
     "hf": {"attention", "export_dir", "hf_check", "kernels", "losses"},
     # tokens
@@ -62,8 +63,8 @@ IMPORTS: dict[str, set[str]] = {
     "metrics": {"scheduler"},
     # a run: its parts connected, watched, walked
     "run": {
-        *("comm", "compiled", "config", "console", "data", "gather", "hf", "kernels", "mesh"),
-        *("ops", "optim", "parallel", "recorder", "rng", "scheduler", "step", "watchdog"),
+        *("comm", "compiled", "config", "console", "data", "gather", "hf", "kernels", "liger"),
+        *("mesh", "ops", "optim", "parallel", "recorder", "rng", "scheduler", "step", "watchdog"),
     },
     "observe": {"data", "hf", "metrics", "run", "scheduler", "step"},
     "train": {
@@ -91,6 +92,7 @@ FOREIGN = {
     "flash_attn": "hdp/kernels/flash_attn.py",
     "flash_attn_interface": "hdp/kernels/flash_attn.py",
     "transformer_engine": "hdp/kernels/transformer_engine.py",
+    "liger_kernel": "hdp/liger.py",
 }
 # Parts of libraries with the same rule: everything else goes through that file.
 FOREIGN_PARTS = {
