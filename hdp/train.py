@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from .agree import on_rank_0
+from .agree import on_all_ranks, on_rank_0
 from .checkpoint import Checkpointer, CheckpointError
 from .config import TrainConfig
 from .data.feed import StepFeed
@@ -28,6 +29,7 @@ from .run import Run, set_up
 from .step import train_step
 from .watchdog import Watchdog
 
+_PLACES = ("model", "data", "tokenizer", "cache_dir", "run_dir", "cost", "export_hf")
 _LONG_S = 3600.0  # loading, saving and exporting may take so long before a rank counts as hung
 
 
@@ -43,6 +45,7 @@ def train(config: TrainConfig) -> list[StepMetrics]:
         HDPMesh.create(hdp_size=config.hdp_size, device=device, timeout_s=_LONG_S) as mesh,
         Watchdog.start(mesh, timeout_s=config.timeout_s) as watchdog,
     ):
+        _check_same_options(config, mesh)
         if config.export_hf:  # found out now, not after the last step
             on_rank_0(partial(check_target, config.export_hf), mesh.hdp_group)
         with watchdog.allow(_LONG_S, "loading data and model"):
@@ -62,6 +65,26 @@ def train(config: TrainConfig) -> list[StepMetrics]:
             with watchdog.allow(_LONG_S, "writing the last checkpoint and the model"):
                 _finish(run, checkpointer)
     return metrics
+
+
+def _check_same_options(config: TrainConfig, mesh: HDPMesh) -> None:
+    """ValueError on all ranks if nodes were started with different flags. Collective.
+
+    Much would go unnoticed: each rank updates its shards by its own learning rate. Places may
+    differ: nodes have their own copies and caches.
+    """
+    ours = {name: value for name, value in asdict(config).items() if name not in _PLACES}
+    theirs = on_rank_0(lambda: ours, mesh.hdp_group)
+
+    def compare() -> None:
+        for name, value in theirs.items():
+            if ours[name] != value:
+                raise ValueError(
+                    f"ranks were started with different options: {name} is {ours[name]!r} here and "
+                    f"{value!r} on rank 0; give all nodes the same command"
+                )
+
+    on_all_ranks(compare, mesh.hdp_group)
 
 
 def _steps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -200,6 +201,20 @@ def test_static_rings_that_cannot_hold_a_document_are_refused_before_training(in
     with pytest.raises(RankError, match=r"needs 2 ranks of 400, cp_size=1; raise cp_size to 2"):
         run_ranks(_train, 2, config(inputs, tmp_path, steps=1, **options))
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def _train_unlike_rank_0(rank, world, options, change):
+    return _train(rank, world, dataclasses.replace(options, **change if rank else {}))
+
+
+def test_ranks_with_other_options_are_named_before_training(inputs, tmp_path):
+    """Each rank would update its shards by its own learning rate, and nothing would show it."""
+    same = config(inputs, tmp_path, steps=1)
+    with pytest.raises(RankError, match=r"lr is 0\.5 here and 0\.01 on rank 0.*found by rank 1"):
+        run_ranks(_train_unlike_rank_0, 3, same, {"lr": 0.5})
+    # places may differ: each node has its own cache
+    other = {"cache_dir": str(tmp_path / "cache")}
+    assert len(run_ranks(_train_unlike_rank_0, 2, same, other)[0]) == 1
 
 
 def _train_and_listen(rank, world, options):
