@@ -147,6 +147,8 @@ class OffloadEngine:
 
     def _request(self, saved: Saved) -> bool:
         """Start every copy that `_value` will wait for. Whether there was one."""
+        if saved.value is not None and saved.stream != self.link.stream():
+            self._let_go(saved)  # it is there for another stream
         if saved.value is not None:
             return False
         if saved.recipe is not None:
@@ -164,7 +166,7 @@ class OffloadEngine:
         if saved.value is None:
             assert saved.recipe is not None
             with saved.forward.recording_paused():
-                saved.value = saved.recipe.run(self._value)
+                saved.value, saved.stream = saved.recipe.run(self._value), self.link.stream()
             self._verify_checksum(saved)
             for source in saved.recipe.uses:
                 if source.owners == 1:  # only us: it can be fetched or made again
@@ -198,6 +200,10 @@ class OffloadEngine:
             return
         self._settle(saved)
         self._arrived(saved)
+        if saved.emptied:  # perhaps while it left: what the model fills in is what counts
+            self.link.free(saved.block)
+            saved.block = None
+            return
         saved.value = None
 
     def _arrived(self, saved: Saved) -> None:

@@ -149,10 +149,10 @@ class Forward:
         self._num_packed += 1
         if self._stays(tensor):
             return Passed(tensor)
+        if hasattr(tensor, "trigger_wait"):  # a collective may still write to it
+            return self.pack(tensor.trigger_wait())
         if is_traceable_wrapper_subclass(tensor):
-            names, context = tensor.__tensor_flatten__()
-            inner = {name: self.pack(getattr(tensor, name)) for name in names}
-            return Wrapped(tensor, inner, context)
+            return Wrapped(tensor, self.pack)
         with self._engine._state.lock, self.recording_paused():
             self._engine._collect()
             range_ = travelling_range(tensor)
@@ -291,6 +291,9 @@ class Forward:
     def _send(self, saved: Saved) -> None:
         if not saved.owners or saved.value is None:
             return
+        if saved.emptied:
+            self._engine.counts.kept += saved.num_bytes
+            return
         wanted = rounded(saved.num_bytes)
         self._largest_bytes = max(self._largest_bytes, wanted)
         try:
@@ -337,7 +340,7 @@ class Forward:
         late: it was not fetched ahead, so backward is not where we expected it.
         """
         self._to_send.clear()  # backward has begun: what is here stays
-        engine = self._engine
+        engine, stream = self._engine, self._engine.link.stream()
         if late and saved.asked == self._num_passes:
             self._num_passes += 1  # the graph was retained, and backward runs again
         if late or self._cursor is None:
@@ -345,9 +348,13 @@ class Forward:
         while self._cursor > 0 and engine._state.ahead_bytes < self.windows.prefetch_bytes:
             self._cursor -= 1
             earlier = self.uses[self._cursor]
-            there = earlier.value is not None or earlier.block is None
+            there = earlier.value is not None or earlier.block is None or earlier.home != stream
             if earlier.owners and not there and earlier.asked < self._num_passes:
-                engine._fetch(earlier)
+                try:
+                    engine._fetch(earlier)
+                except torch.OutOfMemoryError:  # there is time: it is asked for later
+                    self._cursor += 1
+                    return
 
     def _freed(self, saved: Saved) -> None:
         self._num_alive -= 1

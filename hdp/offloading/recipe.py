@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .saved import ModifiedError, Saved, modified
-from .tensors import Geometry, geometry, storage_key
+from .tensors import Geometry, geometry, storage_key, touched_range
 
 if TYPE_CHECKING:
     from .engine import Forward
@@ -83,10 +83,21 @@ class _Held(NamedTuple):
     def writes(self) -> int:
         return self.tensor._version - self.version
 
+    @property
+    def emptied(self) -> bool:
+        """Whether its memory was taken away: FSDP frees a layer's weights after its forward."""
+        held = self.tensor.untyped_storage().nbytes()
+        return bool(self.tensor.numel()) and held < touched_range(self.tensor).stop
+
     def get(self) -> Tensor:
+        what = f"{str(self.tensor.dtype).removeprefix('torch.')} {tuple(self.tensor.shape)}"
         if self.writes:
-            what = f"{str(self.tensor.dtype).removeprefix('torch.')} {tuple(self.tensor.shape)}"
             raise ModifiedError(modified("an input of a recipe", what, self.writes))
+        if self.emptied:
+            raise RuntimeError(
+                f"offload: {what}, with which backward makes a tensor again, has no memory by "
+                "now, as if a weight was sharded again. Use Treatment(matmul=0)"
+            )
         return self.tensor
 
 
@@ -228,10 +239,14 @@ class Tape(TorchDispatchMode):
         storage = out.untyped_storage()
         if out.storage_offset() or storage.nbytes() < self._min_bytes:
             return
+        if any(x.is_inference() for x in _leaves((out, args, kwargs), Tensor)):
+            return  # writes to these are not counted
         refers = (_replace(args, self._refer, Tensor), _replace(kwargs, self._refer, Tensor))
         made = _Made(func, *refers, index, out, kind)
         if made.steps > _MOST_STEPS or made.matmuls > _MOST_MATMULS:
             return
+        if made.kind == MATMUL and kind == POINTWISE and made.matmuls > 1:
+            return  # a layer's output: cut here, or the next layer's products are too deep
         sources = _sources(made)
         new_bytes = sum(held.new_bytes for held in sources.values())
         if new_bytes >= made.num_bytes or len(sources) > _MOST_SOURCES:
@@ -322,7 +337,7 @@ def _usable(made: _Made) -> bool:
         elif isinstance(x, _Use):
             fine = x.saved.owners > 0
         else:
-            fine = not x.writes
+            fine = not x.writes and not x.emptied
         if not fine:
             return False
     return True
@@ -341,18 +356,21 @@ def _signature(made: _Made) -> str:
     return f"{made.function}({inner})"
 
 
-def _leaves(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, (_Held, _Use, _Part)):
+_REFERENCES = (_Held, _Use, _Part)
+
+
+def _leaves(tree: Any, kinds: Any = _REFERENCES) -> Iterator[Any]:
+    if isinstance(tree, kinds):
         yield tree
     elif isinstance(tree, (list, tuple)):
         for item in tree:
-            yield from _leaves(item)
+            yield from _leaves(item, kinds)
     elif isinstance(tree, dict):
         for item in tree.values():
-            yield from _leaves(item)
+            yield from _leaves(item, kinds)
 
 
-def _replace(tree: Any, get: Callable[[Any], Any], kinds: Any = (_Held, _Use, _Part)) -> Any:
+def _replace(tree: Any, get: Callable[[Any], Any], kinds: Any = _REFERENCES) -> Any:
     if isinstance(tree, kinds):
         return get(tree)
     if isinstance(tree, (list, tuple)):

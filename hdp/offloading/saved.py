@@ -34,16 +34,18 @@ class Saved:
 
     On the device (`value`), on the host (`block`), or to be made again (`recipe`); a block may have
     a value beside it. `leaving`: the copy out may still read `value`. `arriving`: the copy in may
-    still write it. `owners`: Packed objects and recipes that need it; 0: freed.
+    still write it. `owners`: Packed objects and recipes that need it; 0: freed. `home`: the stream
+    that saved it, where backward asks for it; `stream`: the one that may use `value`.
     """
 
     __slots__ = (
-        *("forward", "range", "value", "block", "recipe", "owners", "stream"),
+        *("forward", "range", "value", "block", "recipe", "owners", "home", "stream"),
         *("leaving", "arriving", "ahead", "last_use", "asked", "checksum", "version"),
     )
 
     def __init__(self, forward: Forward, range_: Range, stream: Any, version: int) -> None:
-        self.forward, self.range, self.stream, self.version = forward, range_, stream, version
+        self.forward, self.range, self.version = forward, range_, version
+        self.home = self.stream = stream
         self.value: Tensor | None = None  # (num_bytes,) uint8
         self.block: Any = None
         self.recipe: Recipe | None = None
@@ -56,6 +58,15 @@ class Saved:
     @property
     def num_bytes(self) -> int:
         return self.range.num_bytes
+
+    @property
+    def emptied(self) -> bool:
+        """Whether the model took the memory of `value` away (resize_), to fill it again before
+        backward: Megatron's recomputation of single outputs does."""
+        value = self.value
+        if value is None:
+            return False
+        return value.untyped_storage().nbytes() < int(value.storage_offset()) + self.num_bytes
 
     def view(self, value: Tensor, geometry: Geometry) -> Tensor:
         """`geometry`, a view of the storage that the range was part of, in `value`."""
@@ -105,16 +116,19 @@ class Passed:
 
 
 class Wrapped:
-    """A tensor subclass that is made of other tensors."""
+    """A tensor subclass that is made of other tensors, and of other things: a DTensor's mesh."""
 
-    __slots__ = ("context", "inner", "kind", "size", "stride")
+    __slots__ = ("context", "inner", "kind", "others", "size", "stride")
 
-    def __init__(self, tensor: Any, inner: dict[str, Any], context: Any) -> None:
-        self.kind, self.inner, self.context = type(tensor), inner, context
-        self.size, self.stride = tensor.size(), tensor.stride()
+    def __init__(self, tensor: Any, pack: Callable[[Tensor], Any]) -> None:
+        names, self.context = tensor.__tensor_flatten__()
+        parts = {name: getattr(tensor, name) for name in names}
+        self.inner = {name: pack(x) for name, x in parts.items() if isinstance(x, Tensor)}
+        self.others = {name: x for name, x in parts.items() if not isinstance(x, Tensor)}
+        self.kind, self.size, self.stride = type(tensor), tensor.size(), tensor.stride()
 
     def unpack(self, unpack: Callable[[Any], Tensor]) -> Tensor:
-        inner = {name: unpack(packed) for name, packed in self.inner.items()}
+        inner = {name: unpack(packed) for name, packed in self.inner.items()} | self.others
         return self.kind.__tensor_unflatten__(inner, self.context, self.size, self.stride)
 
 

@@ -32,6 +32,7 @@ _VIEWS_AND_CASTS = (
     *("UnsafeViewBackward0", "ReshapeAliasBackward0", "AsStridedBackward0", "AliasBackward0"),
     *("ToCopyBackward0", "SelectBackward0", "SplitBackward0", "ExpandBackward0"),
     *("UnsqueezeBackward0", "SqueezeBackward0", "SqueezeBackward1", "CloneBackward0"),
+    *("SplitWithSizesBackward0", "UnbindBackward0"),
 )
 
 

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from .streams import IN, OUT
 
-CALLER = "caller"
-_STREAMS = (CALLER, OUT, IN)
+CALLER, SIDE = "caller", "side"  # a model may queue kernels on a second stream
+_CALLERS = (CALLER, SIDE)
+_STREAMS = (*_CALLERS, OUT, IN)
 _POISON = 255  # NaN in every floating-point format, -1 in every integer
 
 
@@ -66,6 +67,7 @@ class TwinStreams:
         bytes_per_s: float | None = None,
     ) -> None:
         self.device = torch.device("cpu")
+        self.caller = CALLER  # the present one
         self.races: list[str] = []
         self.stalled_s = self.now_s = 0.0
         self._order, self._random, self._bytes_per_s = order, random.Random(seed), bytes_per_s
@@ -83,16 +85,16 @@ class TwinStreams:
     # ---- Streams ----
 
     def current(self) -> str:
-        return CALLER
+        return self.caller
 
     def record(self, stream: str) -> _Event:
         self._tick(stream)
-        time_s = self.now_s if stream == CALLER else self._ready_s[stream]
+        time_s = self.now_s if stream in _CALLERS else self._ready_s[stream]
         return _Event(stream, self._num_queued[stream], dict(self._clocks[stream]), time_s)
 
     def wait(self, stream: str, event: _Event) -> None:
         self._after(stream, event.clock)
-        if stream == CALLER:
+        if stream in _CALLERS:
             self.stalled_s += max(0.0, event.time_s - self.now_s)
             self.now_s = max(self.now_s, event.time_s)
             self._run_until(event)
@@ -102,7 +104,8 @@ class TwinStreams:
 
     def copy(self, stream: str, dst: Tensor, src: Tensor) -> None:
         assert dst.numel() == src.numel() and dst.dtype == src.dtype == torch.uint8
-        if self._clocks[stream][CALLER] < self._clocks[CALLER][CALLER]:
+        mine = self._clocks[stream]
+        if all(mine[caller] < self._clocks[caller][caller] for caller in self._used_callers()):
             self.races.append(f"a copy on {stream} does not wait for the caller's kernels so far")
         tick = self._tick(stream)
         sides = []
@@ -133,6 +136,13 @@ class TwinStreams:
 
     # ---- for those who simulate ----
 
+    def read(self, tensor: Tensor) -> None:
+        """A kernel of the present caller's stream reads the storage of `tensor`."""
+        storage = tensor.untyped_storage()
+        if id(storage) in self._accesses:
+            what = f"read on {self.caller}"
+            self._check(id(storage), _Access(self.caller, 0, 0, storage.nbytes(), False, what))
+
     def compute(self, seconds: float) -> None:
         """The caller's kernels take so long."""
         self.now_s += seconds
@@ -161,7 +171,7 @@ class TwinStreams:
     def _run_next(self, stream: str) -> None:
         operation = self._queues[stream][0]
         if isinstance(operation, _Event):
-            if operation.stream != CALLER:
+            if operation.stream not in _CALLERS:
                 self._run_until(operation)
         else:
             operation()
@@ -179,10 +189,13 @@ class TwinStreams:
         if None in storages:
             self.races.append(f"a copy of {num_bytes} bytes on {stream} ran after memory was freed")
             return
-        dst, src = (
-            torch.empty(0, dtype=torch.uint8).set_(storage, start, (num_bytes,), (1,))  # type: ignore[arg-type]
-            for storage, (_, start) in zip(storages, (to, source), strict=True)
-        )
+        views = []
+        for storage, (_, start) in zip(storages, (to, source), strict=True):
+            view = torch.full((num_bytes,), _POISON, dtype=torch.uint8)
+            if storage.nbytes() >= start + num_bytes:  # type: ignore[union-attr]
+                view.set_(storage, start, (num_bytes,), (1,))  # type: ignore[arg-type]
+            views.append(view)  # resized meanwhile: that memory is someone else's
+        dst, src = views
         dst.copy_(src)
 
     # ---- what happened before what ----
@@ -195,6 +208,9 @@ class TwinStreams:
     def _tick(self, stream: str) -> int:
         self._clocks[stream][stream] += 1
         return self._clocks[stream][stream]
+
+    def _used_callers(self) -> list[str]:
+        return [x for x in _CALLERS if self._clocks[x][x]] or [CALLER]
 
     def _note(self, storage: Any, access: _Access) -> None:
         key = id(storage)
@@ -210,7 +226,13 @@ class TwinStreams:
     def _freed(self, key: int) -> None:
         if self._accesses[key]:
             stop = max(x.stop for x in self._accesses[key])
-            self._check(key, _Access(CALLER, 0, 0, stop, True, "freed"))
+            # Which caller's stream it is handed to is not known; one of them must be in order.
+            known = len(self.races)
+            for caller in self._used_callers():
+                del self.races[known:]
+                self._check(key, _Access(caller, 0, 0, stop, True, "freed"))
+                if len(self.races) == known:
+                    break
         del self._accesses[key], self._storages[key]
 
     def _check(self, key: int, new: _Access) -> None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hdp
 from hdp.offloading.forward import OffloadMemoryError, Treatment, Windows
+from hdp.offloading.twin import CALLER, SIDE
 from tests.runtime.offload_engines import (
     ROOMY,
     SLAB,
@@ -68,6 +69,31 @@ def test_no_race(kind, seed):
     with open_engine(kind, windows=windows, seed=seed) as engine:
         for _ in range(3):
             assert_same(gradients(model, x, forward_of(engine, treatment)), want)
+
+
+def test_a_model_with_two_streams():
+    """Backward asks for each tensor on the stream that saved it. What one stream fetched is not
+    ready for the other."""
+    windows = Windows(window_bytes=0, keep_bytes=0, prefetch_bytes=1 << 20)
+    with open_engine("lazy", windows=windows) as engine:
+        streams = engine.link._streams
+        rng, forward, saved = np.random.default_rng(0), forward_of(engine), []
+        with forward:
+            for i in range(40):
+                streams.caller = str(rng.choice([CALLER, SIDE]))
+                saved.append((streams.caller, forward.pack(torch.full((1000,), 1.0 * i))))
+        values = []
+        for i, (caller, packed) in reversed(list(enumerate(saved))):
+            streams.caller = caller
+            values.append(engine.unpack(packed))
+            streams.read(values[-1])
+            assert torch.equal(values[-1], torch.full((1000,), 1.0 * i))
+        assert not streams.races
+        streams.caller = CALLER
+        streams.record(SIDE), streams.wait(CALLER, streams.record(SIDE))
+        values.clear()
+        saved.clear()
+        del packed
 
 
 def test_a_ratio_is_met_evenly():

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from hdp.offloading.forward import Treatment
 from tests.runtime.offload_engines import (
@@ -137,6 +143,57 @@ def test_branches_and_frozen_weights():
         for treatment in TREATMENTS:
             with open_engine(kind) as engine:
                 assert_same(gradients(net, x, forward_of(engine, treatment)), want)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_function_inside(backend):
+    model, x = make_model(2), make_input()
+    torch._dynamo.reset()
+    model[1].forward = torch.compile(model[1].forward, backend=backend)
+    want = gradients(model, x)
+    for treatment in TREATMENTS:
+        with open_engine(windows=TIGHT) as engine:
+            for _ in range(2):
+                assert_same(gradients(model, x, forward_of(engine, treatment)), want)
+
+
+@every_treatment
+def test_selective_checkpointing(treatment):
+    """Checkpoints that save some results have tensors of their own, and modes like ours."""
+    model, x = make_model(2), make_input().requires_grad_()
+    want = gradients(model, x)
+
+    def policy(context, operation, *args, **kwargs):
+        if operation is torch.ops.aten.addmm.default:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    class Checkpointed(nn.Module):
+        def forward(self, x):
+            for layer in model:
+                contexts = partial(create_selective_checkpoint_contexts, policy)
+                x = checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
+            return x
+
+    outer = Checkpointed()
+    outer.layers = model
+    with open_engine(windows=TIGHT) as engine:
+        got = gradients(outer, x, forward_of(engine, treatment))
+        assert_same({name.removeprefix("layers."): g for name, g in got.items()}, want)
+
+
+def test_threads_share_an_engine():
+    """Four models, each with its thread: forwards and backwards in any order."""
+    models, x = [make_model(2) for _ in range(4)], make_input()
+    want = gradients(models[0], x)
+    with open_engine() as engine, ThreadPoolExecutor(4) as threads:
+
+        def train(model):
+            for _ in range(4):
+                assert_same(gradients(model, x, forward_of(engine, Treatment(pointwise=1.0))), want)
+
+        for done in [threads.submit(train, model) for model in models]:
+            done.result()
 
 
 # ---- many forwards ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 
 import pytest
 import torch
@@ -124,6 +125,73 @@ def test_no_grad_passes():
     with open_engine() as engine, torch.no_grad(), forward_of(engine, Treatment(pointwise=1.0)):
         assert torch.equal(model(x), model(x))
         assert engine.stats().sent_bytes == 0
+
+
+def test_inference_mode_inside():
+    """Writes to inference tensors are not counted: nothing is made again from them."""
+    model, x = make_model(), make_input()
+    want = gradients(model, x)
+    with open_engine() as engine:
+        forward = forward_of(engine, Treatment(pointwise=1.0))
+        model.zero_grad()
+        with forward:
+            with torch.inference_mode():
+                factor = torch.ones_like(x) * 1
+                model(x)
+            loss = loss_of(model(x) + 0 * factor)
+        loss.backward()
+        assert_same({name: p.grad for name, p in model.named_parameters()}, want)
+        del loss
+
+
+@pytest.mark.parametrize("order", ["lazy", "random", "eager"])
+@pytest.mark.parametrize("window_bytes", [0, 20_000, 1 << 20])
+@pytest.mark.parametrize("keep_bytes", [0, 10_000, 1 << 20])
+def test_memory_that_the_model_takes_away(order, window_bytes, keep_bytes):
+    """An output is dropped after its use and made again before backward, by resize_ and copy_ on
+    its storage, as Megatron does: a copy that was under way then may hold anything."""
+    windows = Windows(window_bytes=window_bytes, keep_bytes=keep_bytes, prefetch_bytes=0)
+    x = torch.randn(5000, requires_grad=True)
+    with open_engine(order, windows=windows) as engine:
+        with forward_of(engine):
+            y = (x * 2).exp()
+            z = (y * 3).square()
+            copy, storage = y.detach().clone(), y.untyped_storage()
+            storage.resize_(0)
+            total = (z * z).sum()
+        storage.resize_(copy.nbytes)
+        storage.copy_(copy.untyped_storage())
+        total.backward()
+        assert torch.equal(x.grad, gradient_of(x.detach()))
+        del y, z, total, storage
+
+
+def gradient_of(x):
+    x = x.clone().requires_grad_()
+    z = ((x * 2).exp() * 3).square()
+    (z * z).sum().backward()
+    return x.grad
+
+
+def test_no_device_memory_to_prefetch(monkeypatch):
+    """What is fetched ahead of need may fail; it is fetched when it is asked for."""
+    model, x = make_model(), make_input()
+    want = gradients(model, x)
+    with open_engine(
+        windows=Windows(window_bytes=0, keep_bytes=0, prefetch_bytes=50_000)
+    ) as engine:
+        fetch, asked = engine._fetch, []
+
+        def fail_sometimes(saved):
+            ahead = sys._getframe(1).f_code.co_name == "_prefetch"
+            asked.append(ahead)
+            if ahead and len(asked) % 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            fetch(saved)
+
+        monkeypatch.setattr(engine, "_fetch", fail_sometimes)
+        assert_same(gradients(model, x, forward_of(engine)), want)
+        assert asked.count(True) > 10 and asked.count(False) > 3, asked
 
 
 def test_a_full_pool_says_what_fits():

@@ -160,8 +160,8 @@ def test_slices_of_one_storage_travel_once():
 
 def test_recipes_need_less_than_they_save():
     """A decoder layer: bytes that stay or travel per token, with and without recipes."""
-    model, x = make_model(2, size=32), make_input(64)
-    kept = {}
+    layers, kept = 5, {}
+    model, x = make_model(layers, size=32), make_input(64)
     for name, treatment in (
         ("all", Treatment()),
         ("pointwise", Treatment(pointwise=1.0)),
@@ -171,9 +171,11 @@ def test_recipes_need_less_than_they_save():
             for _ in range(2):
                 before = engine.counts.sent
                 gradients(model, x, forward_of(engine, treatment))
-                kept[name] = (engine.counts.sent - before) / (2 * 64 * 32)
+                kept[name] = (engine.counts.sent - before) / (layers * 64 * 32)
     assert kept["pointwise"] < 0.6 * kept["all"]
-    assert kept["matmul"] < 0.4 * kept["pointwise"]
+    # products: each layer's input and attention output are left, and the first residual and the
+    # output of all: in bf16
+    assert kept["matmul"] <= 2 * (2 * layers + 2) / layers
 
 
 def test_a_write_that_torch_does_not_see_is_found():
