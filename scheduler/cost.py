@@ -54,6 +54,7 @@ class CostModel:
     num_layers: int = 1  # layers that the rank holds
     host_bytes_per_s: float = 0.0  # one host link, one direction, while both run; 0: no offload
     ranks_per_host_link: int = 1  # ranks that share it
+    host_memory_bytes: float = math.inf  # host memory that one rank's activations may take
     forward_share: float = 1 / 3  # forward's part of a microbatch's time
     reduce_s: float = 0.0  # seconds of the gradient reduction that ends a step
     name: str = ""
@@ -65,7 +66,10 @@ class CostModel:
                 continue
             if not isinstance(value, (int, float, np.integer, np.floating)) or value != value:
                 raise ValueError(f"cost model: {field.name}={value!r} must be a number")
-            if value < 0 or (math.isinf(value) and not field.name.endswith("node_bytes_per_s")):
+            may_be_inf = (
+                field.name.endswith("node_bytes_per_s") or field.name == "host_memory_bytes"
+            )
+            if value < 0 or (math.isinf(value) and not may_be_inf):
                 raise ValueError(f"cost model: {field.name}={value} must be finite and >= 0")
         for name, low in (
             ("num_layers", 1),

@@ -7,7 +7,7 @@ move and make o smaller, and ranks that share a host link divide its bandwidth, 
 hides less (`CostModel.hidden_ratio`).
 
 1. r_max = what forward's compute hides, at most 1.
-2. D = the smallest degree whose fullest shard fits at r_max.
+2. D = the smallest degree whose fullest shard fits at r_max; what leaves fits in host memory.
 3. r = the smallest ratio that still fits on the degree that is used: the least traffic. It is 0
    where offload saves no rank, which is the paper's lower limit on r.
 """
@@ -15,6 +15,7 @@ hides less (`CostModel.hidden_ratio`).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -28,13 +29,24 @@ def _hidden_ratio(batch: Batch) -> np.ndarray:
     return forward_s / (batch.job_tokens * cost.host_s_per_token)
 
 
+def _capacity(batch: Batch, ratio: Any) -> np.ndarray:
+    """int64: tokens that a rank can hold at offload ratios up to `ratio`, like `ratio`.
+
+    Beside the tokens that it holds anyway, host memory takes host_memory_bytes / bytes per token.
+    """
+    device, cost = batch.max_tokens_per_rank, batch.cost
+    bytes_per_token = cost.activation_bytes_per_token + cost.temporary_bytes_per_token
+    limit = device / (1.0 - np.minimum(ratio, 1.0) * cost.offloadable)
+    return np.floor(np.minimum(limit, device + cost.host_memory_bytes / bytes_per_token)).astype(
+        np.int64
+    )
+
+
 def max_shard_tokens(batch: Batch) -> np.ndarray:
     """(num_jobs,) int64: tokens that a rank can hold if its microbatch is this job's alone."""
-    capacity, share = batch.max_tokens_per_rank, batch.cost.offloadable
-    if not batch.offload or share == 0.0:
-        return np.full(batch.num_jobs, capacity, dtype=np.int64)
-    ratio = np.minimum(_hidden_ratio(batch), 1.0)
-    return np.floor(capacity / (1.0 - ratio * share)).astype(np.int64)
+    if not batch.offload or batch.cost.offloadable == 0.0:
+        return np.full(batch.num_jobs, batch.max_tokens_per_rank, dtype=np.int64)
+    return _capacity(batch, _hidden_ratio(batch))
 
 
 def max_pack_tokens(batch: Batch) -> int:
@@ -43,12 +55,11 @@ def max_pack_tokens(batch: Batch) -> int:
     Any token hides at least what one of a very short sequence does. More tokens in a microbatch
     only save fixed_s, so without it nothing goes to the host.
     """
-    capacity, cost = batch.max_tokens_per_rank, batch.cost
+    cost = batch.cost
     if not batch.offload or cost.offloadable == 0.0 or cost.fixed_s == 0.0:
-        return capacity
+        return batch.max_tokens_per_rank
     token_s = cost.forward_share * (cost.linear_s + cost.quadratic_s * cost.small_shard_tokens)
-    ratio = min(token_s / cost.host_s_per_token, 1.0)
-    return math.floor(capacity / (1.0 - ratio * cost.offloadable))
+    return int(_capacity(batch, token_s / cost.host_s_per_token))
 
 
 def least_microbatches(batch: Batch) -> int:
