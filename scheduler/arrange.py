@@ -1,4 +1,7 @@
-"""Orders of microbatches for pipelines: same microbatches, same ranks, other indices.
+"""Orders of microbatches: same microbatches, same ranks, other indices.
+
+Without pipelines a plan may be turned around: then its widest rings end it, on all of their ranks,
+which lets the reduction of gradients start during their backward.
 
 A pipeline loses least when its microbatches rise and then fall in time. Rings keep one index on all
 of their ranks, so all rings move together: they are delayed by some indices, or turned around, and
@@ -16,6 +19,13 @@ import numpy as np
 from .attempt import Attempt
 
 _DELAYS = (0, 1, 2, 4, 8)
+
+
+def turned(made: Attempt) -> Attempt:
+    """The last microbatch of every rank first, for plans without pipeline stages."""
+    last = max(int(made.rings.index.max(initial=0)), int(made.index.max(initial=0)))
+    rings = replace(made.rings, index=last - made.rings.index)
+    return replace(made, rings=rings, index=last - made.index)
 
 
 def arrangements(made: Attempt, num_ranks: int, seconds: np.ndarray) -> Iterator[Attempt]:

@@ -13,6 +13,7 @@ hdp_size * T rank-seconds. The bound is the smallest T, up to 0.1 %, for which i
 * numbers  jobs that need more than k * hdp_size ranks together meet on some rank k + 1 times
 * pipeline a microbatch passes all pp_size stages before the last one can start, and again after it
            is done: fixed_s for each
+* reduce   what of the reduction of gradients no backward can hide (`step_bound_s`)
 
 It is a bound for plans in which a ring is one job's and keeps to its nodes, and host copies are
 hidden.
@@ -61,6 +62,18 @@ def lower_bound_ticks(degrees: Degrees) -> int:
         else:
             top = middle
     return bottom
+
+
+def step_bound_s(degrees: Degrees, bound: int) -> float:
+    """The bound on the whole step, in seconds: `bound` ticks, and the reduction of gradients.
+
+    Without pipeline stages the reduction may begin in the backward of the last microbatches, which
+    are at most the whole load of their ranks: not before `forward_share` of the bound.
+    """
+    cost, bound_s = degrees.batch.cost, bound * degrees.tick_s
+    if degrees.batch.pp_size > 1:
+        return bound_s + cost.reduce_s
+    return max(bound_s, cost.forward_share * bound_s + cost.reduce_s)
 
 
 def needed_ticks(

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from .balance import plan_hdp
-from .bounds import lower_bound_ticks
+from .bounds import lower_bound_ticks, step_bound_s
 from .bytescale import plan_bytescale, plan_dp_balance, plan_naive, plan_pp_balance
 from .cost import CostModel
 from .degrees import Degrees
@@ -99,5 +99,5 @@ def plan(
     return replace(
         result,
         predicted_s=finish_s(result, cost),
-        lower_bound_s=bound * degrees.tick_s,
+        lower_bound_s=step_bound_s(degrees, bound),
     )

@@ -1,7 +1,8 @@
 """Riders: local jobs in the room that rings leave in their microbatches.
 
-They save `fixed_s` of the microbatches that they would need, and ranks whose riders take less time
-wait for the others of the ring. Two ways to choose them; which is best, if any, the simulator says.
+They save `fixed_s` of the microbatches that they would need, and a longer last microbatch hides
+more of the reduction; but ranks whose riders take less time wait for the others of the ring. Two
+ways to choose them; which is best, if any, the simulator says.
 
 * whole     a ring that is the last one of all its ranks takes all of their local jobs, if they fit:
             what follows the ring then rides on it, so nobody waits any longer than before
@@ -25,7 +26,9 @@ def with_riders(degrees: Degrees, made: Attempt) -> Iterator[Attempt]:
     batch = degrees.batch
     shards = batch.tokens_per_rank(made.degree)[made.rings.job]
     room = np.maximum(batch.max_tokens_per_rank - shards, 0)
-    if not len(made.local) or not room.any() or degrees.fixed == 0:
+    if not len(made.local) or not room.any():
+        return
+    if degrees.fixed == 0 and batch.cost.reduce_s == 0:
         return
     yield _whole(degrees, made, room)
     yield _anywhere(degrees, made, room)

@@ -1,0 +1,58 @@
+"""Every plan of a small batch, for tests of bounds and of planners."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations, product
+
+from hdp.scheduler import StepPlan
+
+
+def all_plans(
+    lengths: list[int], *, hdp_size: int, max_tokens_per_rank: int, ranks_per_node: int | None,
+    pp_size: int,
+) -> Iterator[StepPlan]:  # fmt: skip
+    """All rings of all sequences, and all ways in which ranks can share and order microbatches: at
+    most one ring in each, within the capacity. Some deadlock: `finish_s` refuses them."""
+    rings = [
+        tuple(ranks)
+        for degree in range(1, hdp_size + 1)
+        for ranks in combinations(range(hdp_size), degree)
+        if _legal(ranks, ranks_per_node or hdp_size)
+    ]
+    for chosen in product(rings, repeat=len(lengths)):
+        shards = [-(-n // len(ring)) for n, ring in zip(lengths, chosen, strict=True)]
+        orders = []
+        for rank in range(hdp_size):
+            here = [seq for seq, ring in enumerate(chosen) if rank in ring]
+            kept = [
+                [sorted(mb, key=lambda seq: len(chosen[seq]) == 1) for mb in order] or [[]]
+                for order in _ordered_partitions(here)
+                if all(
+                    sum(shards[seq] for seq in mb) <= max_tokens_per_rank
+                    and sum(len(chosen[seq]) > 1 for seq in mb) <= 1
+                    for mb in order
+                )
+            ]
+            orders.append(kept)
+        for microbatches in product(*orders):
+            yield StepPlan.from_lists(
+                lengths, chosen, microbatches, max_tokens_per_rank=max_tokens_per_rank,
+                pp_size=pp_size, ranks_per_node=ranks_per_node,
+            )  # fmt: skip
+
+
+def _legal(ranks: tuple[int, ...], node: int) -> bool:
+    """Inside a node, or whole nodes."""
+    nodes = len({rank // node for rank in ranks})
+    return nodes == 1 or nodes * node == len(ranks)
+
+
+def _ordered_partitions(items: list[int]) -> Iterator[list[list[int]]]:
+    if not items:
+        yield []
+    for size in range(1, len(items) + 1):
+        for first in combinations(items, size):
+            rest = [item for item in items if item not in first]
+            for others in _ordered_partitions(rest):
+                yield [list(first), *others]
