@@ -52,7 +52,7 @@ def _check_report(cost: CostModel, report: dict) -> None:
         assert seen.predicted_s(cost) == pytest.approx(row["predicted_s"])
         assert row["error"] == pytest.approx(row["predicted_s"] / row["measured_s"] - 1)
     worst = max(abs(row["error"]) for row in rows if not row["fitted"])
-    assert report["largest_errors"]["prediction"] == worst
+    assert report["errors"]["predicted"]["largest"] == worst
 
 
 @pytest.mark.slow

@@ -131,23 +131,28 @@ def degrees_of(num_ranks: int) -> list[int]:
 
 
 def shapes(capacity: int, num_ranks: int) -> tuple[list[Shape], list[Shape]]:
-    """(shapes to fit, shapes to predict): fractions of what the ranks of a ring hold."""
+    """(shapes to fit, shapes to predict): fractions of what the ranks of a ring hold.
+
+    None is a power of two: kernels are special there, and lengths of data are not.
+    """
     fitted, held_out = [], []
     for d in degrees_of(num_ranks):
         room = capacity * d
         fitted += [
-            (d, (room,)),
-            (d, (room // 2,)),
-            (d, (room // 8,)),
-            (d, (room // 4,) * 4),
-            (d, (room // 16,) * 16),
+            (d, (room * 31 // 32,)),
+            (d, (room * 15 // 32,)),
+            (d, (room * 4 // 33,)),
+            (d, (room * 8 // 33,) * 4),
+            (d, (room * 2 // 33,) * 16),
         ]
+        if d == 1:  # nobody cuts such short ones
+            fitted.append((d, (room // 66,) * 64))
         held_out += [
             (d, (room * 3 // 4,)),
             (d, (room // 3,)),
             (d, (room // 5,)),
             (d, (room // 3, room // 5, room // 7)),
-            (d, (room // 24,) * 24),
+            (d, (room // 25,) * 24),
         ]
     return fitted, held_out
 

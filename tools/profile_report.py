@@ -4,7 +4,7 @@ tools/profile_machine.py measures and calls this. The report is JSON in the file
 
     provenance       machine, versions, commit, date, command, model
     sources          where each field of the cost model comes from
-    largest_errors   of fitted and of only predicted microbatches, and of whole steps
+    errors           mean and largest: fitted and only predicted microbatches, whole steps
     microbatches     each with measured and predicted seconds
     kernels, links, model   rows of measure_kernels.py, measure_links.py, measure_model.py
 """
@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -162,18 +162,18 @@ def make_report(run: Run, measured: Measured, cost: CostModel) -> dict[str, Any]
     attention = measure_kernels.attention_fit(measured.kernels)
     model = measure_model.model_costs(measured.model)
     rows = microbatch_rows(run, measured, cost)
-    worst = {
-        name: max(abs(row[key]) for row in rows if row["fitted"] == fitted)
-        for name, key, fitted in (
-            ("fit", "error", True),
-            ("prediction", "error", False),
-            ("step_prediction", "step_error", False),
-        )
-    }
+    errors = {}
+    for name, key, fitted in (
+        ("fitted", "error", True),
+        ("predicted", "error", False),
+        ("predicted_steps", "step_error", False),
+    ):
+        sizes = [abs(row[key]) for row in rows if row["fitted"] == fitted]
+        errors[name] = {"mean": mean(sizes), "largest": max(sizes)}
     return {
         "provenance": provenance(run, measured),
         "sources": sources(run, measured),
-        "largest_errors": worst,
+        "errors": errors,
         "microbatches": rows,
         "attention_of_one_layer": attention
         and {
@@ -255,13 +255,17 @@ def show_and_save(run: Run, measured: Measured, fit: Fit, *, out: str, plot: str
 
 def verdict(report: dict[str, Any], cost: CostModel) -> str:
     """Is the model good enough, and do the parts agree with the whole?"""
-    worst, parts = report["largest_errors"], report["attention_of_one_layer"]
-    good = "within" if worst["step_prediction"] <= GOAL else "NOT within"
+    errors, parts = report["errors"], report["attention_of_one_layer"]
+    good = "within" if errors["predicted_steps"]["largest"] <= GOAL else "NOT within"
     linear = report["without_attention"]["linear_s"]
     alone = f"{parts['quadratic_s'] * cost.num_layers:.3g}" if parts else "unknown"
     return (
-        f"largest error: {worst['fit']:.1%} fitted, {worst['prediction']:.1%} predicted, "
-        f"{worst['step_prediction']:.1%} predicted whole steps ({good} {GOAL:.0%})\n"
+        "errors, mean (largest): "
+        + ", ".join(
+            f"{name.replace('_', ' ')} {e['mean']:.1%} ({e['largest']:.1%})"
+            for name, e in errors.items()
+        )
+        + f", {good} {GOAL:.0%}\n"
         f"attention, s per token^2: {cost.quadratic_s:.3g} in training, {alone} alone\n"
         f"the rest, s per token: {cost.linear_s:.3g} in training, {linear:.3g} alone"
     )
