@@ -113,6 +113,8 @@ class TrainConfig:
     log_every: int = 1
     tensorboard: bool = True
     trace_step: int | None = None
+    peak_tflops: float | None = None
+    """Peak of one device, for MFU; None: the data sheet's bf16 of known GPUs."""
     """Step whose planned and measured timelines are written (Perfetto JSON) and drawn (PNG)."""
 
     def __post_init__(self) -> None:
@@ -128,6 +130,8 @@ class TrainConfig:
         _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         if not isinstance(self.model_entries, dict):
             raise ValueError(f"--config-overrides must be a JSON object: {self.config_overrides}")
+        peak = self.peak_tflops
+        _require(peak is None or peak > 0, "peak_tflops", peak, "above 0")
         if (self.policy == "static") != (self.cp_size is not None):
             raise ValueError(
                 f"policy {self.policy!r} with cp_size {self.cp_size}: --cp-size belongs to "

@@ -4,8 +4,8 @@
     bubble 2.1% (plan 1.8%)  rings 1x412 2x9 8x1  mem 61.2 GiB  dt 3.91 s          (one line)
 
 tok/s/rank  tokens of the step / step time / ranks
-mfu         model flops (6 per parameter and token, attention over the causal half) / time / peak of
-            the device; left out where the peak is not known
+mfu         model flops (`ModelFlops`) / time / ranks / peak of a device: `--peak-tflops`, else the
+            data sheet's for bf16; left out where neither is known
 bubble      share of the step in which ranks wait or communicate, mean over ranks; beside it the one
             that the planner predicted
 rings       number of sequences by ring degree: 412 on one rank, 9 on two, 1 on eight
@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import FileIO
@@ -74,26 +75,42 @@ def ring_counts(plan: StepPlan) -> dict[int, int]:
     return dict(sorted(Counter(plan.degrees.tolist()).items()))
 
 
-def model_flops(
-    *, num_params: int, num_layers: int, attention_width: int, seqlens: list[int]
-) -> float:
-    """Floating-point operations of one forward+backward over whole sequences.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFlops:
+    """Floating-point operations that training a model needs, forward + backward.
 
-    6 per matmul parameter and token, and 6 * attention_width * n^2 per layer for causal attention
-    (QK^T and PV at 2 * n^2 * width each, half of it masked, times 3 with backward);
-    attention_width = num_heads * head_dim.
+    6 per matmul weight and token that it works on, and 6 * attention_width * n^2 per layer for
+    causal attention: QK^T and PV at 2 * n^2 * width each, half of it masked, times 3 with backward.
+    What is computed twice to save memory is not counted; nor is the head on tokens without a label,
+    which it skips (losses.py).
     """
-    tokens = math.fsum(seqlens)
-    squares = math.fsum(n * n for n in seqlens)
-    return 6.0 * num_params * tokens + 6.0 * num_layers * attention_width * squares
+
+    num_params: int  # of the layers: all but embedding and head
+    head_params: int
+    num_layers: int
+    attention_width: int  # num_heads * head_dim
+
+    def of(self, seqlens: Sequence[int], num_loss_tokens: int) -> float:
+        """FLOPs of whole sequences of these lengths, of whose tokens so many have a label."""
+        tokens = math.fsum(seqlens)
+        squares = math.fsum(n * n for n in seqlens)
+        matmuls = self.num_params * tokens + self.head_params * num_loss_tokens
+        return 6.0 * (matmuls + self.num_layers * self.attention_width * squares)
 
 
 # Dense bf16 peak of a device by its name, flop/s: vendors' data sheets, without sparsity.
 _PEAK_FLOPS = {
+    "A10": 125e12,
     "A100": 312e12,
+    "A800": 312e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "H20": 148e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H800": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "GH200": 989e12,
     "B200": 2250e12,
@@ -103,8 +120,11 @@ _PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """bf16 flop/s of a device by the longest known name that it contains; None if unknown."""
-    known = [name for name in _PEAK_FLOPS if name in device_name]
+    """bf16 flop/s of a device by the longest known name that is in its own; None if unknown.
+
+    Names are whole words: an RTX A1000 is no A100.
+    """
+    known = [name for name in _PEAK_FLOPS if re.search(rf"\b{name}\b", device_name)]
     return _PEAK_FLOPS[max(known, key=len)] if known else None
 
 

@@ -20,8 +20,8 @@ from hdp.scheduler.picture import draw_plans
 from hdp.scheduler.simulate import microbatch_times
 
 from .data.feed import StepBatch
-from .hf import transformer_shape
-from .metrics import StepMetrics, model_flops, peak_flops, ring_counts
+from .hf import CausalLM, transformer_shape
+from .metrics import ModelFlops, StepMetrics, peak_flops, ring_counts
 from .run import Run
 from .step import StepResult
 
@@ -31,21 +31,8 @@ class Observer:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        shape = transformer_shape(run.model)
-        hf_model: Any = run.model.model
-        embedding = hf_model.get_input_embeddings().weight
-        head = hf_model.get_output_embeddings().weight
-        parameters = sum(p.numel() for p in run.model.parameters())
-        self._flops = {
-            # a tied embedding works once, as the head; an untied one is looked up, not multiplied
-            "num_params": parameters - (0 if embedding is head else embedding.numel()),
-            "num_layers": shape["num_layers"],
-            "attention_width": shape["num_heads"] * shape["head_dim"],
-        }
-        device = run.mesh.device
-        self._peak = (
-            peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        )
+        self._flops = count_flops(run.model)
+        self._peak = _peak_flops(run)
 
     def measure(
         self,
@@ -74,7 +61,7 @@ class Observer:
         busy_s, end_s, bytes_sent, mem_bytes = table.T.tolist()
         seqlens = plan.seqlens.tolist()
         num_tokens = sum(seqlens)
-        flops = model_flops(seqlens=seqlens, **self._flops)
+        flops = self._flops.of(seqlens, batch.num_loss_tokens)
         return StepMetrics(
             step=step,
             loss=result.loss,
@@ -96,6 +83,32 @@ class Observer:
             data_wait_s=batch.wait_s,
             rings=ring_counts(plan),
         )
+
+
+def count_flops(model: CausalLM) -> ModelFlops:
+    """What a token costs in `model`, sharded or not."""
+    shape = transformer_shape(model)
+    hf_model: Any = model.model
+    embedding = hf_model.get_input_embeddings().weight
+    head = hf_model.get_output_embeddings().weight
+    # A tied embedding works once, as the head; an untied one is looked up, not multiplied.
+    others = head.numel() if embedding is head else head.numel() + embedding.numel()
+    return ModelFlops(
+        num_params=sum(p.numel() for p in model.parameters()) - others,
+        head_params=head.numel(),
+        num_layers=shape["num_layers"],
+        attention_width=shape["num_heads"] * shape["head_dim"],
+    )
+
+
+def _peak_flops(run: Run) -> float | None:
+    """flop/s of one device: what the run was told, or its data sheet's for bf16."""
+    if run.config.peak_tflops is not None:
+        return run.config.peak_tflops * 1e12
+    device = run.mesh.device
+    if device.type != "cuda" or run.config.dtype not in ("auto", "bf16"):
+        return None
+    return peak_flops(torch.cuda.get_device_name(device))
 
 
 def planned_bubble(plan: StepPlan, run: Run) -> float:

@@ -7,9 +7,13 @@ import json
 from io import FileIO
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from hdp.metrics import MetricsWriter, StepMetrics, model_flops, peak_flops, ring_counts
+from hdp.metrics import MetricsWriter, ModelFlops, StepMetrics, peak_flops, ring_counts
+from hdp.observe import count_flops
 from hdp.scheduler import StepPlan
+from tests.runtime.models import plain_model, tiny_model
 
 METRICS = StepMetrics(
     step=120,
@@ -113,15 +117,39 @@ def test_disabled_writer_writes_nothing(tmp_path):
 
 
 def test_model_flops_by_hand():
-    # one layer of width 8, 100 matmul parameters, sequences of 3 and 5 tokens
-    expected = 6 * 100 * 8 + 6 * 8 * (9 + 25)
-    assert model_flops(num_params=100, num_layers=1, attention_width=8, seqlens=[3, 5]) == expected
+    # one layer of width 8, 100 weights; a head of 7; sequences of 3 and 5 tokens, 6 with a label
+    flops = ModelFlops(num_params=100, head_params=7, num_layers=1, attention_width=8)
+    assert flops.of([3, 5], 6) == 6 * (100 * 8 + 7 * 6) + 6 * 8 * (9 + 25)
 
 
-def test_peak_flops_takes_the_longest_name():
+@pytest.mark.parametrize(("model_type", "tied"), [("llama", False), ("qwen3", True)])
+def test_flops_are_those_that_torch_counts(model_type, tied):
+    """torch's counter over the plain model with dense attention: the masked half is ours to take
+    off. Small norms and biases, which we count as matmuls, are the one percent."""
+    shape = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
+    model = tiny_model(
+        model_type, dtype=torch.float32, tie_word_embeddings=tied, num_hidden_layers=3, **shape
+    )
+    counts = count_flops(model)
+    plain = plain_model(model, "eager")
+    for seqlen in (100, 400):
+        input_ids = torch.arange(seqlen)[None] % 50
+        with FlopCounterMode(display=False) as counter:
+            plain(input_ids=input_ids, use_cache=False).logits.sum().backward()
+        masked = 6 * counts.num_layers * counts.attention_width * seqlen**2
+        want = counter.get_total_flops() - masked
+        assert counts.of([seqlen], seqlen) == pytest.approx(want, rel=0.01)
+        # Attention is a good part of it: half or twice of it would be seen.
+        assert masked > 0.03 * want
+
+
+def test_peak_flops_takes_the_longest_name_in_whole_words():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA H20-3e") == 148e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA RTX A1000 Laptop GPU") is None
     assert peak_flops("Somebody's abacus") is None
 
 

@@ -266,8 +266,22 @@ def test_trace_step_writes_planned_and_measured(inputs, tmp_path):
             'is no JSON .*it is like \'{"sliding_window"',
         ),
         ({"config_overrides": "[1]"}, "must be a JSON object"),
+def test_mfu_is_work_over_time_ranks_and_peak(inputs, tmp_path):
+    """By hand, but for attention: at these lengths less than a seventh of this model's work."""
+    options = {"steps": 1, "max_length": 60, "overlong": "truncate", "peak_tflops": 0.1}
+    *_, row = run_ranks(_train, 2, config(inputs, tmp_path, **options))[0][0]
+    size = MODEL["hidden_size"]
+    kv_size = size // MODEL["num_attention_heads"] * MODEL["num_key_value_heads"]
+    attention = 2 * size * (size + kv_size)  # q and output, k and v
+    layers = MODEL["num_hidden_layers"] * (attention + 3 * size * MODEL["intermediate_size"])
+    flops = 6 * (layers * row.num_tokens + MODEL["vocab_size"] * size * row.num_loss_tokens)
+    ratio = row.mfu * row.step_s * 2 * 1e11 / flops
+    assert 1.0 < ratio < 1.15, f"mfu counts {ratio:.2f} of the matmuls' work"
+
+
     ],
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**options)
+        ({"peak_tflops": 0.0}, "--peak-tflops must be above 0"),
