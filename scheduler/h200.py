@@ -76,6 +76,7 @@ CUDNN_FLOPS_PER_S = {32768: 552e12, 65536: 546.5e12, 131072: 541e12}
 
 # ---- assumed ----
 
+HOST_MEMORY_BYTES = 0.9 * 128 * 2**30  # per GPU: most of what the machine had for its one
 INTRA_NODE_BYTES_PER_S = 150e9
 INTER_NODE_BYTES_PER_S = 40e9
 
@@ -88,6 +89,7 @@ SOURCES = {
     "forward_share": "measured: steps with every forward computed again, median of four",
     "host_bytes_per_s": "measured: pinned copies in both directions at once",
     "ranks_per_host_link": "assumed: a link of its own for each GPU; one GPU was measured",
+    "host_memory_bytes": "assumed: 90 % of 128 GiB for each GPU, as on the machine",
     "kv_bytes_per_token": "arithmetic: keys and values in bf16 twice, their gradients in fp32 once",
     "intra_node_bytes_per_s": "ASSUMED, not measured: 150 GB/s per GPU over NVLink",
     "inter_node_bytes_per_s": "ASSUMED, not measured: 40 GB/s per GPU, 80 % of a 400 Gb/s link",
@@ -110,6 +112,7 @@ def h200_cost() -> CostModel:
         intra_node_bytes_per_s=INTRA_NODE_BYTES_PER_S,
         inter_node_bytes_per_s=INTER_NODE_BYTES_PER_S,
         host_bytes_per_s=HOST_BYTES_PER_S,
+        host_memory_bytes=_rounded(HOST_MEMORY_BYTES),
         quadratic_s=_rounded(layers * attention.quadratic_s),
         small_shard_tokens=_rounded(attention.small_shard_tokens),
         ring_step_s=_rounded(layers * attention.ring_step_s),

@@ -24,6 +24,7 @@ import torch
 
 from hdp import console
 from hdp.hf import transformer_shape
+from hdp.offloading.memory import host_bytes_per_rank
 from hdp.ops import describe
 from hdp.run import Run
 from hdp.scheduler import CostModel
@@ -76,6 +77,7 @@ def fit_all(run: Run, measured: Measured) -> Fit:
         "forward_share": model.forward_share,
         "activation_bytes_per_token": model.activation_bytes_per_token,
         "reduce_s": median(out for _, out in [*measured.fitted.values()]),
+        "host_memory_bytes": float(host_bytes_per_rank()),
         **measure_links.coefficients(measured.links),
     }
     if layer is not None:
@@ -123,6 +125,7 @@ def sources(run: Run, measured: Measured) -> dict[str, str]:
         "inter_node_bytes_per_s": "measured: P2P across nodes" if across else estimate,
         "host_bytes_per_s": f"measured: {host}, both ways at once, all ranks of a node",
         "ranks_per_host_link": f"measured: {host}, one rank against all",
+        "host_memory_bytes": "measured: 90 % of what is free, by ranks of the node",
         "activation_bytes_per_token": "measured: storages that autograd saves",
         "temporary_bytes_per_token": "measured: peak less what is saved" if cuda else "arithmetic",
         "kv_bytes_per_token": "arithmetic: keys, values, their gradients",
