@@ -158,6 +158,11 @@ def _resume(run: Run, checkpointer: Checkpointer) -> tuple[int, int]:
         f"resumed from {restored.path}, step {restored.step}, "
         f"written by {restored.world_size} ranks"
     )
+    if restored.extra.get("data") != run.dataset.fingerprint:
+        run.say(
+            "the data's files, tokenizer or options are not those of that run, though all lengths "
+            "are: it goes on with the new ones"
+        )
     return restored.step, restored.extra["total_tokens"]
 
 
@@ -171,7 +176,11 @@ def _save(run: Run, checkpointer: Checkpointer, step: int, total_tokens: int) ->
         step,
         model=run.model,
         optimizer=run.context.optimizer,
-        extra={"sampler": run.sampler.state_dict(), "total_tokens": total_tokens},
+        extra={
+            "sampler": run.sampler.state_dict(),
+            "total_tokens": total_tokens,
+            "data": run.dataset.fingerprint,
+        },
     )
 
 

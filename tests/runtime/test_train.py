@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -224,6 +225,19 @@ def _train_and_listen(rank, world, options):
     with contextlib.redirect_stderr(io.StringIO()) as said:
         _train(rank, world, options)
     return said.getvalue()
+
+
+def test_data_that_changed_but_not_in_length_are_told(inputs, tmp_path):
+    """The sampler knows lengths alone, so other words of the same length would go unnoticed."""
+    shutil.copytree(inputs / "text", tmp_path / "text")
+    options = config(inputs, tmp_path / "run", steps=1, data=str(tmp_path / "text"))
+    run_ranks(_train, 1, options)
+    again = dataclasses.replace(options, steps=2)
+    assert "not those of that run" not in run_ranks(_train_and_listen, 1, again)[0]
+    path = next(iter((tmp_path / "text").iterdir()))
+    path.write_text(path.read_text().swapcase())
+    again = dataclasses.replace(options, steps=3)
+    assert "not those of that run, though all lengths" in run_ranks(_train_and_listen, 1, again)[0]
 
 
 def test_more_tokens_than_positions_are_told(inputs, tmp_path):
