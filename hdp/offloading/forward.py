@@ -306,6 +306,12 @@ class Forward:
             self._missed_bytes += wanted
             self._engine.counts.kept += saved.num_bytes
 
+    def _keep_the_rest(self) -> None:
+        """What is still to be sent stays."""
+        while self._to_send:
+            saved, _ = self._to_send.popleft()
+            self._engine.counts.kept += saved.num_bytes
+
     def flush(self) -> None:
         """Send the last ones too: another forward runs before this one's backward."""
         while self._to_send:
@@ -339,7 +345,7 @@ class Forward:
 
         late: it was not fetched ahead, so backward is not where we expected it.
         """
-        self._to_send.clear()  # backward has begun: what is here stays
+        self._keep_the_rest()  # backward has begun
         engine, stream = self._engine, self._engine.link.stream()
         if late and saved.asked == self._num_passes:
             self._num_passes += 1  # the graph was retained, and backward runs again

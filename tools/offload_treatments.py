@@ -1,0 +1,111 @@
+"""What tools/bench_offload.py asks of the engine and the planner: engines, budgets, treatments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from decoder_layers import Shape
+
+from hdp.offloading.context import open_engine
+from hdp.offloading.engine import OffloadEngine
+from hdp.offloading.forward import Treatment, Windows
+from hdp.offloading.link import Link, StreamLink
+from hdp.offloading.memory import available_host_bytes
+from hdp.offloading.native import NativeLink, native_available
+from hdp.offloading.twin import TwinStreams
+from hdp.scheduler import CostModel
+
+MATMUL_FLOPS_PER_S = 799e12  # H200, for what a product costs to make again
+ATTENTION_FLOPS_PER_S = 600e12
+ELEMENT_BYTES = 2  # bf16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Device memory for what a forward saves, in bytes, of so many tokens and layers."""
+
+    tokens: int
+    num_layers: int
+    device_bytes: float
+
+    @classmethod
+    def of_recompute(cls, shape: Shape, tokens: int, num_layers: int) -> Budget:
+        """What activation checkpoints hold at most: each layer's input, and all of one layer."""
+        inputs = num_layers * tokens * shape.hidden_size * ELEMENT_BYTES
+        layer = saved_bytes(shape, tokens, 1) - inputs / num_layers
+        return cls(tokens=tokens, num_layers=num_layers, device_bytes=inputs + layer)
+
+
+def classes_of(shape: Shape, num_layers: int) -> list:
+    """The classes of tensors that tools/decoder_layers.py saves; see the planner's module."""
+    from hdp.scheduler.offload_plan import decoder_classes
+
+    sizes = {
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads,
+    }
+    cost = CostModel.from_transformer(
+        num_layers=num_layers,
+        vocab_size=1,
+        flops_per_s=MATMUL_FLOPS_PER_S,
+        attention_flops_per_s=ATTENTION_FLOPS_PER_S,
+        **sizes,
+    )
+    return decoder_classes(cost, head_dim=shape.head_dim, eager_norms=False, **sizes)
+
+
+def saved_bytes(shape: Shape, tokens: int, num_layers: int) -> float:
+    """What a forward of the layers saves for backward, by arithmetic."""
+    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    wide = 4 * shape.intermediate_size  # gate, up, SiLU(gate), their product
+    rest = 4 * shape.hidden_size + shape.num_heads * shape.head_dim  # input, residual, two norms
+    elements = heads + wide + rest
+    return num_layers * tokens * (elements * ELEMENT_BYTES + 4 * shape.num_heads)
+
+
+def plan_for_memory(
+    budget: Budget,
+    shape: Shape,
+    *,
+    forward_s: float,
+    backward_s: float,
+    host_bytes_per_s: float,
+) -> tuple[Treatment, Windows]:
+    """The planner's treatment. Raises ValueError if the budget is too small for any."""
+    from hdp.scheduler.offload_plan import plan_activations
+
+    plan = plan_activations(
+        classes_of(shape, budget.num_layers),
+        num_tokens=budget.tokens,
+        num_layers=budget.num_layers,
+        forward_s=forward_s,
+        backward_s=backward_s,
+        device_bytes=budget.device_bytes,
+        host_bytes_per_s=host_bytes_per_s,
+    )
+    treatment = Treatment(
+        ratio=plan.offload_ratio,
+        pointwise=plan.remade_share("pointwise"),
+        matmul=plan.remade_share("matmul"),
+    )
+    return treatment, Windows.of_layer(plan.bytes_sent_per_layer)
+
+
+def open_bench_engine(
+    device: torch.device, windows: Windows | None, *, num_bytes: float = 64 << 20
+) -> OffloadEngine:
+    """On a GPU as users have it. On a CPU with slabs of about a hundredth of num_bytes, as 512 MiB
+    are of a pool of 50 GiB; the link in C++ where it was built, else the twin."""
+    if device.type == "cuda":
+        most = available_host_bytes() * 9 // 10
+        return open_engine(device, max_bytes=most, windows=windows)
+    sizes = {"max_bytes": 1 << 30, "slab_bytes": max(int(num_bytes) // 100 >> 16, 1) << 16}
+    link: Link
+    if native_available(device):
+        link = NativeLink(device, seed=1, **sizes)
+    else:
+        link = StreamLink(TwinStreams(), num_threads=2, **sizes)
+    return OffloadEngine(link, windows=windows or Windows.of_layer(100_000))
