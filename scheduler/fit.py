@@ -169,8 +169,13 @@ def _solve(
             known_s[i] = (o.degree - 1) * float(transfer_s)
     if 1 not in columns:  # in proportion to the quadratic one, as `base` has it
         features[:, 0] += base.small_shard_tokens * features[:, 1]
+    relative, target = features / seconds[:, None], 1.0 - known_s / seconds
     found = np.zeros(5)
-    found[columns] = _non_negative(features[:, columns] / seconds[:, None], 1.0 - known_s / seconds)
+    found[columns] = _non_negative(relative[:, columns], target)
+    if found[1] > 0 and found[0] == 0:  # noise: small shards of no attention cost nothing
+        others = [column for column in columns if column != 1]
+        found[1] = 0.0
+        found[others] = _non_negative(relative[:, others], target)
     quadratic_s, small, linear_s, ring_step_s, fixed_s = found.tolist()
     if not quadratic_s + linear_s > 0:
         raise ValueError(f"times {seconds.tolist()} do not grow with tokens: measure longer ones")

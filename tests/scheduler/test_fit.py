@@ -164,6 +164,18 @@ def test_noise_of_five_percent_is_averaged_out():
         assert _seconds(pieces, fit.cost) == pytest.approx(_seconds(pieces), rel=0.05)
 
 
+def test_noise_that_hides_attention_leaves_a_model():
+    """Times by tokens alone, whatever the degree: the small-shard term would fit best, but it is
+    attention's."""
+    observations = [
+        Observation(pieces=((n, d),), seconds=1e-4 * n) for n in (300, 1000, 4000) for d in (1, 2)
+    ]
+    fit = fit_cost(observations, TRUE)
+    assert fit.cost.quadratic_s + fit.cost.linear_s > 0
+    predicted = [o.predicted_s(fit.cost) for o in observations]
+    assert predicted == pytest.approx([o.seconds for o in observations], rel=0.5)
+
+
 def test_bad_measurements_are_refused():
     with pytest.raises(ValueError, match="cannot determine 3 coefficients"):
         fit_cost([Observation(pieces=((5, 1),), seconds=1.0)], TRUE)
