@@ -82,6 +82,8 @@ class TrainConfig:
     """Most tokens of one microbatch on one rank: what its activation memory holds."""
     hdp_size: int | None = None
     """Ranks of the HDP axis; None: all."""
+    offload_gib: float = 0.0
+    """Host memory per rank for activations, so that long sequences need fewer ranks; 0: none."""
     cost: str | None = None
     """JSON of a CostModel; None: estimated from the model's shape."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -111,31 +113,38 @@ class TrainConfig:
     export_hf: str | None = None
     """Folder for a final model that `from_pretrained` loads."""
     log_every: int = 1
-    tensorboard: bool = True
-    trace_step: int | None = None
     peak_tflops: float | None = None
     """Peak of one device, for MFU; None: the data sheet's bf16 of known GPUs."""
+    tensorboard: bool = True
+    trace_step: int | None = None
     """Step whose planned and measured timelines are written (Perfetto JSON) and drawn (PNG)."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens", "max_tokens_per_rank", "keep_last", "log_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("save_every", "warmup_steps", "weight_decay", "grad_clip", "seed"):
+        not_negative = ("save_every", "warmup_steps", "weight_decay", "grad_clip", "seed")
+        for name in (*not_negative, "offload_gib"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("max_length", "cp_size", "hdp_size", "trace_step"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "1 or more")
         _require(self.lr > 0, "lr", self.lr, "above 0")
         _require(self.timeout_s > 0, "timeout_s", self.timeout_s, "above 0")
+        peak = self.peak_tflops
+        _require(peak is None or peak > 0, "peak_tflops", peak, "above 0")
         _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         if not isinstance(self.model_entries, dict):
             raise ValueError(f"--config-overrides must be a JSON object: {self.config_overrides}")
-        peak = self.peak_tflops
-        _require(peak is None or peak > 0, "peak_tflops", peak, "above 0")
         if (self.policy == "static") != (self.cp_size is not None):
             raise ValueError(
                 f"policy {self.policy!r} with cp_size {self.cp_size}: --cp-size belongs to "
                 "--policy static, which needs it"
+            )
+        if self.offload_gib and (self.policy == "static" or self.activation_checkpointing):
+            other = "--policy static" if self.policy == "static" else "--activation-checkpointing"
+            raise ValueError(
+                f"--offload-gib {self.offload_gib} with {other}: offload plans itself what is "
+                "kept, sent and recomputed, and static plans have none"
             )
         if self.overlong != "error" and self.max_length is None:
             raise ValueError(

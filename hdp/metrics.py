@@ -10,6 +10,7 @@ bubble      share of the step in which ranks wait or communicate, mean over rank
             that the planner predicted
 rings       number of sequences by ring degree: 412 on one rank, 9 on two, 1 on eight
 mem         most memory in use on any rank (device memory on a GPU, resident set on a CPU)
+host        most host memory that a rank's offloaded activations took; only with offload
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class StepMetrics:
     planned_s: float
     bytes_sent: int  # between ranks of rings, sum over ranks
     mem_bytes: int
+    host_bytes: int  # of activations that offload held at once on one rank so far, the most
     data_wait_s: float  # time that the step waited for its plan and tokens
     rings: dict[int, int]  # degree -> sequences
 
@@ -65,6 +67,7 @@ class StepMetrics:
             f"bubble {self.bubble:.1%} (plan {self.planned_bubble:.1%})",
             f"rings {rings}",
             f"mem {self.mem_bytes / 2**30:.1f} GiB",
+            f"host {self.host_bytes / 2**30:.1f} GiB" if self.host_bytes else "",
             f"dt {self.step_s:.2f} s",
         ]
         return "  ".join(part for part in parts if part)

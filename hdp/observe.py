@@ -31,7 +31,7 @@ class Observer:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._flops = count_flops(run.model)
+        self.flops = count_flops(run.model)
         self._peak = _peak_flops(run)
 
     def measure(
@@ -53,15 +53,16 @@ class Observer:
             max((span.end_s for span in spans), default=0.0),
             float(run.context.recorder.bytes_sent),
             float(_memory_bytes(run.mesh.device)),
+            float(run.host_bytes),
         ]
         size = run.mesh.hdp_size
         table = torch.empty(size, len(mine), dtype=torch.float64, device=run.mesh.device)
         row = torch.tensor(mine, dtype=torch.float64, device=run.mesh.device)
         dist.all_gather(list(table.unbind()), row, group=run.mesh.hdp_group)
-        busy_s, end_s, bytes_sent, mem_bytes = table.T.tolist()
+        busy_s, end_s, bytes_sent, mem_bytes, host_bytes = table.T.tolist()
         seqlens = plan.seqlens.tolist()
         num_tokens = sum(seqlens)
-        flops = self._flops.of(seqlens, batch.num_loss_tokens)
+        flops = self.flops.of(seqlens, batch.num_loss_tokens)
         return StepMetrics(
             step=step,
             loss=result.loss,
@@ -80,6 +81,7 @@ class Observer:
             planned_s=plan.predicted_s,
             bytes_sent=int(sum(bytes_sent)),
             mem_bytes=int(max(mem_bytes)),
+            host_bytes=int(max(host_bytes)),
             data_wait_s=batch.wait_s,
             rings=ring_counts(plan),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,11 @@ import numpy as np
 import torch
 
 from hdp.scheduler import CostModel, StepPlan, plan
+from hdp.scheduler.memory import shard_capacity
+from hdp.scheduler.offload_plan import decoder_classes, scaled
 
 from . import console
+from .agree import on_all_ranks
 from .comm import RingComm
 from .compiled import compile_layers
 from .config import DEMO_MODEL, TrainConfig
@@ -22,12 +25,16 @@ from .hf import CausalLM, build_model, load_model, transformer_shape
 from .kernels import choose_kernel
 from .liger import use_liger
 from .mesh import HDPMesh
+from .offloading.context import open_engine
+from .offloading.engine import OffloadEngine
+from .offloading.memory import host_bytes_per_rank
+from .offloading.planned import PlannedOffload
 from .ops import describe
 from .optim import build_optimizer
 from .parallel import shard
 from .recorder import StepRecorder
 from .rng import seed_rng
-from .step import StepContext
+from .step import StepContext, keep_everything
 from .watchdog import Watchdog
 
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -39,6 +46,8 @@ _CPU_FLOPS_PER_S = 30e9
 _CPU_BYTES_PER_S = 1e9
 _CPU_TRANSFER_S = 1.5e-3
 _GPU_FLOPS_PER_S = 400e12
+_HOST_BYTES_PER_S = {"cuda": 50e9, "cpu": 5e9}  # PCIe 5 x16, both directions at once; memcpy
+_HOST_SHARE = 0.9  # of the offload pool that plans count on: layers are not all the same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +78,24 @@ class Run:
             policy=self.config.policy,
             cp_size=self.config.cp_size,
             ranks_per_node=self.mesh.ranks_per_node,
+            offload=self.config.offload_gib > 0,
         )
+
+    @property
+    def offload(self) -> PlannedOffload | None:
+        """What executes the plans' offload ratios, if the run has host memory for it."""
+        offload = self.context.offload
+        return offload if isinstance(offload, PlannedOffload) else None
+
+    @property
+    def host_bytes(self) -> int:
+        """Most host memory that this rank's offloaded activations have taken at once."""
+        return self.offload.engine.stats().peak_in_use_bytes if self.offload else 0
+
+    def close(self) -> None:
+        """Give back what outlives its objects: host memory of the offload engine."""
+        if self.offload:
+            self.offload.close()
 
     def say(self, message: str) -> None:
         """One line for people, once."""
@@ -86,9 +112,21 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
     seed_rng(config.seed, rank=mesh.hdp_rank)
     dtype = _compute_dtype(config, mesh.device)
     dataset = _open_data(config)
-    dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=config.max_tokens_per_rank)
+    if not config.offload_gib:  # else lengths, costs and memory say together what fits
+        dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=config.max_tokens_per_rank)
     model = _open_model(config, dataset, mesh, dtype)
     cost = CostModel.load(config.cost) if config.cost else estimate_cost(model, mesh.device, dtype)
+    offload: PlannedOffload | None = None
+    if config.offload_gib:
+        offload = open_offload(config, model, mesh, dtype, cost)
+        cost = offload.cost
+        capacity = shard_capacity(
+            dataset.seqlens,
+            max_tokens_per_rank=config.max_tokens_per_rank,
+            cost=cost,
+            offload=True,
+        )
+        dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=capacity)
     layers = use_liger(
         model.model, config.liger, device=mesh.device, dtype=dtype, compiled=config.compile
     )
@@ -100,13 +138,38 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
         param_dtype=dtype if dtype == torch.bfloat16 else None,
         activation_checkpointing=config.activation_checkpointing,
     )
+    context = _make_context(config, mesh, watchdog, model, cost, offload)
+    run = Run(
+        config=config,
+        mesh=mesh,
+        watchdog=watchdog,
+        dataset=dataset,
+        sampler=Sampler(dataset.seqlens, batch_tokens=config.batch_tokens, seed=config.seed),
+        cost=cost,
+        model=model,
+        context=context,
+    )
+    run.plan(dataset.seqlens.max()[None])  # a ring that cannot hold it is found out now
+    _introduce(run, dtype, layers)
+    return run
+
+
+def _make_context(
+    config: TrainConfig,
+    mesh: HDPMesh,
+    watchdog: Watchdog,
+    model: CausalLM,
+    cost: CostModel,
+    offload: PlannedOffload | None,
+) -> StepContext:
+    """What executes a step, around a model that is sharded."""
     comm = RingComm(
         mesh.hdp_group,
         mesh.device,
         on_exchange=watchdog.touch,
         gathers=partial(gather_pays, cost=cost, ranks_per_node=mesh.ranks_per_node),
     )
-    context = StepContext(
+    return StepContext(
         mesh=mesh,
         model=model,
         optimizer=build_optimizer(
@@ -121,20 +184,8 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
         watchdog=watchdog,
         grad_clip=config.grad_clip,
         overlap_reduce=mesh.device.type == "cuda",
+        offload=offload or keep_everything,
     )
-    run = Run(
-        config=config,
-        mesh=mesh,
-        watchdog=watchdog,
-        dataset=dataset,
-        sampler=Sampler(dataset.seqlens, batch_tokens=config.batch_tokens, seed=config.seed),
-        cost=cost,
-        model=model,
-        context=context,
-    )
-    run.plan(dataset.seqlens.max()[None])  # a ring that cannot hold it is found out now
-    _introduce(run, dtype, layers)
-    return run
 
 
 def estimate_cost(model: CausalLM, device: torch.device, dtype: torch.dtype) -> CostModel:
@@ -152,6 +203,46 @@ def estimate_cost(model: CausalLM, device: torch.device, dtype: torch.dtype) -> 
         bytes_per_element=dtype.itemsize,
         ring_step_s=3 * _CPU_TRANSFER_S * shape["num_layers"],
     )
+
+
+def open_offload(
+    config: TrainConfig, model: CausalLM, mesh: HDPMesh, dtype: torch.dtype, cost: CostModel
+) -> PlannedOffload:
+    """The engine that executes the plan's offload ratios. Collective.
+
+    Its `cost` is the given one with what was not measured: the host link, and the bytes that the
+    model saves. Raises ValueError on all ranks if host memory is missing on any.
+    """
+    shape: dict[str, Any] = transformer_shape(model)
+    host_bytes = int(config.offload_gib * 2**30)
+    classes = decoder_classes(cost, **shape, bytes_per_element=dtype.itemsize)
+    if config.cost and cost.activation_bytes_per_token:
+        classes = scaled(classes, cost.activation_bytes_per_token)
+    cost = replace(
+        cost,
+        activation_bytes_per_token=sum(c.bytes_per_token for c in classes),
+        host_bytes_per_s=cost.host_bytes_per_s or _HOST_BYTES_PER_S[mesh.device.type],
+        host_memory_bytes=_HOST_SHARE * host_bytes,
+    )
+    if not cost.offloadable:
+        raise ValueError(
+            f"--offload-gib {config.offload_gib}: two layers are always at work, and the model has "
+            f"{cost.num_layers}: nothing could be offloaded"
+        )
+
+    def open_it() -> OffloadEngine:
+        most = host_bytes_per_rank()
+        if host_bytes > most:
+            raise ValueError(
+                f"--offload-gib {config.offload_gib}: a rank's part of this machine's memory is "
+                f"{most / 2**30:.1f} GiB; give less, or start fewer ranks on it"
+            )
+        is_cuda = mesh.device.type == "cuda"
+        return open_engine(mesh.device, max_bytes=host_bytes, prefill=is_cuda)
+
+    engine = on_all_ranks(open_it, mesh.hdp_group)
+    min_bytes = 1 << (20 if mesh.device.type == "cuda" else 12)
+    return PlannedOffload(engine, cost=cost, classes=classes, min_bytes=min_bytes)
 
 
 def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -206,6 +297,7 @@ def _open_model(
 def _introduce(run: Run, dtype: torch.dtype, layers: str) -> None:
     """Say once what runs where: fallbacks are announced, never silent."""
     mesh, config = run.mesh, run.config
+    is_cpu = mesh.device.type == "cpu"
     head_dim = transformer_shape(run.model)["head_dim"]
     attention = choose_kernel(mesh.device, dtype, config.attention, head_dim=head_dim)
     parameters = sum(p.numel() for p in run.model.parameters())
@@ -232,6 +324,13 @@ def _introduce(run: Run, dtype: torch.dtype, layers: str) -> None:
         f"plan: {config.policy}{cp_size}, at most {config.max_tokens_per_rank:,} tokens per rank "
         f"and microbatch; costs: {source}"
     )
+    if run.offload:
+        rate = run.cost.host_bytes_per_s / run.cost.ranks_per_host_link
+        run.say(
+            f"offload: up to {config.offload_gib:g} GiB of host memory per rank over a link of "
+            f"{rate / 1e9:.0f} GB/s ({run.offload.engine.link.name})"
+            + ("; on a CPU it exercises the engine and saves nothing" if is_cpu else "")
+        )
 
 
 def _num_positions(model: CausalLM) -> float:

@@ -19,6 +19,8 @@ in its last one, and on a GPU the reduction overlaps with that backward (`overla
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +30,22 @@ from torch import Tensor, nn
 
 from .comm import RingComm
 from .data.feed import StepBatch
+from .layout import RingLayout
 from .losses import token_cross_entropy
 from .mesh import HDPMesh, agree_on_plan
 from .parallel import NonFiniteError, clip_grad_norm, reduce_gradients, set_microbatch, unshard_all
 from .recorder import StepRecorder
 from .watchdog import Watchdog
+
+
+def keep_everything(layout: RingLayout, offload_ratio: float) -> AbstractContextManager[Any]:
+    """Without offload: what a forward saves stays on the device."""
+    if offload_ratio:
+        raise ValueError(
+            f"the plan has a microbatch with offload ratio {offload_ratio:.2f}: give StepContext a "
+            "PlannedOffload, or plan with offload=False"
+        )
+    return nullcontext()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +60,8 @@ class StepContext:
     grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
     overlap_reduce: bool = False  # reduce inside the last backward where the plan allows it
     watchdog: Watchdog = field(default_factory=Watchdog.off)
+    # Around each forward, with the microbatch's layout and its offload ratio: a PlannedOffload.
+    offload: Callable[[RingLayout, float], AbstractContextManager[Any]] = keep_everything
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +90,8 @@ def train_step(context: StepContext, step: StepBatch) -> StepResult:
         context.watchdog.progress(microbatch=i, ring=batch.layout.ring)
         with recorder.span("compute", str(i)):
             set_microbatch(model, reduce=overlap and i == len(step.batches) - 1)
-            logprobs = model(batch.to(mesh.device), context.comm)
+            with context.offload(batch.layout, batch.offload_ratio):
+                logprobs = model(batch.to(mesh.device), context.comm)
             loss = token_cross_entropy(logprobs, global_count=step.num_loss_tokens)
             loss.backward()
             losses.append(loss.detach())

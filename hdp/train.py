@@ -8,6 +8,7 @@ walks the steps, and resumes, saves and exports.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -50,13 +51,16 @@ def train(config: TrainConfig) -> list[StepMetrics]:
             on_rank_0(partial(check_target, config.export_hf), mesh.hdp_group)
         with watchdog.allow(_LONG_S, "loading data and model"):
             run = set_up(config, mesh, watchdog)
-        with Checkpointer(
-            Path(config.run_dir) / "checkpoints",
-            mesh=mesh,
-            keep_last=config.keep_last,
-            model_config=run.model.config.to_dict(),
-            seed=config.seed,
-        ) as checkpointer:
+        with (
+            contextlib.closing(run),
+            Checkpointer(
+                Path(config.run_dir) / "checkpoints",
+                mesh=mesh,
+                keep_last=config.keep_last,
+                model_config=run.model.config.to_dict(),
+                seed=config.seed,
+            ) as checkpointer,
+        ):
             if run.is_main:
                 (Path(config.run_dir) / "config.json").write_text(config.to_json() + "\n")
             with watchdog.allow(_LONG_S, "loading a checkpoint"):

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from .cost import CostModel
 from .jobs import Batch
 
 
@@ -47,6 +48,20 @@ def max_shard_tokens(batch: Batch) -> np.ndarray:
     if not batch.offload or batch.cost.offloadable == 0.0:
         return np.full(batch.num_jobs, batch.max_tokens_per_rank, dtype=np.int64)
     return _capacity(batch, _hidden_ratio(batch))
+
+
+def shard_capacity(
+    seqlens: np.ndarray, *, max_tokens_per_rank: int, cost: CostModel, offload: bool
+) -> np.ndarray:
+    """(num_seqs,) int64: most tokens of a sequence that one rank can hold, as plan() sees it."""
+    batch = Batch.check(
+        seqlens,
+        hdp_size=1,
+        max_tokens_per_rank=max_tokens_per_rank,
+        cost=cost,
+        offload=offload,
+    )
+    return max_shard_tokens(batch)
 
 
 def max_pack_tokens(batch: Batch) -> int:

@@ -29,7 +29,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -280,9 +281,9 @@ def decoder_classes(
     bytes_per_element: int = 2,
     eager_norms: bool = True,
     memory_bytes_per_s: float = 2.5e12,
-    **ignored: int,
+    **ignored: Any,
 ) -> list[SavedClass]:
-    """What a Llama-shaped decoder saves, all layers together.
+    """What a Llama-shaped decoder saves, all layers of `cost` together; more of a shape is ignored.
 
     Matrix products take their part of the cost model's linear seconds, a third of which is forward.
     Element-wise results move four times their bytes through device memory. eager_norms: norms of
@@ -323,6 +324,12 @@ def decoder_classes(
     ]
 
 
+def scaled(classes: Sequence[SavedClass], bytes_per_token: float) -> list[SavedClass]:
+    """The classes with sizes that sum to what was measured."""
+    ratio = bytes_per_token / sum(c.bytes_per_token for c in classes)
+    return [replace(c, bytes_per_token=ratio * c.bytes_per_token) for c in classes]
+
+
 def plan_microbatch(
     cost: CostModel,
     classes: Sequence[SavedClass],
@@ -334,9 +341,9 @@ def plan_microbatch(
 ) -> ActivationPlan:
     """The treatment of a microbatch that a StepPlan gives an offload ratio.
 
-    The ratio says what must go: of l layers' bytes (l - 2) / l times the ratio (ByteScale Eq. 3; the
-    other two are at work). How they go is decided here. compute_s: seconds of the microbatch's
-    kernels, forward + backward. Raises ValueError as plan_activations does.
+    The ratio says what must go: of l layers' bytes (l - 2) / l times the ratio (ByteScale Eq. 3,
+    where two layers are at work). How they go is decided here. compute_s: seconds of the
+    microbatch's kernels, forward + backward. Raises ValueError as plan_activations does.
     """
     total = num_tokens * sum(c.bytes_per_token for c in classes)
     moving = max(cost.num_layers - 2, 0) / cost.num_layers

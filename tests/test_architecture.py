@@ -35,7 +35,7 @@ IMPORTS: dict[str, set[str]] = {
     "gather": {"comm", "kernels", "layout", "ops", "scheduler"},
     "attention": {"comm", "gather", "kernels", "layout", "ops"},
     # what backward needs leaves the device meanwhile
-    "offloading": {"ops"},
+    "offloading": {"layout", "ops", "scheduler"},
     # the model around it
     "losses": {"ops"},
     "hf_check": set(),
@@ -49,7 +49,7 @@ IMPORTS: dict[str, set[str]] = {
     "mesh": set(),
     "parallel": set(),
     "recorder": {"clock", "comm", "scheduler"},
-    "step": {"comm", "data", "losses", "mesh", "parallel", "recorder", "watchdog"},
+    "step": {"comm", "data", "layout", "losses", "mesh", "parallel", "recorder", "watchdog"},
     # what a run needs beside steps
     "config": set(),
     "monitor": set(),
@@ -63,8 +63,9 @@ IMPORTS: dict[str, set[str]] = {
     "metrics": {"scheduler"},
     # a run: its parts connected, watched, walked
     "run": {
-        *("comm", "compiled", "config", "console", "data", "gather", "hf", "kernels", "liger"),
-        *("mesh", "ops", "optim", "parallel", "recorder", "rng", "scheduler", "step", "watchdog"),
+        *("agree", "comm", "compiled", "config", "console", "data", "gather", "hf", "kernels"),
+        *("liger", "mesh", "offloading", "ops", "optim", "parallel", "recorder", "rng"),
+        *("scheduler", "step", "watchdog"),
     },
     "observe": {"data", "hf", "metrics", "run", "scheduler", "step"},
     "train": {

@@ -151,21 +151,23 @@ class TokenDataset:
         is_whole = stop - start == offsets[document + 1] - offsets[document]
         return name if is_whole else f"{name} [tokens {start}:{stop}]"
 
-    def check_fits(self, *, hdp_size: int, max_tokens_per_rank: int) -> None:
+    def check_fits(self, *, hdp_size: int, max_tokens_per_rank: int | np.ndarray) -> None:
         """Raises ValueError if a sequence is longer than all ranks together can hold.
 
-        The message names the longest sequence and what would hold it.
+        max_tokens_per_rank: of any sequence, or (num_seqs,) of each. The message names the longest
+        sequence that does not fit and what would hold it.
         """
-        capacity = hdp_size * max_tokens_per_rank
-        longest = int(np.argmax(self.seqlens))
-        seqlen = int(self.seqlens[longest])
-        if seqlen <= capacity:
+        held = np.broadcast_to(max_tokens_per_rank, self.seqlens.shape)
+        over = self.seqlens > hdp_size * held
+        if not over.any():
             return
-        count = int(np.count_nonzero(self.seqlens > capacity))
+        longest = int(np.argmax(np.where(over, self.seqlens, 0)))
+        seqlen, per_rank = int(self.seqlens[longest]), int(held[longest])
+        capacity, count = hdp_size * per_rank, int(np.count_nonzero(over))
         raise ValueError(
             f"{self.name(longest)} has {seqlen:,} tokens, but {hdp_size} ranks of "
-            f"{max_tokens_per_rank:,} tokens hold {capacity:,} ({count:,} sequences are longer): "
-            f"use {-(-seqlen // max_tokens_per_rank):,} ranks, or --max-tokens-per-rank "
+            f"{per_rank:,} tokens hold {capacity:,} ({count:,} sequences are longer): "
+            f"use {-(-seqlen // per_rank):,} ranks, or --max-tokens-per-rank "
             f"{-(-seqlen // hdp_size)}, or --max-length {capacity} --overlong drop|truncate|split"
         )
 

@@ -33,6 +33,7 @@ METRICS = StepMetrics(
     planned_s=3.8,
     bytes_sent=123,
     mem_bytes=int(61.2 * 2**30),
+    host_bytes=0,
     data_wait_s=0.0,
     rings={1: 412, 2: 9, 8: 1},
 )

@@ -46,9 +46,9 @@ def _num_loss_tokens(samples):
     return sum(int((s.labels(0, len(s.input_ids)) >= 0).sum()) for s in samples)
 
 
-def dense_step(dtype):
+def dense_step(dtype, **overrides):
     """(loss, {name: gradient}) of the plain transformers model, one sequence at a time, in fp64."""
-    plain = keep_norms_exact(plain_model(tiny_model(dtype=dtype).double()))
+    plain = keep_norms_exact(plain_model(tiny_model(dtype=dtype, **overrides).double()))
     samples = random_samples(SEQLENS)
     count = _num_loss_tokens(samples)
     loss = 0.0

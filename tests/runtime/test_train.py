@@ -113,6 +113,27 @@ def test_losses_do_not_depend_on_the_world_size_or_the_policy(inputs, tmp_path):
     assert all(row[5].bytes_sent == 0 for row in one)
 
 
+def test_offload_trains_longer_sequences_on_the_same_ranks(inputs, tmp_path):
+    """2 ranks hold 2 x 200 tokens; with host memory they hold the longest document, 539."""
+    options = {
+        "config_overrides": '{"num_hidden_layers": 4}',
+        "batch_tokens": 2000,
+        "steps": 4,
+    }
+    kept = config(inputs, tmp_path / "kept", max_tokens_per_rank=704, **options)
+    sent = dataclasses.replace(
+        kept, max_tokens_per_rank=200, offload_gib=0.0625, run_dir=str(tmp_path / "sent")
+    )
+    without = dataclasses.replace(sent, offload_gib=0.0, run_dir=str(tmp_path / "without"))
+    with pytest.raises(RankError, match=r"tokens, but 2 ranks of 200 tokens hold 400"):
+        run_ranks(_train, 2, without)
+    want, got = (run_ranks(_train, 2, options)[0] for options in (kept, sent))
+    np.testing.assert_allclose(_losses(got), _losses(want), rtol=1e-5)
+    assert all(row[5].host_bytes == 0 for row in want)
+    assert got[-1][5].host_bytes > 0
+    assert "  host " in got[-1][5].line(4)
+
+
 def test_resume_on_another_number_of_ranks_continues_the_run(inputs, tmp_path):
     whole = run_ranks(_train, 2, config(inputs, tmp_path / "whole", steps=12))[0]
     part = config(inputs, tmp_path / "part", steps=12, save_every=5, keep_last=1)
@@ -266,20 +287,6 @@ def test_trace_step_writes_planned_and_measured(inputs, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["trace_step"] == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"steps": 0}, "--steps must be 1 or more, got 0"),
-        ({"lr": 0.0}, "--lr must be above 0"),
-        ({"policy": "static"}, "--cp-size belongs to --policy static"),
-        ({"cp_size": 2}, "--cp-size belongs to --policy static"),
-        ({"overlong": "drop"}, "--max-length"),
-        ({"min_lr_ratio": 2.0}, "in \\[0, 1\\]"),
-        (
-            {"config_overrides": "sliding_window=null"},
-            'is no JSON .*it is like \'{"sliding_window"',
-        ),
-        ({"config_overrides": "[1]"}, "must be a JSON object"),
 def test_mfu_is_work_over_time_ranks_and_peak(inputs, tmp_path):
     """By hand, but for attention: at these lengths less than a seventh of this model's work."""
     options = {"steps": 1, "max_length": 60, "overlong": "truncate", "peak_tflops": 0.1}
@@ -293,9 +300,23 @@ def test_mfu_is_work_over_time_ranks_and_peak(inputs, tmp_path):
     assert 1.0 < ratio < 1.15, f"mfu counts {ratio:.2f} of the matmuls' work"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "--steps must be 1 or more, got 0"),
+        ({"lr": 0.0}, "--lr must be above 0"),
+        ({"peak_tflops": 0.0}, "--peak-tflops must be above 0"),
+        ({"policy": "static"}, "--cp-size belongs to --policy static"),
+        ({"cp_size": 2}, "--cp-size belongs to --policy static"),
+        ({"overlong": "drop"}, "--max-length"),
+        ({"min_lr_ratio": 2.0}, "in \\[0, 1\\]"),
+        (
+            {"config_overrides": "sliding_window=null"},
+            'is no JSON .*it is like \'{"sliding_window"',
+        ),
+        ({"config_overrides": "[1]"}, "must be a JSON object"),
     ],
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**options)
-        ({"peak_tflops": 0.0}, "--peak-tflops must be above 0"),
