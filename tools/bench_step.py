@@ -10,14 +10,19 @@ are medians over the batches and ratios to the first policy. On a CPU use 2 rank
 on two cores: more ranks share the cores, and the time that one waits goes to the others.
 
 Learning rate 0: every policy sees the same weights, and their losses must agree.
+
+With `--lengths 32768 131072` it measures something else, full steps of one sequence per rank, by
+length: MFU, memory, and a fitted prediction (step_lengths.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -193,4 +198,10 @@ def report(run: Run, args: argparse.Namespace, rows: dict[str, list[Row]]) -> No
 
 
 if __name__ == "__main__":
-    main()
+    if "--lengths" in sys.argv:
+        sys.path.insert(0, str(Path(__file__).parent))
+        import step_lengths
+
+        step_lengths.main()
+    else:
+        main()

@@ -1,0 +1,300 @@
+"""Full training steps of one long sequence per rank: MFU, memory, and what the cost model says.
+
+    python tools/bench_step.py --lengths 32768 131072
+    torchrun --standalone --nproc-per-node 8 tools/bench_step.py --lengths 32768 131072
+
+A step is what training does: gather, forward, backward, reduce, clip, AdamW. The model is shaped
+like LLaMA-3-8B, with as many layers as memory holds (`--layers`); random weights, random tokens.
+All flags of `hdp train` may follow: `--activation-checkpointing`, `--compile`, `--cost FILE`, ...
+
+MFU counts the FLOPs that the model needs (hdp/metrics.py), beside two peaks: the data sheet's
+(or `--peak-tflops`) and the largest matrix product that this device does, measured first.
+
+The prediction is made by a cost model that is fitted here to steps of other lengths
+(`--fit-lengths`), so none of the lengths in the table was seen; its error is the last column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from hdp import console
+from hdp.cli import parse_config
+from hdp.clock import Clock
+from hdp.config import TrainConfig
+from hdp.data.feed import StepBatch
+from hdp.data.pack import Sample, pack_microbatch
+from hdp.mesh import HDPMesh
+from hdp.metrics import StepMetrics
+from hdp.observe import Observer
+from hdp.run import Run, set_up
+from hdp.scheduler import CostModel, StepPlan
+from hdp.scheduler.fit import Observation, fit_cost
+from hdp.step import train_step
+from hdp.watchdog import Watchdog
+
+LLAMA_8B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 1 << 20,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+# A weight in fp32, its gradient, AdamW's two averages, and the weight in bf16.
+_BYTES_PER_WEIGHT = 4 + 4 + 8 + 2
+_MEMORY_SHARE = 0.9  # of the device's, for what is counted here
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Steps of one length: medians."""
+
+    seqlen: int
+    step_s: float
+    metrics: StepMetrics
+    flops_per_s: float  # of one rank
+
+
+def parse_args() -> tuple[argparse.Namespace, list[str]]:
+    """(our flags, those of `hdp train`)."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", required=True, help="tokens per rank")
+    parser.add_argument("--fit-lengths", type=int, nargs="*", help="default: around the lengths")
+    parser.add_argument("--layers", type=int, help="default: as many as memory holds, 32 at most")
+    parser.add_argument("--shape", default="{}", help="JSON: changes to the model's config")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", help="write the rows to this file")
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    args, train_flags = parse_args()
+    args.fit_lengths = args.fit_lengths or lengths_around(args.lengths)
+    longest = max(args.lengths + args.fit_lengths)
+    flags = ["--data", "stdlib", "--tokenizer", "bytes", "--random-init", "--lr", "1e-30"]
+    flags += ["--max-tokens-per-rank", str(longest), "--max-length", str(longest)]
+    flags += ["--overlong", "truncate", *train_flags]
+    asked = parse_config(TrainConfig, flags, prog="bench_step.py --lengths")
+    device = None if asked.device == "auto" else asked.device
+    with HDPMesh.create(device=device) as mesh, Watchdog.start(mesh, timeout_s=3600) as watchdog:
+        shape = {**LLAMA_8B, **json.loads(args.shape)}
+        recompute = asked.activation_checkpointing
+        shape["num_hidden_layers"] = args.layers or layers_that_fit(
+            shape, memory_bytes(mesh.device), longest, mesh.hdp_size, recompute=recompute
+        )
+        model = write_config(shape)
+        config = parse_config(TrainConfig, ["--model", str(model), *flags])
+        with watchdog.allow(3600, "loading the model"):
+            run = set_up(config, mesh, watchdog)
+        peak = matmul_flops_per_s(mesh.device, 8192 if mesh.device.type == "cuda" else 512)
+        rows = {n: measure(run, n, args.repeats) for n in [*args.fit_lengths, *args.lengths]}
+        if run.is_main:
+            report(run, shape, args, rows, peak)
+
+
+# ---- what is run ----
+
+
+def lengths_around(lengths: Sequence[int]) -> list[int]:
+    """To fit: a quarter and half of the shortest, half and three quarters of the longest."""
+    low, high = min(lengths), max(lengths)
+    around = {low // 4, low // 2, high // 2, high * 3 // 4}
+    return sorted(around - set(lengths))
+
+
+def layers_that_fit(
+    shape: dict[str, Any], memory_bytes: int, tokens: int, num_ranks: int, *, recompute: bool
+) -> int:
+    """Layers of a training step of `tokens` per rank, 1 to the shape's own number.
+
+    recompute: with activation checkpointing: only inputs of layers are kept.
+    """
+    hidden, inner, vocab = (
+        shape[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
+    )
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    q_size, kv_size = heads * shape["head_dim"], kv_heads * shape["head_dim"]
+    one_layer = CostModel.from_transformer(
+        num_layers=1,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=shape["head_dim"],
+        vocab_size=vocab,
+    )
+    weights = hidden * (2 * q_size + 2 * kv_size + 3 * inner)
+    sharded = _BYTES_PER_WEIGHT - 2  # the bf16 weights are gathered on every rank
+    bytes_per_weight = sharded / num_ranks + 2
+    kept = tokens * one_layer.activation_bytes_per_token
+    layer = weights * bytes_per_weight + (tokens * hidden * 2 if recompute else kept)
+    # Embedding and head, the head's gradient in fp32 and two chunks of logits; one layer's inside.
+    fixed = 2 * vocab * hidden * bytes_per_weight + 4 * vocab * hidden + (1 << 30)
+    fixed += tokens * one_layer.temporary_bytes_per_token + (kept if recompute else 0)
+    fits = int((_MEMORY_SHARE * memory_bytes - fixed) // layer)
+    return max(1, min(shape["num_hidden_layers"], fits))
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Of the device; on a CPU, where nothing is measured in earnest, a little."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return 4 << 30
+
+
+def write_config(shape: dict[str, Any]) -> Path:
+    """A folder with the config, the same for all ranks of a node."""
+    text = json.dumps(shape)
+    folder = (
+        Path(tempfile.gettempdir())
+        / f"hdp-bench-{os.getuid()}"
+        / hashlib.sha256(text.encode()).hexdigest()[:12]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"config.{os.getpid()}"
+    partial.write_text(text)
+    partial.replace(folder / "config.json")
+    return folder
+
+
+def make_step(run: Run, seqlen: int) -> StepBatch:
+    """A sequence of random tokens for each rank."""
+    size, rank = run.mesh.hdp_size, run.mesh.hdp_rank
+    plan = StepPlan.from_lists(
+        [seqlen] * size,
+        [[i] for i in range(size)],
+        [[[i]] for i in range(size)],
+        max_tokens_per_rank=seqlen,
+    ).validate()
+    rng = np.random.default_rng(0)
+    vocab_size = run.model.config.vocab_size
+    samples = [Sample(input_ids=rng.integers(0, vocab_size, seqlen)) for _ in range(size)]
+    return StepBatch(
+        plan=plan,
+        batches=tuple(pack_microbatch(mb, rank, samples) for mb in plan.microbatches(rank)),
+        seq_ids=np.arange(size),
+        num_loss_tokens=size * (seqlen - 1),
+        next_position=(0, 0),
+    )
+
+
+def measure(run: Run, seqlen: int, repeats: int) -> Row:
+    """Collective. Two steps warm up: kernels are compiled, the optimizer gets its state."""
+    device, step, observer = run.mesh.device, make_step(run, seqlen), Observer(run)
+    for _ in range(2):
+        train_step(run.context, step)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
+    for _ in range(repeats):
+        _wait(device)
+        began = time.perf_counter()
+        result = train_step(run.context, step)
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    step_s = median(seconds)
+    metrics = observer.measure(1, step, result, lr=0.0, step_s=step_s, total_tokens=0)
+    size = run.mesh.hdp_size
+    flops = observer.flops.of([seqlen] * size, step.num_loss_tokens)
+    return Row(seqlen=seqlen, step_s=step_s, metrics=metrics, flops_per_s=flops / step_s / size)
+
+
+def matmul_flops_per_s(device: torch.device, size: int) -> float:
+    """The best of 20 square products, in bf16 on a GPU: the ceiling of anything else."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    clock, seconds = Clock(device), []
+    for _ in range(20):
+        start = clock.now()
+        a @ b
+        seconds.append(clock.seconds(start, clock.now()))
+    return 2.0 * size**3 / min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ---- what is said ----
+
+
+def predict(
+    base: CostModel, measured_s: dict[int, float], lengths: Sequence[int]
+) -> dict[int, float | None]:
+    """Seconds of steps of `lengths`, from those of other lengths; None: those cannot be fitted."""
+    observations = [Observation(pieces=((n, 1),), seconds=s) for n, s in measured_s.items()]
+    try:
+        cost = fit_cost(observations, base, name="steps of other lengths").cost
+    except ValueError as error:
+        console.note(f"no prediction: {error}")
+        return dict.fromkeys(lengths)
+    return {n: float(cost.piece_s(n, 1)) + cost.fixed_s for n in lengths}
+
+
+def report(
+    run: Run, shape: dict[str, Any], args: argparse.Namespace, rows: dict[int, Row], peak: float
+) -> None:
+    """The table, and the JSON if asked for."""
+    observations = [Observation(pieces=((n, 1),), seconds=rows[n].step_s) for n in args.fit_lengths]
+    cost = fit_cost(observations, run.cost, name="steps of other lengths").cost
+    table, records = [], []
+    for n in args.lengths:
+        row = rows[n]
+        predicted_s = float(cost.piece_s(n, 1)) + cost.fixed_s
+        record = {
+            "tokens": n,
+            "step_s": row.step_s,
+            "tokens_per_s_per_rank": row.metrics.tokens_per_s_per_rank,
+            "flops_per_s": row.flops_per_s,
+            "mfu": row.metrics.mfu,
+            "of_matmul": row.flops_per_s / peak,
+            "mem_bytes": row.metrics.mem_bytes,
+            "predicted_s": predicted_s,
+            "error": None if predicted_s is None else predicted_s / row.step_s - 1,
+        }
+        records.append(record)
+        mfu = "-" if row.metrics.mfu is None else f"{row.metrics.mfu:.1%}"
+        table.append(
+            [
+                f"{n:,}",
+                f"{row.step_s:.3f}",
+                f"{row.metrics.tokens_per_s_per_rank:,.0f}",
+                f"{row.flops_per_s / 1e12:,.3g}",
+                mfu,
+                f"{record['of_matmul']:.1%}",
+                f"{row.metrics.mem_bytes / 2**30:.1f}",
+                "-" if predicted_s is None else f"{predicted_s:.3f}",
+                "-" if predicted_s is None else f"{record['error']:+.1%}",
+            ]
+        )
+    columns = ["tokens", "step s", "tok/s/rank", "TFLOP/s", "mfu", "of matmul", "mem GiB"]
+    columns += ["fitted s", "error"]
+    title = (
+        f"{shape['num_hidden_layers']} layers of {shape['hidden_size']}, vocabulary "
+        f"{shape['vocab_size']:,}, {run.mesh.hdp_size} ranks on {run.mesh.device.type}; largest "
+        f"matrix product {peak / 1e12:,.3g} TFLOP/s; fitted to {args.fit_lengths} tokens"
+    )
+    console.print_table(columns, table, title=title)
+    if args.json:
+        content = {"title": title, "shape": shape, "matmul_flops_per_s": peak, "rows": records}
+        Path(args.json).write_text(json.dumps(content, indent=2) + "\n")
