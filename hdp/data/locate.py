@@ -149,7 +149,8 @@ def _is_about(path: str) -> bool:
 def _walk(root: str, pattern: str | None, label: str) -> list[str]:
     """Files below `root` in sorted order, without hidden ones, caches and installed packages.
 
-    A folder that cannot be listed is in the result: reading it gives a rejection, not silence.
+    Links to folders are followed, into each folder once. A folder that cannot be listed is in the
+    result: reading it gives a rejection, not silence.
     """
     globs = [part.strip() for part in pattern.split(",")] if pattern else ["*"]
     found: list[str] = []
@@ -157,7 +158,12 @@ def _walk(root: str, pattern: str | None, label: str) -> list[str]:
     def keep_unlisted(error: OSError) -> None:
         found.append(str(error.filename))
 
-    for folder, folders, names in os.walk(root, onerror=keep_unlisted):
+    walked = set()
+    for folder, folders, names in os.walk(root, onerror=keep_unlisted, followlinks=True):
+        if (place := os.path.realpath(folder)) in walked:
+            folders[:] = []
+            continue
+        walked.add(place)
         folders[:] = sorted(
             name
             for name in folders

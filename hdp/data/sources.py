@@ -173,24 +173,23 @@ class JsonLinesSource(RowSource):
     @cached_property
     def columns(self) -> list[str]:
         first_problem = "no line at all"
-        for path in self.files:
-            with open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    row = parse_line(line)
-                    if isinstance(row, dict):
-                        return list(row)
-                    if row is not None and first_problem == "no line at all":
-                        first_problem = f"{path}:{number}: {row.detail}"
+        for i, path in enumerate(self.files):
+            whole = Shard(file=i, start=0, stop=sys.maxsize, num_bytes=0)
+            for number, row in enumerate(self._rows(whole), 1):
+                if isinstance(row, dict):
+                    return list(row)
+                if row is not None and first_problem == "no line at all":
+                    first_problem = f"{path}:{number}: {row.detail}"
         raise ValueError(f"{self.label} holds no JSON object: {first_problem}")
 
     def num_bytes(self) -> int:
-        return sum(os.path.getsize(path) for path in self.files)
+        return sum(_file_state(path)[1] for path in self.files)
 
     def shards(self, target_bytes: int) -> list[Shard]:
         spans = [
             (i, start, min(size, start + target_bytes))
-            for i, size in enumerate(map(os.path.getsize, self.files))
-            for start in range(0, size, target_bytes)
+            for i, size in enumerate(_file_state(path)[1] for path in self.files)
+            for start in range(0, max(1, size), target_bytes)  # an unreadable file has one, too
         ]
         return [
             Shard(file=i, start=start, stop=stop, num_bytes=stop - start)
@@ -198,18 +197,26 @@ class JsonLinesSource(RowSource):
         ]
 
     def read(self, shard: Shard) -> Iterator[Document | Rejected | None]:
-        with open(self.files[shard.file], "rb") as file:
-            position = 0
-            if shard.start:  # a line belongs to the shard in which it begins
-                file.seek(shard.start - 1)
-                position = shard.start - 1 + len(file.readline())
-            while position < shard.stop:
-                line = file.readline()
-                if not line:
-                    return
-                position += len(line)
-                row = parse_line(line)
-                yield self.document(row) if isinstance(row, dict) else row
+        for row in self._rows(shard):
+            yield self.document(row) if isinstance(row, dict) else row
+
+    def _rows(self, shard: Shard) -> Iterator[dict[str, Any] | Rejected | None]:
+        """The lines that begin in the shard, parsed; a file that cannot be read is one rejection
+        per shard."""
+        try:
+            with open(self.files[shard.file], "rb") as file:
+                position = 0
+                if shard.start:
+                    file.seek(shard.start - 1)
+                    position = shard.start - 1 + len(file.readline())
+                while position < shard.stop:
+                    line = file.readline()
+                    if not line:
+                        return
+                    position += len(line)
+                    yield parse_line(line)
+        except OSError as error:
+            yield Rejected(reason=UNREADABLE, detail=str(error.strerror or error))
 
 
 class DatasetSource(RowSource):

@@ -91,6 +91,15 @@ def test_folder_that_vanishes_while_it_is_walked_is_not_silent(tmp_path, monkeyp
     assert read_all(open_source(tmp_path)) == ["a", UNREADABLE]
 
 
+def test_linked_folders_are_followed_once(tmp_path):
+    """A link to a folder was left out without a word, and with it all that it holds."""
+    write(tmp_path, {"data/a.txt": "a", "elsewhere/b.txt": "b", "elsewhere/c/d.txt": "d"})
+    (tmp_path / "data" / "books").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "elsewhere" / "c")
+    (tmp_path / "elsewhere" / "c" / "loop").symlink_to(tmp_path / "data")
+    assert sorted(read_all(open_source(tmp_path / "data"))) == ["a", "b", "d"]
+
+
 def test_stdlib_is_there():
     source = open_source()
     assert source.label == "stdlib" and len(source.files) > 100
@@ -118,6 +127,18 @@ def lines(*rows: object) -> str:
 def test_json_lines(tmp_path):
     write(tmp_path, {"a.jsonl": lines({"text": "one", "id": 1}, {"text": "two\u2028\n"})})
     assert read_all(open_source(tmp_path / "a.jsonl")) == ["one", "two\u2028\n"]
+
+
+def test_unreadable_table_among_others(tmp_path):
+    """One of many files: it is counted, and the others are read."""
+    write(tmp_path, {"b.jsonl": '{"text": "b"}\n', "c.jsonl": ""})
+    (tmp_path / "a.jsonl").symlink_to("nowhere")
+    source = open_source(tmp_path)
+    assert source.columns == ["text"]
+    assert read_all(source) == [UNREADABLE, "b"]
+    (tmp_path / "b.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"no JSON object: .*a\.jsonl:1: No such file"):
+        _ = open_source(tmp_path).columns
 
 
 def test_bad_lines(tmp_path):
