@@ -29,6 +29,8 @@ import numpy as np
 
 from .cost import CostModel
 
+_TERMS = ("quadratic_s", "small_shard_tokens", "linear_s", "ring_step_s", "fixed_s")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
@@ -86,11 +88,11 @@ def fit_cost(
     *,
     name: str = "",
     known_links: bool = False,
-    only_attention: bool = False,
+    without: Sequence[str] = (),
 ) -> Fit:
     """Coefficients of time from measurements; everything else as in `base`.
 
-    only_attention: the seconds are those of attention alone: linear_s and fixed_s become 0.
+    without: coefficients that are 0, by name: attention alone has no "fixed_s".
 
     known_links: kv_bytes_per_token and the bandwidths of `base` were measured, and stay. Otherwise
     transfers count as hidden or as part of the fitted terms, and the bandwidths become infinite
@@ -104,9 +106,10 @@ def fit_cost(
         raise ValueError(f"measured seconds must be positive and finite, got {seconds.tolist()}")
     on_rings = any(o.degree > 1 for o in observations)
     # On one rank L and L / d are the same: only their sum can be told.
-    columns = [0, 1, 2, 3, 4] if on_rings else [0, 2, 4]
-    if only_attention:
-        columns = [0, 1, 3] if on_rings else [0, 1]
+    told = range(5) if on_rings else (0, 2, 4)
+    if not on_rings and "linear_s" in without:
+        told = (0, 1, 4)
+    columns = [column for column in told if _TERMS[column] not in without]
     if len(observations) < len(columns):
         raise ValueError(
             f"{len(observations)} observations cannot determine {len(columns)} coefficients: "

@@ -140,7 +140,7 @@ def attention_observations() -> list[Observation]:
 def fit_attention(observations: Sequence[Observation]) -> Fit:
     """Attention's coefficients of one layer."""
     base = CostModel.from_coefficients(quadratic_s=1.0, linear_s=0.0)
-    return fit_cost(observations, base, only_attention=True)
+    return fit_cost(observations, base, without=("linear_s", "fixed_s"))
 
 
 def linear_s_per_layer() -> float:

@@ -104,7 +104,7 @@ def test_kernels_alone() -> None:
 def test_attention_alone_is_fitted() -> None:
     kernels = load("measure_kernels")
     true = CostModel.from_coefficients(
-        quadratic_s=3e-9, linear_s=0.0, small_shard_tokens=700.0, ring_step_s=1e-4
+        quadratic_s=3e-9, linear_s=2e-6, small_shard_tokens=700.0, ring_step_s=1e-4
     )
     rows = [
         {
@@ -119,7 +119,7 @@ def test_attention_alone_is_fitted() -> None:
     ]
     rows.append({"kind": "merge", "rows": 5, "forward_s": 1.0, "seconds": 1.0})
     fit = kernels.attention_fit(rows)
-    for field in ("quadratic_s", "small_shard_tokens", "ring_step_s"):
+    for field in load("profile_picture").ATTENTION_FIELDS:
         assert getattr(fit.cost, field) == pytest.approx(getattr(true, field), rel=1e-6)
     told = kernels.with_predictions(rows, fit)
     assert max(abs(row["error"]) for row in told[:-1]) < 1e-9
@@ -216,7 +216,8 @@ def report(*parts: str) -> dict:
         "attention_of_one_layer": {
             "quadratic_s": 3e-9,
             "small_shard_tokens": 100.0,
-            "ring_step_s": 0.0,
+            "linear_s": 1e-6,
+            "ring_step_s": 1e-5,
         },
         "links": [
             {"link": "P2P", "bytes": 1 << n, "seconds": 1e-3, "bytes_per_s": 1e3 * (1 << n)}

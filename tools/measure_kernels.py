@@ -9,9 +9,10 @@
     block    x queries against y keys, no mask: what a ring's steps are made of
     merge    joining a block's (out, lse) into the rows of a rank (hdp/ops.py)
 
-The rings' times are fitted (`attention_fit`): seconds per token^2, the shard at which attention
-runs at half its speed, and what a ring step costs beside its block. So one GPU suffices for the
-ring's coefficients, less the transfers.
+The rings' times are fitted (`attention_fit`): seconds per token^2, the shard at which a block runs
+at half its speed, what a token costs (of each shard one block is causal, and half of its diagonal
+is wasted), and what a ring step costs beside its block. So one GPU suffices for the ring's
+coefficients, less the transfers.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def attention_fit(rows: Sequence[Row]) -> Fit | None:
     """
     base = CostModel.from_coefficients(quadratic_s=1.0, linear_s=0.0)
     try:
-        return fit_cost([observation(row) for row in rings(rows)], base, only_attention=True)
+        return fit_cost([observation(row) for row in rings(rows)], base, without=["fixed_s"])
     except ValueError:
         return None
 
@@ -229,7 +230,8 @@ def main() -> None:
     cost = fit.cost
     print(
         f"{cost.quadratic_s:.3g} s per token^2, half speed at shards of "
-        f"{cost.small_shard_tokens:.0f} tokens, {1e3 * cost.ring_step_s:.3f} ms per ring step"
+        f"{cost.small_shard_tokens:.0f} tokens, {cost.linear_s:.3g} s per token, "
+        f"{1e3 * cost.ring_step_s:.3f} ms per ring step"
     )
 
 

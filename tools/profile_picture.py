@@ -25,6 +25,7 @@ from hdp.scheduler.picture import FORMATS, figure_class
 from hdp.scheduler.report import tokens_text
 
 GOAL = 0.08  # the error that a prediction should stay below
+ATTENTION_FIELDS = ("quadratic_s", "small_shard_tokens", "linear_s", "ring_step_s")
 
 _INK, _SOFT, _GRID, _BAND = "#202124", "#5f6368", "#e8eaed", "#e6f4ea"
 _COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#7a4b94", "#3f9b57", "#e07a3f", "#8d6e63")
@@ -57,11 +58,8 @@ def draw_profile(cost: CostModel, report: dict[str, Any], path: str | Path) -> N
     figure.text(0.065, 1 - 0.16 / figure.get_figheight(), cost.name, ha="left", va="top",
                 fontsize=13, fontweight="bold", color=_INK)  # fmt: skip
     known = report.get("provenance", {})
-    facts = [
-        str(known[name]) for name in ("machine", "torch", "attention", "date") if name in known
-    ]
-    if "commit" in known:
-        facts.append(f"commit {known['commit']}")
+    words = {"machine": "", "torch": "torch ", "attention": "", "date": "", "commit": "commit "}
+    facts = [f"{word}{known[name]}" for name, word in words.items() if name in known]
     figure.text(0.065, 1 - 0.44 / figure.get_figheight(), ",  ".join(facts), ha="left", va="top",
                 fontsize=9, color=_SOFT)  # fmt: skip
     grid = figure.add_gridspec(
@@ -98,21 +96,18 @@ def _draw_times(axes: Any, cost: CostModel, steps: Sequence[dict[str, Any]]) -> 
 
 def _draw_attention(axes: Any, report: dict[str, Any], attention: Sequence[dict[str, Any]]) -> None:
     """Work per second: tokens^2 / degree over seconds; 1 is what the model says of long shards."""
-    fit = report["attention_of_one_layer"]
-    best, step_s = 1 / fit["quadratic_s"], fit["ring_step_s"]
+    known = {name: report["attention_of_one_layer"][name] for name in ATTENTION_FIELDS}
+    model = CostModel.from_coefficients(**known)
     for degree, colour in _by_degree(attention):
         mine = [row for row in attention if row["degree"] == degree]
         shard = np.array([row["seqlen"] / degree for row in mine])
-        work = shard**2 * degree
-        speed = work / np.array([row["seconds"] for row in mine]) / best
-        axes.plot(shard, speed, "o", color=colour, markersize=6, label=_ranks(degree), zorder=3)
+        seconds = np.array([row["seconds"] for row in mine])
+        best_s = model.quadratic_s * degree
+        axes.plot(shard, best_s * shard**2 / seconds, "o", color=colour, markersize=6,
+                  label=_ranks(degree), zorder=3)  # fmt: skip
         x = np.geomspace(shard.min() * 0.85, shard.max() * 1.18, 60)
-        model_s = degree * fit["quadratic_s"] * (x * x + fit["small_shard_tokens"] * x)
-        model = x * x * degree / (model_s + step_s * (degree - 1)) / best
-        if step_s > 0:
-            axes.plot(x, model, color=colour, linewidth=1.3)
-    if step_s == 0:  # then it is the same for all degrees
-        axes.plot(x, model, color=_SOFT, linewidth=1.3, label="model, all")
+        seconds = model.compute_s(x * degree, degree)
+        axes.plot(x, best_s * x**2 / seconds, color=colour, linewidth=1.3)
     axes.set(xscale="log", ylim=(0, None))
     _tokens_axis(axes)
     axes.set_title("attention of one layer, forward + backward: relative speed", loc="left")
@@ -127,7 +122,7 @@ def _draw_errors(axes: Any, steps: Sequence[dict[str, Any]]) -> None:
         for fitted in (True, False):
             mine = [row for row in steps if row["degree"] == degree and row["fitted"] == fitted]
             _dots(axes, [(max(r["lengths"]), 100 * r["error"]) for r in mine], colour, fitted)
-    worst = max(100 * GOAL * 1.5, *(100 * abs(row["error"]) * 1.2 for row in steps))
+    worst = max(100 * GOAL * 1.5, *(100 * abs(row["error"]) * 1.4 for row in steps))
     axes.set(xscale="log", ylim=(-worst, worst))
     _tokens_axis(axes)
     axes.set_title(f"error of the model, % (shaded: up to {100 * GOAL:.0f})", loc="left")

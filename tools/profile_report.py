@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import measure_kernels
 import measure_links
 import measure_model
-from profile_picture import GOAL, draw_profile
+from profile_picture import ATTENTION_FIELDS, GOAL, draw_profile
 
 Shape = tuple[int, tuple[int, ...]]  # (degree, lengths of the whole sequences)
 
@@ -179,11 +179,7 @@ def make_report(run: Run, measured: Measured, cost: CostModel) -> dict[str, Any]
         "errors": errors,
         "microbatches": rows,
         "attention_of_one_layer": attention
-        and {
-            "quadratic_s": attention.cost.quadratic_s,
-            "small_shard_tokens": attention.cost.small_shard_tokens,
-            "ring_step_s": attention.cost.ring_step_s,
-        },
+        and {name: getattr(attention.cost, name) for name in ATTENTION_FIELDS},
         "without_attention": {"linear_s": model.linear_s, "fixed_s": model.fixed_s},
         "kernels": measure_kernels.with_predictions(measured.kernels, attention),
         "links": measured.links,

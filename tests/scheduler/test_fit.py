@@ -87,7 +87,7 @@ def test_attention_alone_has_no_linear_part(degrees):
         for d in degrees
     ]
     base = CostModel.from_coefficients(quadratic_s=1.0, linear_s=1.0)
-    _assert_same(fit_cost(observations, base, only_attention=True).cost, true)
+    _assert_same(fit_cost(observations, base, without=("linear_s", "fixed_s")).cost, true)
 
 
 @pytest.mark.parametrize("bytes_per_s", [3e8, 1e9, 1e10])
