@@ -55,6 +55,12 @@ def choose_backends(report: dict[str, Any]) -> dict[str, dict[str, str]]:
         others = [name for name in ("apex", "transformer-engine") if name in has]
         flags = "".join(f", --optimizer {name.replace('-', '_')}" for name in others)
         chosen["optimizer"] = ("torch fused AdamW", "one kernel per update" + flags)
+        if torch["gpus"]:
+            chosen["layers"] = (
+                ("Liger", "--liger auto, for the models that it knows")
+                if "liger-kernel" in has
+                else ("transformers", "Liger's kernels: pip install 'hdp[gpu]'")
+            )
     if "transformers" in has:
         chosen["models"] = ("transformers", "unmodified, attention registered as 'hdp'")
     else:

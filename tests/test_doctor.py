@@ -145,6 +145,21 @@ def test_gpu_node(here: dict[str, Any]) -> None:
     assert "PCIe 5 x16" in text
 
 
+def test_kernels_of_libraries_are_said(here: dict[str, Any]) -> None:
+    report = gpu_machine(here)
+    for name in ("apex", "transformer-engine", "liger-kernel"):
+        report["packages"][name]["version"] = None
+    without = judged(report)["backends"]
+    assert without["layers"]["choice"] == "transformers"
+    assert without["optimizer"]["why"] == "one kernel per update"
+    for name in ("apex", "transformer-engine", "liger-kernel"):
+        report["packages"][name]["version"] = "1.0"
+    with_all = judged(report)["backends"]
+    assert with_all["layers"]["choice"] == "Liger"
+    assert "--optimizer apex, --optimizer transformer_engine" in with_all["optimizer"]["why"]
+    assert "layers" not in here["backends"] or here["torch"]["gpus"]
+
+
 @pytest.mark.parametrize(
     ("where", "value", "warning"),
     [

@@ -109,6 +109,7 @@ def main() -> None:
         rows = {n: measure(run, n, args.repeats) for n in [*args.fit_lengths, *args.lengths]}
         if run.is_main:
             report(run, shape, args, rows, peak)
+        run.close()
 
 
 # ---- what is run ----
@@ -177,14 +178,17 @@ def write_config(shape: dict[str, Any]) -> Path:
 
 
 def make_step(run: Run, seqlen: int) -> StepBatch:
-    """A sequence of random tokens for each rank."""
+    """A sequence of random tokens for each rank; with `--offload-gib` as the planner deals them."""
     size, rank = run.mesh.hdp_size, run.mesh.hdp_rank
-    plan = StepPlan.from_lists(
-        [seqlen] * size,
-        [[i] for i in range(size)],
-        [[[i]] for i in range(size)],
-        max_tokens_per_rank=seqlen,
-    ).validate()
+    if run.offload:
+        plan = run.plan(np.full(size, seqlen))
+    else:
+        plan = StepPlan.from_lists(
+            [seqlen] * size,
+            [[i] for i in range(size)],
+            [[[i]] for i in range(size)],
+            max_tokens_per_rank=seqlen,
+        ).validate()
     rng = np.random.default_rng(0)
     vocab_size = run.model.config.vocab_size
     samples = [Sample(input_ids=rng.integers(0, vocab_size, seqlen)) for _ in range(size)]
