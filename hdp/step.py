@@ -80,6 +80,7 @@ def train_step(context: StepContext, step: StepBatch) -> StepResult:
     """
     mesh, model, recorder = context.mesh, context.model, context.recorder
     agree_on_plan(mesh, step.plan)  # 1
+    assert step.batches, f"no microbatch for rank {mesh.hdp_rank}: make batches by pack_rank()"
     recorder.start()
     model.train()
     with recorder.span("reduce", "gather parameters"):

@@ -24,7 +24,7 @@ import numpy as np
 from hdp.scheduler import StepPlan
 
 from .dataset import TokenDataset
-from .pack import PackedBatch, Sample, pack_microbatch
+from .pack import PackedBatch, Sample, pack_rank
 from .sampler import Position
 
 
@@ -41,7 +41,7 @@ class StepBatch:
     """One rank's work of one step."""
 
     plan: StepPlan
-    batches: tuple[PackedBatch, ...]  # this rank's microbatches, in order
+    batches: tuple[PackedBatch, ...]  # this rank's microbatches, in order; at least one
     seq_ids: np.ndarray  # (num_seqs,) int64: dataset ids of the plan's sequences
     num_loss_tokens: int  # over all ranks: what the loss is divided by
     next_position: Position  # of the sampler, after this step
@@ -69,13 +69,10 @@ class StepFeed:
         seq_ids, next_position = self._sampler.batch_at(position)  # 1
         plan = self._make_plan(self._dataset.seqlens[seq_ids])  # 2
         samples = _LazySamples(self._dataset, seq_ids)
-        batches = [
-            pack_microbatch(mb, self._rank, samples)
-            for mb in plan.microbatches(self._rank)  # 3
-        ]
+        batches = pack_rank(plan, self._rank, samples)  # 3
         return StepBatch(
             plan=plan,
-            batches=tuple(batches),
+            batches=batches,
             seq_ids=seq_ids,
             num_loss_tokens=int(self._dataset.num_loss_tokens[seq_ids].sum()),
             next_position=next_position,

@@ -88,6 +88,15 @@ def pack(plan: StepPlan, rank: int, index: int, samples: Samples) -> PackedBatch
     return pack_microbatch(plan.microbatches(rank)[index], rank, samples)
 
 
+def pack_rank(plan: StepPlan, rank: int, samples: Samples) -> tuple[PackedBatch, ...]:
+    """All of rank `rank`'s microbatches of the plan, in order: at least one.
+
+    A plan may give a rank none, but gradients are reduced by all ranks, after a backward.
+    """
+    microbatches = plan.microbatches(rank) or (Microbatch(),)
+    return tuple(pack_microbatch(microbatch, rank, samples) for microbatch in microbatches)
+
+
 def pack_microbatch(microbatch: Microbatch, rank: int, samples: Samples) -> PackedBatch:
     """`pack()` for a microbatch already taken from the plan."""
     for piece in microbatch.pieces:

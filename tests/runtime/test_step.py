@@ -10,7 +10,7 @@ import torch
 
 from hdp.comm import RingComm
 from hdp.data.feed import StepBatch
-from hdp.data.pack import pack_microbatch
+from hdp.data.pack import pack_rank
 from hdp.mesh import HDPMesh
 from hdp.parallel import NonFiniteError, shard
 from hdp.recorder import StepRecorder
@@ -97,7 +97,7 @@ def make_context(dtype, **options):
 def make_batch(plan_, rank, samples) -> StepBatch:
     return StepBatch(
         plan=plan_,
-        batches=tuple(pack_microbatch(mb, rank, samples) for mb in plan_.microbatches(rank)),
+        batches=pack_rank(plan_, rank, samples),
         seq_ids=np.arange(len(samples)) + 1000,
         num_loss_tokens=_num_loss_tokens(samples),
         next_position=(0,),
@@ -140,6 +140,24 @@ def test_overlapped_reduction_changes_nothing(world):
     for policy in policies:
         for name, want in plain[policy][1].items():
             torch.testing.assert_close(overlapped[policy][1][name], want, rtol=1e-12, atol=1e-14)
+
+
+def _idle_rank(rank, world):
+    """A valid plan may give a rank no microbatch at all: it has to reduce with the others."""
+    context = make_context(torch.float64)
+    lists = [[[0], [1]], [], [[2]]]
+    idle = StepPlan.from_lists([5, 3, 9], [[0], [0], [2]], lists, max_tokens_per_rank=16)
+    assert [len(idle.microbatches(r)) for r in range(3)] == [2, 0, 1]
+    samples = random_samples([5, 3, 9])
+    result = train_step(context, make_batch(idle, rank, samples))
+    other = train_step(context, make_batch(make_plan("hdp", [5, 3, 9], world), rank, samples))
+    return result, other
+
+
+def test_rank_without_microbatches_takes_part():
+    for result, other in run_ranks(_idle_rank, 3, timeout_s=60.0):
+        assert result.loss == pytest.approx(other.loss, rel=1e-12)
+        assert result.grad_norm == pytest.approx(other.grad_norm, rel=1e-12)
 
 
 def _clipped(rank, world):
