@@ -21,8 +21,10 @@ import numpy as np
 from .jobs import Batch
 from .memory import min_degrees
 
-# The longest job alone on one rank takes about 2^TICK_BITS ticks.
-TICK_BITS = 36
+# The longest job, alone on one rank or on the fewest that hold it, takes about 2^TICK_BITS ticks;
+# wide rings that would take more than 2^_MOST_BITS are no better than with so many.
+TICK_BITS, _MOST_BITS = 36, 50
+_SHORTEST_S = 1e-200
 
 
 class Degrees:
@@ -32,12 +34,10 @@ class Degrees:
         self.batch = batch
         self.node = batch.ranks_per_node or batch.hdp_size
         self.squares, self.tokens = batch.job_squares, batch.job_tokens
-        longest_s = float(batch.cost.unit_s(self.squares, self.tokens, 1).max())
-        exponent = math.frexp(longest_s + batch.cost.fixed_s)[1]
-        self.tick_s = math.ldexp(1.0, exponent - TICK_BITS)
-        self.fixed = round(batch.cost.fixed_s / self.tick_s)
         low = min_degrees(batch)
         self.low = np.where(low <= self.node, low, -(-low // self.node) * self.node)
+        self.tick_s = self._tick_s()
+        self.fixed = round(batch.cost.fixed_s / self.tick_s)
         self.low_ticks = self.ticks(slice(None), self.low)
 
     def ticks(self, jobs: np.ndarray | slice | int, degree: np.ndarray | int) -> np.ndarray:
@@ -45,7 +45,27 @@ class Degrees:
         seconds = self.batch.cost.unit_s(
             self.squares[jobs], self.tokens[jobs], degree, np.asarray(degree) > self.node
         )
-        return np.rint(seconds / self.tick_s).astype(np.int64) + self.fixed
+        ticks = np.minimum(seconds / self.tick_s, 2.0**_MOST_BITS)
+        return np.rint(ticks).astype(np.int64) + self.fixed
+
+    def _tick_s(self) -> float:
+        """A power of two, so that the longest job is at most 2^TICK_BITS ticks where it must go.
+
+        Raises ValueError for a cost model with which that is no number.
+        """
+        longest_s = 0.0
+        with np.errstate(over="ignore"):
+            for degree in (np.ones_like(self.low), self.low):
+                across = degree > self.node
+                seconds = self.batch.cost.unit_s(self.squares, self.tokens, degree, across)
+                longest_s = max(longest_s, float(seconds.max()))
+        longest_s += self.batch.cost.fixed_s
+        if not _SHORTEST_S < longest_s < 1.0 / _SHORTEST_S:
+            raise ValueError(
+                f"the cost model gives {longest_s} seconds for the longest of these sequences "
+                f"({int(self.tokens.max())} tokens): check its coefficients"
+            )
+        return math.ldexp(1.0, math.frexp(longest_s)[1] - TICK_BITS)
 
 
 class Widening:

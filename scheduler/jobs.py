@@ -13,6 +13,9 @@ import numpy as np
 
 from .cost import CostModel
 
+# What columns and float64 hold exactly, and what a planner can be meant for.
+_MOST_RANKS, _MOST_STAGES, _MOST_TOKENS = 2**24, 1024, 2**53
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -89,12 +92,9 @@ class Batch:
         equal_counts: bool = False,
     ) -> Batch:
         """Validate what the caller gave. Raises ValueError with the values and the remedy."""
-        for name, value in (
-            ("hdp_size", hdp_size),
-            ("max_tokens_per_rank", max_tokens_per_rank),
-            ("pp_size", pp_size),
-        ):
-            _positive_integer(name, value)
+        _positive_integer("hdp_size", hdp_size, most=_MOST_RANKS)
+        _positive_integer("max_tokens_per_rank", max_tokens_per_rank, most=_MOST_TOKENS)
+        _positive_integer("pp_size", pp_size, most=_MOST_STAGES)
         if not isinstance(cost, CostModel):
             raise ValueError(f"cost must be a CostModel, not {type(cost).__name__}")
         lengths = _integers("seqlens", seqlens)
@@ -104,6 +104,11 @@ class Batch:
         if len(bad):
             raise ValueError(
                 f"seqlens[{bad[0]}] is {lengths[bad[0]]}; drop empty sequences before planning"
+            )
+        if float(lengths.sum(dtype=np.float64)) > _MOST_TOKENS:
+            raise ValueError(
+                f"{len(lengths)} sequences of {lengths.sum(dtype=np.float64):.3g} tokens, the "
+                f"longest of {lengths.max()}: more than 2**53 cannot be counted; are these tokens?"
             )
         if ranks_per_node is not None:
             _positive_integer("ranks_per_node", ranks_per_node)
@@ -130,9 +135,11 @@ class Batch:
         )
 
 
-def _positive_integer(name: str, value: object) -> None:
+def _positive_integer(name: str, value: object, most: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name}={value!r} must be an integer >= 1")
+    if most is not None and value > most:
+        raise ValueError(f"{name}={value} must be at most {most}; is it another quantity?")
 
 
 def _integers(name: str, values: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -141,9 +148,9 @@ def _integers(name: str, values: Sequence[int] | np.ndarray) -> np.ndarray:
         raise ValueError(f"{name} must be one-dimensional, not of shape {array.shape}")
     if not len(array):
         return array.astype(np.int64)
-    if not np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "iu":
         raise ValueError(f"{name} must be integers, not {array.dtype}, for example {array[0]!r}")
-    if np.issubdtype(array.dtype, np.unsignedinteger) and int(array.max()) > np.iinfo(np.int64).max:
+    if array.dtype.kind == "u" and int(array.max()) > np.iinfo(np.int64).max:
         raise ValueError(f"{name} has {int(array.max())}, which is no int64")
     return array.astype(np.int64)
 

@@ -71,10 +71,19 @@ class Microbatch:
         return sum(piece.num_tokens(rank) for piece in self.pieces)
 
 
-def _frozen(array: Any, dtype: type) -> np.ndarray:
-    array = np.ascontiguousarray(array, dtype=dtype)
-    array.setflags(write=False)
-    return array
+def _frozen(name: str, values: Any, dtype: type) -> np.ndarray:
+    """A read-only column. Raises ValueError for values that it cannot hold as they are."""
+    given = np.asarray(values)
+    if given.dtype == dtype and given.flags.c_contiguous and not given.flags.writeable:
+        return given
+    if given.size and given.dtype.kind not in "iuf":
+        raise ValueError(f"{name} must be numbers, not {given.dtype}")
+    column: np.ndarray = np.array(given, dtype=dtype, order="C", ndmin=1)
+    if given.dtype != dtype and not np.array_equal(column, given.reshape(column.shape)):
+        bad = int(np.flatnonzero(column != given.ravel())[0])
+        raise ValueError(f"{name}[{bad}] is {given.ravel()[bad]}, which is no {column.dtype}")
+    column.setflags(write=False)
+    return column
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,7 +116,7 @@ class StepPlan:
 
     def __post_init__(self) -> None:
         for name, dtype in _COLUMNS.items():
-            object.__setattr__(self, name, _frozen(getattr(self, name), dtype))
+            object.__setattr__(self, name, _frozen(name, getattr(self, name), dtype))
 
     # ---- reading ----
 
@@ -234,13 +243,13 @@ class StepPlan:
         fields.setdefault("policy", "custom")
         return cls(
             hdp_size=len(microbatches),
-            seqlens=np.asarray(seqlens, dtype=np.int64),
+            seqlens=np.asarray(seqlens),
             ring_offsets=_offsets(rings),
-            ring_ranks=np.asarray([r for ring in rings for r in ring], dtype=np.int64),
+            ring_ranks=np.asarray([r for ring in rings for r in ring]),
             microbatch_offsets=_offsets(microbatches),
             piece_offsets=_offsets(flat),
-            piece_seqs=np.asarray([s for seqs in flat for s in seqs], dtype=np.int64),
-            offload_ratio=np.asarray(ratio, dtype=np.float64),
+            piece_seqs=np.asarray([s for seqs in flat for s in seqs]),
+            offload_ratio=np.asarray(ratio),
             **fields,
         )
 

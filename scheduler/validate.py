@@ -33,11 +33,18 @@ def validate_plan(plan: StepPlan) -> None:
 def columns_are_sound(plan: StepPlan) -> None:
     """Shapes, offsets and index ranges: what every later check relies on."""
     scalars = (plan.hdp_size, plan.max_tokens_per_rank, plan.pp_size)
-    if not all(isinstance(x, (int, np.integer)) and x >= 1 for x in scalars):
+    if not all(_is_positive(x) for x in scalars):
         raise ValueError(
             f"columns_are_sound: hdp_size, max_tokens_per_rank, pp_size = {scalars}; "
             "each must be an integer >= 1"
         )
+    if plan.ranks_per_node is not None and not _is_positive(plan.ranks_per_node):
+        raise ValueError(
+            f"columns_are_sound: ranks_per_node={plan.ranks_per_node!r} is no integer >= 1"
+        )
+    for name in ("offloadable", "predicted_s", "lower_bound_s"):
+        if not isinstance(getattr(plan, name), (int, float, np.integer, np.floating)):
+            raise ValueError(f"columns_are_sound: {name}={getattr(plan, name)!r} is no number")
     if not 0 <= plan.offloadable < 1:
         raise ValueError(f"columns_are_sound: offloadable={plan.offloadable} is not in [0, 1)")
     num_microbatches = len(plan.piece_offsets) - 1
@@ -69,6 +76,11 @@ def columns_are_sound(plan: StepPlan) -> None:
             raise ValueError(
                 f"columns_are_sound: {column}[{bad[0]}] is {values[bad[0]]}, not in [{low}, {high}]"
             )
+
+
+def _is_positive(value: object) -> bool:
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return is_integer and int(value) >= 1  # type: ignore[call-overload]
 
 
 def every_token_once(plan: StepPlan) -> None:

@@ -134,3 +134,26 @@ def test_digest_covers_the_offload_ratio():
 
     assert digest(0.25) == digest(0.25)
     assert digest(0.25) != digest(0.5)
+
+
+@pytest.mark.parametrize(
+    ("seqlens", "ring", "message"),
+    [
+        ([1.5], [0], r"seqlens\[0\] is 1.5, which is no int64"),
+        (["5"], [0], "seqlens must be numbers"),
+        ([None], [0], "seqlens must be numbers, not object"),
+        ([5], [2**32], r"ring_ranks\[0\] is 4294967296, which is no int32"),
+        ([2**64], [0], r"seqlens"),
+    ],
+)
+def test_columns_hold_what_they_are_given(seqlens, ring, message: str) -> None:
+    """Nothing is rounded, wrapped around or read as a number that it is not."""
+    with pytest.raises(ValueError, match=message):
+        StepPlan.from_lists(seqlens, [ring], [[[0]]], max_tokens_per_rank=8)
+
+
+def test_columns_are_copies() -> None:
+    lengths = np.array([5])
+    made = StepPlan.from_lists(lengths, [[0]], [[[0]]], max_tokens_per_rank=8)
+    lengths[0] = 6
+    assert made.seqlens.tolist() == [5]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdp.scheduler import POLICIES, StepPlan, plan, simulate
+from hdp.scheduler import POLICIES, CostModel, StepPlan, plan, simulate
 
 from .batches import COMPUTE_ONLY, POLICY_NAMES, WITH_COMM, batches, lognormal
 
@@ -148,6 +148,17 @@ def test_rings_stay_narrow_where_it_does_not() -> None:
     assert (made.num_microbatches == 1).all()  # six ranks run an empty microbatch
 
 
+def test_times_far_apart() -> None:
+    """A ring step of a second beside tokens of a microsecond, on 10,000 ranks: ticks do not
+    overflow."""
+    cost = CostModel.from_coefficients(quadratic_s=0.0, linear_s=1e-6, ring_step_s=1.0)
+    made = plan([1, 1, 1], hdp_size=10_000, max_tokens_per_rank=4, cost=cost).validate()
+    assert made.degrees.tolist() == [1, 1, 1]
+    made = plan([20_000, 1], hdp_size=10_000, max_tokens_per_rank=4, cost=cost).validate()
+    assert made.degrees.tolist() == [5000, 1]
+    assert made.gap < 1e-3
+
+
 def test_one_token() -> None:
     for policy in POLICY_NAMES:
         made = plan([1], hdp_size=3, max_tokens_per_rank=1, cost=WITH_COMM, policy=policy)
@@ -187,6 +198,11 @@ def test_static_is_packed_zigzag() -> None:
 
 # ---- bad input ----
 
+
+def scaled(linear_s: float) -> CostModel:
+    return CostModel.from_coefficients(quadratic_s=0.0, linear_s=linear_s)
+
+
 GOOD: dict[str, Any] = {"hdp_size": 8, "max_tokens_per_rank": 8192, "cost": COMPUTE_ONLY}
 
 
@@ -204,6 +220,19 @@ GOOD: dict[str, Any] = {"hdp_size": 8, "max_tokens_per_rank": 8192, "cost": COMP
         (["a"], {}, "seqlens must be integers"),
         ([[1, 2]], {}, r"one-dimensional, not of shape \(1, 2\)"),
         ([2**63], {}, "no int64"),
+        ([2**62], {"max_tokens_per_rank": 2**53}, r"more than 2\*\*53 cannot be counted"),
+        ([2**52] * 4, {"max_tokens_per_rank": 2**53}, r"4 sequences of 1.8e\+16 tokens"),
+        (np.array([5], dtype="timedelta64[s]"), {}, "seqlens must be integers, not timedelta64"),
+        (np.array([True, False]), {}, "seqlens must be integers, not bool"),
+        ([10], {"hdp_size": 2**40}, "hdp_size=1099511627776 must be at most 16777216"),
+        ([10], {"max_tokens_per_rank": 2**70}, "max_tokens_per_rank=.* must be at most"),
+        ([10], {"pp_size": 10**6}, "pp_size=1000000 must be at most 1024; is it another quantity"),
+        (
+            [10],
+            {"cost": scaled(5e-324)},
+            "cost model gives .* seconds .*10 tokens.: check its coef",
+        ),
+        ([10**6], {"cost": scaled(1e308), "hdp_size": 999}, "cost model gives inf seconds for the"),
         ([10], {"hdp_size": 0}, "hdp_size=0 must be an integer >= 1"),
         ([10], {"hdp_size": 2.0}, "hdp_size=2.0 must be an integer"),
         ([10], {"hdp_size": True}, "hdp_size=True must be an integer"),

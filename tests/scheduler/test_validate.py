@@ -112,6 +112,11 @@ def test_no_rank_without_work() -> None:
         ({"ring_offsets": [0, 3, 2]}, "ring_offsets must rise"),
         ({"microbatch_offsets": [0, 2]}, "microbatch_offsets must rise"),
         ({"piece_offsets": [1, 1, 3]}, "piece_offsets must rise"),
+        ({"ranks_per_node": 0}, "ranks_per_node=0 is no integer >= 1"),
+        ({"ranks_per_node": "8"}, "ranks_per_node='8' is no integer"),
+        ({"offloadable": "x"}, "offloadable='x' is no number"),
+        ({"predicted_s": None}, "predicted_s=None is no number"),
+        ({"hdp_size": True}, "hdp_size, max_tokens_per_rank, pp_size = .True"),
     ],
 )
 def test_columns_are_sound(change: dict[str, Any], message: str) -> None:
