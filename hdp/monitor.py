@@ -3,8 +3,9 @@
 Pure: it is given reports and how much time has passed, and has no clock, thread or connection of
 its own (those are in watchdog.py). The rules, the first that applies:
 
-1. silent    a rank's reports stopped for `timeout_s` (killed, stopped, its node is gone); once some
-             rank's collective broke, silence of `suspect_s` is enough, for then somebody is gone;
+1. silent    a rank's reports stopped for `timeout_s` (killed, stopped, its node is gone), and in an
+             allowed phase for a minute more, as it may hold the interpreter lock; once some rank's
+             collective broke, silence of `suspect_s` is enough, for then somebody is gone;
 2. broken    a collective broke but all ranks answer: those that stopped before it, or the network;
 3. stalled   NO rank has made progress for `timeout_s`, and none is in an allowed phase. One slow
              rank is not a hang, however long the others wait for it.
@@ -18,6 +19,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+HELD_LOCK_S = 60.0  # an allowed phase may keep the reporting thread from running for so long
 Spans = tuple[tuple[int, int], ...]  # ranks as runs (first, last): a ring may have thousands
 
 
@@ -110,7 +112,9 @@ class Monitor:
         """Ranks whose reports have stopped. A done rank still reports, until all are done."""
 
         def limit_s(report: Report) -> float:
-            return self.suspect_s if self._broken_s else self.timeout_s + report.allowed_s
+            if self._broken_s:
+                return self.suspect_s
+            return self.timeout_s + min(report.allowed_s, HELD_LOCK_S)
 
         ranks = [r for r, report in self._reports.items() if self._silent_s[r] > limit_s(report)]
         if not ranks:
