@@ -116,13 +116,16 @@ def run_training(config: TrainConfig) -> int:
     except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         trace = Path(config.run_dir) / f"traceback-{rank}.txt"
+        where = f"\n(traceback: {trace})"
         try:
             trace.parent.mkdir(parents=True, exist_ok=True)
             trace.write_text(traceback.format_exc())
         except OSError:  # a full disk may be the very error
-            traceback.print_exc()
+            where = ""
+            if not isinstance(error, ValueError):  # that one says all
+                traceback.print_exc()
         if rank == "0":
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            print(f"hdp: error: {kind}{error}\n(traceback: {trace})", file=sys.stderr, flush=True)
+            print(f"hdp: error: {kind}{error}{where}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
     return 0

@@ -97,6 +97,11 @@ def test_an_error_of_a_run_is_a_message_and_keeps_its_traceback(
     error = KeyboardInterrupt()
     assert run_training(config) == 130
     assert "goes on from the last checkpoint" in capsys.readouterr().err
+    # a run folder that cannot be written: the message alone, and no file is named
+    (tmp_path / "file").write_text("")
+    error = ValueError("cannot make the checkpoint folder")
+    assert run_training(TrainConfig(run_dir=str(tmp_path / "file"))) == 2
+    assert capsys.readouterr().err == "hdp: error: cannot make the checkpoint folder\n"
     error = RuntimeError("a lost rank")
     monkeypatch.setenv("RANK", "1")
     assert run_training(config) == 1
