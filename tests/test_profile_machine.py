@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hdp.mesh import HDPMesh
+from hdp.offloading.twin import TwinStreams
 from hdp.scheduler import CostModel
 from tests.run_ranks import run_ranks
 
@@ -84,6 +85,19 @@ def test_host_copies_arrive() -> None:
     assert (host._hosts[0] == 7).all()
     assert (host._locals[1] == 9).all()
     host.close()
+
+
+def test_host_copies_run_both_ways_at_once_and_are_waited_for() -> None:
+    """On the offload engine's simulated device: no access is out of order, and time says so."""
+    links, size = load("measure_links"), 1 << 12
+    streams = TwinStreams(bytes_per_s=float(size))
+    host = links.HostCopies(torch.device("cpu"), size, streams)
+    for call, seconds in ((links.HOST_OUT, 1), (links.HOST_BACK, 1), (links.HOST_BOTH, 1)):
+        began = streams.now_s
+        host.calls[call]()
+        assert streams.now_s - began == pytest.approx(seconds), call
+    host.close()
+    assert not streams.races
 
 
 # ---- kernels ----

@@ -30,7 +30,7 @@ from torch import Tensor
 from hdp import console
 from hdp.comm import RingComm
 from hdp.mesh import HDPMesh
-from hdp.offloading.streams import IN, OUT, CudaStreams
+from hdp.offloading.streams import IN, OUT, CudaStreams, Streams
 from hdp.scheduler.fit import fit_line
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -97,8 +97,12 @@ def measure_host(mesh: HDPMesh, num_bytes: int, *, repeats: int) -> list[Row]:
 class HostCopies:
     """Copies of (num_bytes,) uint8 between the device and host memory."""
 
-    def __init__(self, device: torch.device, num_bytes: int) -> None:
-        self._streams = CudaStreams(device) if device.type == "cuda" else None
+    def __init__(
+        self, device: torch.device, num_bytes: int, streams: Streams | None = None
+    ) -> None:
+        if streams is None and device.type == "cuda":
+            streams = CudaStreams(device)
+        self._streams = streams
         make = self._streams.new_slab if self._streams else _touched
         self._hosts = [make(num_bytes) for _ in range(2)]
         self._locals = [torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
