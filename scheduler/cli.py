@@ -35,6 +35,10 @@ from .timeline import Timeline
 from .workloads import WORKLOADS
 
 _COMPARED = ("static", "bytescale-naive", "bytescale", "hdp")
+# What a saved plan has of its own, and fields of a cost model that are counts.
+_OF_A_PLAN = ("hdp_size", "max_tokens_per_rank", "cp_size", "pp_size", "ranks_per_node", "offload",
+              "equal_counts", "num_sequences", "num_tokens", "max_length")  # fmt: skip
+_INTEGERS = ("num_layers", "ranks_per_host_link")
 _EPILOG = "named workloads: " + ", ".join(f"workload:{name}" for name in WORKLOADS)
 
 
@@ -125,7 +129,7 @@ def _add_cluster(command: argparse.ArgumentParser, *, required: bool) -> None:
     group.add_argument(
         "--cp-size", type=_count, metavar="N", help="ranks per ring of policy static"
     )
-    group.add_argument("--pp-size", type=_count, default=1, metavar="N", help="pipeline stages")
+    group.add_argument("--pp-size", type=_count, metavar="N", help="pipeline stages (1)")
     group.add_argument("--ranks-per-node", type=_count, metavar="N", help="default: one big node")
     group.add_argument("--offload", action="store_true", help="let activations move to the host")
     group.add_argument(
@@ -179,6 +183,7 @@ class _Result:
 
 
 def _plan_command(arguments: argparse.Namespace) -> str:
+    _check_policy(arguments, [arguments.policy])
     cost, seqlens = _cost(arguments), _seqlens(arguments)
     result = _run_policy(arguments.policy, seqlens, arguments, cost)
     if arguments.output:
@@ -193,11 +198,19 @@ def _simulate_command(arguments: argparse.Namespace) -> str:
             if getattr(arguments, option) is None:
                 flag = "--" + option.replace("_", "-")
                 raise ValueError(f"give --plan FILE, or lengths with {flag}")
+        _check_policy(arguments, [arguments.policy])
         result = _run_policy(arguments.policy, _seqlens(arguments), arguments, cost)
         return _render([result], cost, arguments)
     if arguments.source or arguments.lengths:
         raise ValueError("give lengths or --plan, not both: a saved plan has its own lengths")
-    saved = StepPlan.from_json(Path(arguments.plan).read_text(encoding="utf-8")).validate()
+    for option in _OF_A_PLAN:
+        if getattr(arguments, option):
+            flag = "--" + option.replace("_", "-")
+            raise ValueError(f"{flag} is for making a plan: {arguments.plan} has its own")
+    try:
+        saved = StepPlan.from_json(Path(arguments.plan).read_text(encoding="utf-8")).validate()
+    except ValueError as error:
+        raise ValueError(f"{arguments.plan}: {error}") from error
     return _render([_simulated(saved, cost)], cost, arguments)
 
 
@@ -207,6 +220,7 @@ def _compare_command(arguments: argparse.Namespace) -> str:
     for name in names:
         if name not in POLICIES:
             raise ValueError(f"unknown policy {name!r}; choose from {', '.join(POLICIES)}")
+    _check_policy(arguments, names)
     results, refused = [], []
     for name in names:
         try:
@@ -220,6 +234,11 @@ def _compare_command(arguments: argparse.Namespace) -> str:
     for line in refused:
         print(line, file=sys.stderr)
     return _render(results, cost, arguments)
+
+
+def _check_policy(arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    if arguments.cp_size and "static" not in names:
+        raise ValueError(f"--cp-size {arguments.cp_size} is for policy static: others choose it")
 
 
 _COMMANDS = {"plan": _plan_command, "simulate": _simulate_command, "compare": _compare_command}
@@ -243,17 +262,26 @@ def _seqlens(arguments: argparse.Namespace) -> np.ndarray:
 
 def _cost(arguments: argparse.Namespace) -> CostModel:
     cost = CostModel.load(arguments.cost) if arguments.cost else h200_cost()
-    names = {field.name: type(getattr(cost, field.name)) for field in fields(CostModel)}
+    names = [field.name for field in fields(CostModel)]
     changes: dict[str, Any] = {}
     for text in arguments.coefficient:
         name, equals, value = text.partition("=")
         if not equals or name not in names:
             raise ValueError(f"--coefficient {text}: use NAME=VALUE, NAME in {', '.join(names)}")
         try:
-            changes[name] = value if name == "name" else names[name](float(value))
-        except (ValueError, OverflowError):
-            raise ValueError(f"--coefficient {text}: {value!r} is not a number") from None
-    return replace(cost, **changes) if changes else cost
+            number = value if name == "name" else float(value)
+            changes[name] = int(value) if name in _INTEGERS else number
+        except ValueError:
+            kind = "an integer" if name in _INTEGERS else "a number"
+            raise ValueError(f"--coefficient {text}: {value!r} is not {kind}") from None
+    cost = replace(cost, **changes) if changes else cost
+    if arguments.offload and cost.offloadable == 0.0:
+        raise ValueError(
+            "--offload: the cost model moves nothing to the host; it needs host_bytes_per_s="
+            f"{cost.host_bytes_per_s}, activation_bytes_per_token={cost.activation_bytes_per_token}"
+            f" above 0 and num_layers={cost.num_layers} above 2 (--cost, or --coefficient)"
+        )
+    return cost
 
 
 def _run_policy(
@@ -266,7 +294,7 @@ def _run_policy(
         max_tokens_per_rank=arguments.max_tokens_per_rank,
         cost=cost,
         policy=name,
-        pp_size=arguments.pp_size,
+        pp_size=arguments.pp_size or 1,
         cp_size=arguments.cp_size if name == "static" else None,
         ranks_per_node=arguments.ranks_per_node,
         offload=arguments.offload,

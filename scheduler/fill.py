@@ -16,7 +16,7 @@ from .packing import best_fit
 _FEW = 24
 _HEAP_RUN = 512
 # Parts of the mean load: what LPT may leave above it, and what best fit aims at.
-_ENOUGH, _GOAL = 1024, 4096
+_ENOUGH, _GOAL = 8192, 16384
 # Ranks with more jobs than this are packed one after the other.
 _MANY = 256
 

@@ -122,7 +122,7 @@ def _from_npy(path: Path) -> np.ndarray:
 
 
 def _from_json(path: Path) -> np.ndarray:
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8-sig"))
     if isinstance(data, dict):
         data = data.get("seqlens", data.get("lengths"))
     if not isinstance(data, list):
@@ -135,7 +135,7 @@ def _from_json(path: Path) -> np.ndarray:
 
 def _from_text(path: Path) -> np.ndarray:
     values = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         line = line.partition("#")[0].strip()
         if line:
             try:
@@ -146,7 +146,7 @@ def _from_text(path: Path) -> np.ndarray:
 
 
 def _checked(values: np.ndarray, where: str) -> np.ndarray:
-    if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
+    if values.ndim != 1 or values.dtype.kind not in "iu":
         raise ValueError(
             f"{where}: expected a one-dimensional integer array, "
             f"not {values.dtype} of shape {values.shape}"
@@ -156,4 +156,6 @@ def _checked(values: np.ndarray, where: str) -> np.ndarray:
     if values.min() < 1:
         at = int(np.argmin(values))
         raise ValueError(f"{where}: length {at} is {values[at]}; lengths must be at least 1 token")
+    if int(values.max()) > np.iinfo(np.int64).max:
+        raise ValueError(f"{where}: length {int(np.argmax(values))} is {values.max()}, no int64")
     return values.astype(np.int64)

@@ -215,6 +215,8 @@ def draw(
     `limit_lengths` does. Raises ValueError for an unknown name or counts that are not positive.
     """
     workload = _get(name)
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be at least 0")
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     if (num_sequences is None) == (num_tokens is None):
         raise ValueError(

@@ -153,6 +153,15 @@ BAD = [
     ),
     (["compare", *BATCH, *CLUSTER, "--policies", "hdp,nope"], "unknown policy 'nope'"),
     (["compare", *BATCH, *CLUSTER, "--policies", "static", "--cp-size", "3"], "cp_size=3"),
+    (["plan", *BATCH, *CLUSTER, "--cp-size", "4"], "--cp-size 4 is for policy static"),
+    (["plan", *BATCH, *CLUSTER, "--seed", "-1"], "seed=-1 must be at least 0"),
+    (["plan", *BATCH, *CLUSTER, "--coefficient", "num_layers=2.7"], "'2.7' is not an integer"),
+    (
+        ["plan", *BATCH, *CLUSTER, "--offload", "--coefficient", "host_bytes_per_s=0"],
+        "--offload: the cost model moves nothing to the host; it needs host_bytes_per_s=0.0",
+    ),
+    (["simulate", "--plan", "b.json", "--pp-size", "4"], "--pp-size is for making a plan: b.json"),
+    (["simulate", "--plan", "b.json", "--num-tokens", "4"], "--num-tokens is for making a plan"),
     (["simulate"], "give --plan FILE, or lengths with --hdp-size"),
     (["simulate", "--plan", "missing.json"], "missing.json"),
     (["simulate", "a.txt", "--plan", "b.json"], "not both"),
@@ -170,12 +179,20 @@ def test_bad_input_is_exit_code_2(capsys, argv: list[str], message: str) -> None
     assert "Traceback" not in err
 
 
+def test_a_coefficient_is_a_number_where_the_file_has_an_integer(capsys, tmp_path) -> None:
+    path = tmp_path / "cost.json"
+    path.write_text('{"version": 1, "quadratic_s": 0, "linear_s": 1, "fixed_s": 0}')
+    argv = [*BATCH, *CLUSTER, "--cost", str(path), "--coefficient", "fixed_s=0.5", "--json"]
+    _, out, _ = run(capsys, "plan", *argv)
+    assert json.loads(out)["cost"]["fixed_s"] == 0.5
+
+
 def test_a_broken_plan_is_named(capsys, tmp_path) -> None:
     path = tmp_path / "plan.json"
     path.write_text("{}")
     code, _, err = run(capsys, "simulate", "--plan", str(path))
     assert code == 2
-    assert "not a StepPlan" in err
+    assert f"{path}: not a StepPlan" in err
     plan = StepPlan.from_lists([8], [[0, 1]], [[[0]], [[0]]], max_tokens_per_rank=2)
     path.write_text(plan.to_json())
     code, _, err = run(capsys, "simulate", "--plan", str(path))

@@ -197,6 +197,12 @@ def test_bad_arrays_are_clear_errors(tmp_path) -> None:
     np.save(tmp_path / "a.npy", np.array([1.0, 2.0]))
     with pytest.raises(ValueError, match=r"float64"):
         read_lengths(tmp_path / "a.npy")
+    np.save(tmp_path / "a.npy", np.array([5], dtype="timedelta64[s]"))
+    with pytest.raises(ValueError, match="timedelta64"):
+        read_lengths(tmp_path / "a.npy")
+    np.save(tmp_path / "a.npy", np.array([1, 2**63 + 5], dtype=np.uint64))
+    with pytest.raises(ValueError, match="length 1 is 9223372036854775813, no int64"):
+        read_lengths(tmp_path / "a.npy")
 
 
 @pytest.mark.parametrize(
