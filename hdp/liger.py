@@ -10,7 +10,10 @@ and the run says why; `--liger on` is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -48,16 +51,30 @@ def use_liger(
         return f"as transformers has them (Liger's kernels: {problem})"
     rope = model.config.model_type not in _NO_ROPE
     swiglu = getattr(model.config, "hidden_act", None) in _SILU
-    apply(
-        model,
-        rms_norm=True,
-        rope=rope,
-        swiglu=swiglu,
-        cross_entropy=False,
-        fused_linear_cross_entropy=False,
-    )
+    with _classes_kept(sys.modules[type(model).__module__]):
+        apply(
+            model,
+            rms_norm=True,
+            rope=rope,
+            swiglu=swiglu,
+            cross_entropy=False,
+            fused_linear_cross_entropy=False,
+        )
     parts = ["RMSNorm", *(["RoPE"] if rope else []), *(["SwiGLU"] if swiglu else [])]
     return f"Liger's {', '.join(parts)}"
+
+
+@contextmanager
+def _classes_kept(modeling: ModuleType) -> Iterator[None]:
+    """Liger replaces transformers' classes beside the model's modules: later models get their own
+    back. RoPE is a function that layers look up, so its replacement stays."""
+    before = dict(vars(modeling))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if name != "apply_rotary_pos_emb" and vars(modeling).get(name) is not value:
+                setattr(modeling, name, value)
 
 
 def _misfit(model: Any, device: torch.device, dtype: torch.dtype, compiled: bool) -> str | None:

@@ -54,6 +54,21 @@ def test_what_liger_lacks_for_a_model_is_left_alone(calls):
     assert [options["swiglu"] for _, options in calls] == [True, False]
 
 
+def test_models_made_later_are_plain_but_for_rope(monkeypatch, calls):
+    from transformers.models.llama import modeling_llama
+
+    def replace_all(model, **_):
+        modeling_llama.LlamaRMSNorm, modeling_llama.apply_rotary_pos_emb = object, print
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
+    library = sys.modules["liger_kernel.transformers"]
+    monkeypatch.setattr(library, "_apply_liger_kernel_to_instance", replace_all)
+    before = modeling_llama.LlamaRMSNorm
+    use_liger(model_of(), "on", device=CUDA, dtype=torch.bfloat16)
+    assert modeling_llama.LlamaRMSNorm is before
+    assert modeling_llama.apply_rotary_pos_emb is print
+
+
 def test_off_is_off(calls):
     text = use_liger(model_of(), "off", device=CUDA, dtype=torch.bfloat16)
     assert text == "as transformers has them (--liger off)" and not calls
