@@ -123,7 +123,7 @@ def planned_bubble(plan: StepPlan, run: Run) -> float:
 def write_trace(run: Run, step: int, batch: StepBatch) -> None:
     """Write `timeline_STEP.json` (Perfetto) and `timeline_STEP.png`: planned over measured.
 
-    Collective: each rank adds the spans that it measured.
+    Collective: each rank adds the spans that it measured. A full disk is told and stops nothing.
     """
     by_rank: list[list[Span]] = [[] for _ in range(run.mesh.hdp_size)]
     dist.all_gather_object(by_rank, run.context.recorder.spans(), group=run.mesh.hdp_group)
@@ -135,15 +135,18 @@ def write_trace(run: Run, step: int, batch: StepBatch) -> None:
         title="measured",
     )
     planned = simulate(batch.plan, run.cost)
-    folder = Path(run.config.run_dir)
-    planned.to_perfetto(folder / f"timeline_{step}.json", others=[measured])
-    draw_plans(
-        [("planned", batch.plan, planned), ("measured", batch.plan, measured)],
-        folder / f"timeline_{step}.png",
-        cost=run.cost,
-        title=f"step {step}",
-    )
-    run.say(f"wrote {folder / f'timeline_{step}.json'} and .png")
+    trace = Path(run.config.run_dir) / f"timeline_{step}.json"
+    try:
+        planned.to_perfetto(trace, others=[measured])
+        draw_plans(
+            [("planned", batch.plan, planned), ("measured", batch.plan, measured)],
+            trace.with_suffix(".png"),
+            cost=run.cost,
+            title=f"step {step}",
+        )
+        run.say(f"wrote {trace} and .png")
+    except OSError as error:
+        run.say(f"cannot write the timelines of step {step}: {error}; training goes on")
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -287,6 +287,12 @@ def test_trace_step_writes_planned_and_measured(inputs, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["trace_step"] == 2
 
 
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(inputs, tmp_path):
+    (tmp_path / "timeline_1.json").mkdir()
+    rows = run_ranks(_train, 1, config(inputs, tmp_path, steps=2, trace_step=1))[0]
+    assert [row[0] for row in rows] == [1, 2]
+
+
 def test_mfu_is_work_over_time_ranks_and_peak(inputs, tmp_path):
     """By hand, but for attention: at these lengths less than a seventh of this model's work."""
     options = {"steps": 1, "max_length": 60, "overlong": "truncate", "peak_tflops": 0.1}
