@@ -112,7 +112,13 @@ def _with_ids(groups: Groups, ids: Sequence[int]) -> Groups:
 def ids_and_lengths(samples: Sequence[tuple[int, int]]) -> tuple[list[int], np.ndarray]:
     if not len(samples):
         raise ValueError("no samples: give at least one (id, length)")
+    for sample in samples:
+        if len(sample) != 2 or int(sample[1]) != sample[1]:
+            raise ValueError(f"{sample!r} is no (id, number of tokens)")
     ids = [sample[0] for sample in samples]
+    if len(set(ids)) < len(ids):
+        twice = next(name for i, name in enumerate(ids) if name in ids[:i])
+        raise ValueError(f"id {twice!r} is that of two samples; groups are told by ids")
     lengths = np.array([int(sample[1]) for sample in samples], dtype=np.int64)
     if lengths.min() < 1:
         at = int(np.argmin(lengths))
