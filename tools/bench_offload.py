@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bench_attention import header
 from decoder_layers import LLAMA_7B, TINY, Shape
 from offload_steps import Measured, Steps, clean, measure
-from offload_treatments import Budget, open_bench_engine, plan_for_memory, saved_bytes
+from offload_treatments import Budget, open_bench_engine, plan_for_memory, saved_bytes, treatment_of
 from peer_offload import StepContext, peer_offloads, pinned_bytes
 
 GB = 1e9
@@ -209,13 +209,14 @@ class Bench:
         for _ in range(PLANS):
 
             def run(budget: Budget = budget) -> Result:
-                treatment, windows = plan_for_memory(
+                plan = plan_for_memory(
                     budget,
                     self.shape,
                     forward_s=plain.forward_s,
                     backward_s=plain.seconds - plain.forward_s,
                     host_bytes_per_s=bytes_per_s,
                 )
+                treatment, windows = treatment_of(plan)
                 stay = f"{budget.device_bytes / GB:.3g} GB stay"
                 console.note(f"{self.setup.name}, planned: {stay}, {treatment}")
                 return self._ours(treatment, windows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from decoder_layers import Shape
@@ -16,9 +17,13 @@ from hdp.offloading.native import NativeLink, native_available
 from hdp.offloading.twin import TwinStreams
 from hdp.scheduler import CostModel
 
+if TYPE_CHECKING:
+    from hdp.scheduler.offload_plan import ActivationPlan
+
 MATMUL_FLOPS_PER_S = 799e12  # H200, for what a product costs to make again
 ATTENTION_FLOPS_PER_S = 600e12
 ELEMENT_BYTES = 2  # bf16
+WINDOW_SHARE = 1.9  # device memory for copies, in layers' sent bytes (tools/simulate_offload.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +78,11 @@ def plan_for_memory(
     forward_s: float,
     backward_s: float,
     host_bytes_per_s: float,
-) -> tuple[Treatment, Windows]:
+) -> ActivationPlan:
     """The planner's treatment. Raises ValueError if the budget is too small for any."""
     from hdp.scheduler.offload_plan import plan_activations
 
-    plan = plan_activations(
+    return plan_activations(
         classes_of(shape, budget.num_layers),
         num_tokens=budget.tokens,
         num_layers=budget.num_layers,
@@ -85,7 +90,12 @@ def plan_for_memory(
         backward_s=backward_s,
         device_bytes=budget.device_bytes,
         host_bytes_per_s=host_bytes_per_s,
+        window_share=WINDOW_SHARE,
     )
+
+
+def treatment_of(plan: ActivationPlan) -> tuple[Treatment, Windows]:
+    """What the engine is told of a plan."""
     treatment = Treatment(
         ratio=plan.offload_ratio,
         pointwise=plan.remade_share("pointwise"),

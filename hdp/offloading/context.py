@@ -94,7 +94,7 @@ def open_engine(
         total = 1 << 30
         if device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
-        windows = Windows.of_layer(total / 16)
+        windows = Windows.of_layer(total / 24)
     made = _open_link(device, link, max_bytes=max_bytes, slab_bytes=slab_bytes)
     if prefill:
         made.prepare(max_bytes)
