@@ -117,14 +117,16 @@ class Measured:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    before = torch.utils.deterministic.fill_uninitialized_memory
+    """Deterministic kernels, without the filling of new memory that torch adds."""
+    settings: Any = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[misc]
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = before  # type: ignore[misc]
+        settings.fill_uninitialized_memory = before
 
 
 def measure(steps: Steps, contexts: Contexts, repeats: int) -> Measured:
