@@ -318,52 +318,49 @@ def _draw_image(axes: Any, panel: _Panel, scale: float) -> None:
 # ---- the key ----
 
 
+_Swatches = tuple[float, list[dict[str, Any]]]  # inches of each, and how each is drawn
+
+
 def _draw_key(figure: Any, panels: Sequence[_Panel]) -> None:
-    """One line below the panels that says what the colours are."""
+    """One line below the panels that says what the colours are, made smaller where it is long."""
     from matplotlib.patches import Rectangle
 
     width, height = figure.get_size_inches()
+    entries = _key(panels)
+    room, pad, gap, letter = (1.0 - _LEFT) * width - 0.1, 0.08, 0.22, 0.062
+    needed = sum(len(looks) * size + pad + letter * len(text) for (size, looks), text in entries)
+    scale = min(1.0, room / (needed + gap * (len(entries) - 1)))
     x, y, side = _LEFT * width, 0.16, 0.15
+    for (size, looks), text in entries:
+        for look in looks:
+            figure.add_artist(
+                Rectangle((x / width, y / height), size * scale / width, side / height,
+                          transform=figure.transFigure, **{"linewidth": 0.0, **look})
+            )  # fmt: skip
+            x += size * scale
+        figure.text((x + pad * scale) / width, (y + side / 2) / height, text, color=_SOFT,
+                    fontsize=8.5 * scale, ha="left", va="center_baseline")  # fmt: skip
+        x += (pad + letter * len(text) + gap) * scale
+
+
+def _key(panels: Sequence[_Panel]) -> list[tuple[_Swatches, str]]:
+    """What the panels show, in the order of the key."""
     kinds = {code for panel in panels for code in np.unique(panel.boxes.kind).tolist()}
-
-    def swatch(at: float, size: float, colour: Any, **more: Any) -> None:
-        figure.add_artist(
-            Rectangle((at / width, y / height), size / width, side / height, facecolor=colour,
-                      transform=figure.transFigure, **{"linewidth": 0.0, **more})
-        )  # fmt: skip
-
-    def entry(text: str) -> None:
-        nonlocal x
-        x += 0.08
-        figure.text(x / width, (y + side / 2) / height, text, fontsize=8.5, color=_SOFT, ha="left",
-                    va="center_baseline")  # fmt: skip
-        x += 0.068 * len(text) + 0.30
-
-    for colour in STRONG[:3]:
-        swatch(x, 0.17, colour)
-        x += 0.17
-    entry("long sequences: a block is one ring of ranks")
-    for hue in (0.55, 0.12, 0.33, 0.8):
-        swatch(x, 0.12, pale(hue))
-        x += 0.12
-    entry("short sequences")
+    pales = [{"facecolor": pale(hue)} for hue in (0.55, 0.12, 0.33, 0.8)]
+    entries: list[tuple[_Swatches, str]] = [
+        ((0.17, [{"facecolor": colour} for colour in STRONG[:3]]), "long sequence on its ring"),
+        ((0.12, pales), "short sequences"),
+    ]
     if any(panel.boxes.backward.any() for panel in panels):
-        for shade in (1.0, _BACKWARD_SHADE):
-            swatch(x, 0.17, [shade * part for part in rgb(STRONG[0])])
-            x += 0.17
-        entry("forward, backward")
-    if COMM in kinds:
-        swatch(x, 0.4, _COMM, hatch="//////", edgecolor=_HATCH)
-        x += 0.4
-        entry("waiting for KV (exposed communication)")
-    if OFFLOAD in kinds:
-        swatch(x, 0.3, _OFFLOAD)
-        x += 0.3
-        entry("host copies")
-    if REDUCE in kinds:
-        swatch(x, 0.3, _REDUCE)
-        x += 0.3
-        entry("gradients")
-    swatch(x, 0.4, "white", edgecolor="#bdc1c6", linewidth=0.6)
-    x += 0.4
-    entry("idle")
+        shades = [[part * shade for part in rgb(STRONG[0])] for shade in (1.0, _BACKWARD_SHADE)]
+        entries.append(((0.17, [{"facecolor": colour} for colour in shades]), "forward, backward"))
+    hatched = {"facecolor": _COMM, "hatch": "//////", "edgecolor": _HATCH}
+    for code, look, text in (
+        (COMM, hatched, "exposed KV transfer"),
+        (OFFLOAD, {"facecolor": _OFFLOAD}, "host copies"),
+        (REDUCE, {"facecolor": _REDUCE}, "gradients"),
+    ):
+        if code in kinds:
+            entries.append(((0.4, [look]), text))
+    empty = {"facecolor": "white", "edgecolor": "#bdc1c6", "linewidth": 0.6}
+    return [*entries, ((0.4, [empty]), "idle")]
