@@ -37,7 +37,9 @@ import numpy as np
 from .cost import CostModel
 
 KEEP_ONLY = math.inf  # remake_s_per_byte of what cannot be made again
-WINDOW_SHARE = 0.75  # w above: device memory of copies under way, in bytes that a layer sends
+# w above: device memory of copies under way, in bytes that a layer sends. tools/simulate_offload.py
+# finds 1.35 to 2.4.
+WINDOW_SHARE = 1.9
 LINK_SHARE = 0.9  # of the link's bandwidth that a plan counts on: layers send in bursts
 
 
@@ -230,7 +232,9 @@ class _Problem:
     def candidates(self, low: float, high: float) -> np.ndarray:
         """Every point of [low, high] at which the slope of `cost` may change, sorted."""
         points = [low, high, self.bytes_per_s * self.forward_s]
-        corners = [(self._lacking(0.0) - step) / self.gain for step in self.steps_bytes]
+        corners = []
+        if self.gain > 0:
+            corners = [(self._lacking(0.0) - step) / self.gain for step in self.steps_bytes]
         corners = sorted({low, high, *(c for c in corners if low < c < high)})
         points += corners
         if self.bytes_per_s > 0:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 MATMUL_FLOPS_PER_S = 799e12  # H200, for what a product costs to make again
 ATTENTION_FLOPS_PER_S = 600e12
 ELEMENT_BYTES = 2  # bf16
-WINDOW_SHARE = 1.9  # device memory for copies, in layers' sent bytes (tools/simulate_offload.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +89,6 @@ def plan_for_memory(
         backward_s=backward_s,
         device_bytes=budget.device_bytes,
         host_bytes_per_s=host_bytes_per_s,
-        window_share=WINDOW_SHARE,
     )
 
 

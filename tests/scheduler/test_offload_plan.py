@@ -86,7 +86,7 @@ def problems(draw):
         "device_bytes": total * draw(st.sampled_from([0.0, 0.1, 0.4, 0.8, 1.0, 2.0])),
         "host_bytes_per_s": draw(st.sampled_from([0.0, 0.5, 2.0, 10.0])),
         "host_bytes": draw(st.sampled_from([math.inf, 0.5 * total, 0.1 * total])),
-        "window_share": draw(st.sampled_from([0.0, 0.75])),
+        "window_share": draw(st.sampled_from([0.0, 0.75, 1.9, 2.0])),
     }
     return classes, problem
 
