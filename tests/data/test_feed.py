@@ -36,7 +36,8 @@ def _feed(rank, make_plan):
 def test_count_is_that_of_the_labels_of_all_ranks():
     with (
         _feed(0, lambda n: random_plan(n, 3, 0)) as a,
-        _feed(1, lambda n: random_plan(n, 3, 0)) as b,_feed(2, lambda n: random_plan(n, 3, 0)) as c
+        _feed(1, lambda n: random_plan(n, 3, 0)) as b,
+        _feed(2, lambda n: random_plan(n, 3, 0)) as c,
     ):
         for steps in zip(iter(a), iter(b), iter(c), range(4), strict=False):
             *ranks, _ = steps
