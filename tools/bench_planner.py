@@ -3,6 +3,7 @@
     python tools/bench_planner.py                      # quality and seconds to plan, all rows
     python tools/bench_planner.py --scale --plot scale.png
     python tools/bench_planner.py --communication      # the same with exposed P2P, nodes of 8
+    python tools/bench_planner.py --pp-size 4          # 1F1B, beside the paper's PP-balance
 
 Quality is a plan's step time over the lower bound that no plan can beat (total work / ranks, the
 longest sequence's best time; compute only unless --communication). The cost is that of FlexSP's 7B
@@ -80,8 +81,10 @@ def measure(planner: Planner, case: Case, repeats: int) -> dict[str, float]:
     return {"step_s": step_s(case, made), "planning_s": wall_s, "planning_cpu_s": cpu_s}
 
 
-def compare(rows: list[BenchmarkSet], cost: CostModel, node: int | None, repeats: int) -> dict:
-    found, missing = planners()
+def compare(
+    rows: list[BenchmarkSet], cost: CostModel, node: int | None, repeats: int, pp_size: int = 1
+) -> dict:
+    found, missing = planners(pp_size)
     for line in missing:
         print(line)
     results: dict[str, dict[str, Any]] = {}
@@ -92,6 +95,7 @@ def compare(rows: list[BenchmarkSet], cost: CostModel, node: int | None, repeats
             max_tokens_per_rank=row.max_tokens_per_rank,
             cost=cost,
             ranks_per_node=node,
+            pp_size=pp_size,
         )
         bound_s = found["hdp"][0](case).lower_bound_s
         cells: dict[str, Any] = {}
@@ -235,6 +239,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", help="only rows whose label contains this")
     parser.add_argument("--communication", action="store_true", help="exposed P2P, nodes of 8")
+    parser.add_argument("--pp-size", type=int, default=1, help="pipeline stages")
     parser.add_argument("--scale", action="store_true", help="planning time by number of ranks")
     parser.add_argument("--plot", help="with --scale: write the plot here")
     parser.add_argument("--repeats", type=int, default=5)
@@ -258,7 +263,10 @@ def main() -> int:
     else:
         cost = WITH_COMMUNICATION if arguments.communication else COMPUTE_ONLY
         sets = [r for r in BENCHMARK_SETS if not arguments.rows or arguments.rows in r.label]
-        data = compare(sets, cost, NODE if arguments.communication else None, arguments.repeats)
+        node = NODE if arguments.communication else None
+        if arguments.pp_size > 1:
+            sets = [r for r in sets if r.hdp_size <= PEER_MAX_RANKS]
+        data = compare(sets, cost, node, arguments.repeats, arguments.pp_size)
         print("\n" + show(quality_table(data, "ratio")))
         print("\n" + show(quality_table(data, "planning_s")))
         print("\n" + show(quality_table(data, "planning_cpu_s")))

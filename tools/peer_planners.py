@@ -35,6 +35,7 @@ class Case:
     max_tokens_per_rank: int
     cost: CostModel
     ranks_per_node: int | None
+    pp_size: int = 1
 
     def piece_s(self, seqlen: Any, degree: Any) -> Any:
         across = self.ranks_per_node is not None and np.asarray(degree) > self.ranks_per_node
@@ -45,6 +46,7 @@ class Case:
         return next(d for d in range(need, self.hdp_size + 1) if self.hdp_size % d == 0)
 
 
+PIPELINE_POLICIES = ("hdp", "static", "bytescale-naive", "bytescale-pp")
 POLICIES_SHOWN = ("hdp", "static", "bytescale-naive", "bytescale-dp")
 
 # A planner makes something from a case (this is what is timed) and says how long its step takes.
@@ -63,6 +65,7 @@ def _policy(name: str) -> Planner:
             cost=case.cost,
             policy=name,
             ranks_per_node=case.ranks_per_node,
+            pp_size=case.pp_size,
         )
 
     return make, lambda case, made: made.predicted_s
@@ -221,8 +224,10 @@ def _static_rings_s(case: Case, parts: Any) -> float:
     return max(float(seconds[part].sum()) for part in parts)
 
 
-def planners() -> tuple[dict[str, Planner], list[str]]:
-    """All that are there, and a line for each that is not."""
+def planners(pp_size: int = 1) -> tuple[dict[str, Planner], list[str]]:
+    """All that are there, and a line for each that is not. With pipelines: those that plan them."""
+    if pp_size > 1:
+        return {name: _policy(name) for name in PIPELINE_POLICIES}, []
     same: Callable[[Case, Any], float] = lambda case, step_s: step_s  # noqa: E731
     found: dict[str, Planner] = {name: _policy(name) for name in POLICIES_SHOWN}
     found["groups 2^k"] = (_groups, _groups_s)
