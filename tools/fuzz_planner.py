@@ -118,8 +118,10 @@ def main() -> int:
     begun = time.perf_counter()
     ratios, failures = [], 0
     for number in range(arguments.first, arguments.first + arguments.cases):
-        if number % 10_000 == 0 and number > arguments.first:
-            print(f"{number - arguments.first} cases, {failures} failures", flush=True)
+        if number % 5_000 == 0 and number > arguments.first:
+            worst = max(ratios, default=0.0)
+            print(f"{number - arguments.first} cases, {failures} failures, worst {worst:.3f}",
+                  flush=True)  # fmt: skip
         try:
             ratio, made = run_case(number)
         except Exception as error:
