@@ -115,7 +115,9 @@ def test_stopped_rank_is_named(tmp_path, culprit):
     seconds, _, failures = _run(_train, 3, tmp_path, culprit, _freeze)
     for rank in {0, 1, 2} - {culprit}:
         assert f"rank {culprit} stopped answering" in failures[rank], failures[rank]
-        assert f"exit code {EXIT_CODE}" in failures[rank]
+        # The second one to go may see the first one's connection close before its own verdict.
+        assert f"exit code {EXIT_CODE}" in failures[rank] or "RankFailure" in failures[rank]
+    assert f"exit code {EXIT_CODE}" in str(failures)
     assert seconds < SOON_S
 
 
