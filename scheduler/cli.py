@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -47,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     code: 0, or 2 after one line on stderr about bad input."""
     parser = _parser()
     try:
-        arguments = parser.parse_args(argv)
+        arguments, unknown = parser.parse_known_args(argv)
+        if unknown:
+            parser.error(f"unknown: {' '.join(unknown)}", arguments.command)
         text = _COMMANDS[arguments.command](arguments)
-    except SystemExit as stop:  # argparse: --help, or an option that it refused
+    except SystemExit as stop:  # argparse: --help
         return stop.code if isinstance(stop.code, int) else 2
     except (ValueError, OSError) as error:
         print(f"hdp: {error}", file=sys.stderr)
@@ -64,8 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---- options ----
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str, command: str = "") -> NoReturn:
+        """An option that is refused is bad input like any other: no page of usage before it."""
+        prog = f"{self.prog} {command}".rstrip()
+        raise ValueError(f"{message} ({prog} --help lists the options)")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
         prog="hdp", description="Plan training steps of mixed-length batches; no GPU needed."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -260,7 +260,8 @@ class CostModel:
             version = data.pop("version")
             data.pop("report", None)
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"not a CostModel in JSON: {error!r}") from error
+            what = "no field 'version'" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"not a CostModel in JSON: {what}") from error
         if version != FORMAT_VERSION:
             raise ValueError(f"cost model has version {version}, expected {FORMAT_VERSION}")
         unknown = sorted(set(data) - {field.name for field in fields(cls)})
@@ -276,4 +277,11 @@ class CostModel:
 
     @classmethod
     def load(cls, path: str | Path) -> CostModel:
-        return cls.from_json(Path(path).read_text(encoding="ascii"))
+        """Inverse of `save`. Raises ValueError with the path if no cost model is there."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="ascii"))
+        except (OSError, ValueError) as error:
+            told = getattr(error, "strerror", None) or error
+            raise ValueError(
+                f"no cost model in {path}: {told}; tools/profile_machine.py writes one"
+            ) from error

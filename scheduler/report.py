@@ -89,7 +89,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
     row("busy per rank, min", [seconds_text(s["busy_s"]["min"]) for s in summaries])
     row("busy per rank, max", [seconds_text(s["busy_s"]["max"]) for s in summaries])
     row("tokens/s", [f"{s['tokens_per_s']:,.0f}" for s in summaries])
-    if any(s["sent_bytes"] for s in summaries):
+    if any(s["sent_bytes"] for s in summaries) or not any(s["kv_token_steps"] for s in summaries):
         row("sent over rings", [bytes_text(s["sent_bytes"]) for s in summaries])
     else:
         row("KV tokens sent", [f"{s['kv_token_steps']:,}" for s in summaries])
@@ -121,10 +121,10 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def seconds_text(value: float | None) -> str:
     """Three digits and a unit; "-" for None."""
-    if value is None:
-        return "-"
+    if not value:
+        return "-" if value is None else "0 s"
     for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if value >= size or unit == "us":
+        if value >= 0.9995 * size or unit == "us":  # 999.7 ms are 1.00 s, not 1,000 ms
             scaled = value / size
             digits = 0 if scaled >= 100 else 1 if scaled >= 10 else 2
             return f"{scaled:,.{digits}f} {unit}"

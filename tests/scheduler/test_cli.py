@@ -110,6 +110,14 @@ def test_bytes_are_shown_when_the_cost_model_knows_them(capsys) -> None:
     assert "sent over rings" in out
 
 
+def test_a_plan_without_rings_sends_nothing(capsys, tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("5\n" * 64)
+    _, out, _ = run(capsys, "plan", str(tmp_path / "a.txt"), *CLUSTER)
+    assert any(line.split() == ["sent", "over", "rings", "0", "B"] for line in out.splitlines()), (
+        out
+    )
+
+
 def test_lengths_come_from_files(capsys, tmp_path) -> None:
     np.save(tmp_path / "a.npy", np.array([9000, 100, 4000]))
     code, out, _ = run(capsys, "plan", "--lengths", str(tmp_path / "a.npy"), *CLUSTER)
@@ -137,7 +145,9 @@ BAD = [
     (["plan", *BATCH, "--hdp-size", "2", "--max-tokens-per-rank", "4K"], "hdp_size=2"),
     (["plan", *BATCH, *CLUSTER, "--ranks-per-node", "3"], "ranks_per_node=3"),
     (["plan", *BATCH, *CLUSTER, "--policy", "nope"], "invalid choice: 'nope'"),
-    (["plan", *BATCH, *CLUSTER, "--cost", "missing.json"], "missing.json"),
+    (["plan", *BATCH, *CLUSTER, "--cost", "missing.json"], "no cost model in missing.json"),
+    (["plan", *BATCH, *CLUSTER, "--cost", __file__], "test_cli.py: not a CostModel in JSON"),
+    (["plan", *BATCH, *CLUSTER, "--max-lenght", "5"], "unknown: --max-lenght 5 (hdp plan --help"),
     (["plan", *BATCH, *CLUSTER, "--coefficient", "linear_s"], "use NAME=VALUE"),
     (["plan", *BATCH, *CLUSTER, "--coefficient", "speed=1"], "use NAME=VALUE"),
     (["plan", *BATCH, *CLUSTER, "--coefficient", "linear_s=fast"], "'fast' is not a number"),
@@ -176,7 +186,8 @@ def test_bad_input_is_exit_code_2(capsys, argv: list[str], message: str) -> None
     assert code == 2
     assert out == ""
     assert message in err
-    assert "Traceback" not in err
+    assert err.startswith("hdp: ")
+    assert err.count("\n") == 1, "bad input is one line"
 
 
 def test_a_coefficient_is_a_number_where_the_file_has_an_integer(capsys, tmp_path) -> None:

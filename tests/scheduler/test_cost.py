@@ -162,7 +162,7 @@ def test_bad_coefficients(change: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[]", '{"version": 9}', '{"version": 1}', '{"version": 1, "speed": 3}']
+    "text", ["", "{}", "[]", "5", '{"version": 9}', '{"version": 1}', '{"version": 1, "speed": 3}']
 )
 def test_json_that_is_no_cost_model(text: str) -> None:
     with pytest.raises(ValueError, match=r"CostModel|cost model"):

@@ -161,7 +161,15 @@ def test_summary_adds_up() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "-"), (0.0, "0.00 us"), (12.3456, "12.3 s"), (0.0123, "12.3 ms"), (1234.5, "1,234 s")],
+    [
+        (None, "-"),
+        (0.0, "0 s"),
+        (12.3456, "12.3 s"),
+        (0.0123, "12.3 ms"),
+        (1234.5, "1,234 s"),
+        (0.9997, "1.00 s"),
+        (0.9991, "999 ms"),
+    ],
 )
 def test_seconds(value: float | None, text: str) -> None:
     assert seconds_text(value) == text
