@@ -15,22 +15,32 @@ batches the old way, every sequence on all ranks; `--help` lists all flags.
 
 from __future__ import annotations
 
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from hdp.cli import parse_config, run_training
 from hdp.config import TrainConfig
 
+LONGEST = 8192  # tokens: the same batches on any number of ranks
+
+
+def _tokens_per_rank() -> int:
+    """2048, or more where there are fewer than four ranks: together they hold LONGEST."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return max(2048, -(-LONGEST // ranks))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SFTConfig(TrainConfig):
-    """TrainConfig with defaults that suit the demo: four ranks of a CPU machine."""
+    """TrainConfig with defaults that suit the demo: four ranks of a CPU machine, or any GPUs."""
 
     steps: int = 60
-    max_length: int | None = 8192
+    max_length: int | None = LONGEST
     overlong: Literal["error", "drop", "truncate", "split"] = "split"
-    max_tokens_per_rank: int = 2048
+    max_tokens_per_rank: int = field(default_factory=_tokens_per_rank)
+    """Most tokens of one microbatch on one rank: what its activation memory holds."""
     batch_tokens: int = 16384
     lr: float = 1e-3
     run_dir: str = "runs/sft"

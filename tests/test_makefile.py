@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -51,6 +52,16 @@ def test_sft_command(checkout: Path) -> None:
     )
     assert "-c constraints/cpu.txt" in plan
     assert "extra-index-url" not in plan
+
+
+def test_sft_fits_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make sft` starts as many ranks as there are GPUs: the demo's longest text fits on one."""
+    config_class = runpy.run_path(str(ROOT / "examples" / "sft.py"))["SFTConfig"]
+    for ranks, tokens in ((1, 8192), (2, 4096), (3, 2731), (4, 2048), (8, 2048)):
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        config = config_class()
+        assert config.max_tokens_per_rank == tokens
+        assert ranks * tokens >= config.max_length == 8192
 
 
 def test_torch_may_come_from_an_index_and_pins_be_taken_off(checkout: Path) -> None:
