@@ -12,11 +12,13 @@ which is imported here and nowhere else; recipes in examples/ use `parse_config`
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from hdp.config import TrainConfig
@@ -71,6 +73,7 @@ def parse_config(
 ) -> Config:
     """One flag per field of the dataclass `config_class`; help comes from its docstrings.
 
+    Integers may be written 16K or 2M (times 1024), as `hdp plan` takes them.
     A misspelt flag, or a value that the class refuses with ValueError, ends the program with the
     message and exit code 2.
     """
@@ -80,11 +83,26 @@ def parse_config(
         raise SystemExit("flags need tyro: pip install 'hdp[hf]'") from None
     return tyro.cli(
         config_class,
-        args=argv,
+        args=_with_plain_integers(sys.argv[1:] if argv is None else argv, config_class),
         prog=prog,
         description=description,
         config=(tyro.conf.HelptextFromCommentsOff,),  # "# -- step --" is a heading, not help
     )
+
+
+def _with_plain_integers(argv: Sequence[str], config_class: Any) -> list[str]:
+    """--max-length 16K becomes --max-length 16384; values of other flags stay as they are."""
+    integers = {f.name for f in fields(config_class) if re.search(r"\bint\b", str(f.type))}
+    plain, flag = [], ""
+    for word in argv:
+        start, equals, value = word.partition("=") if word.startswith("--") else (flag, "", word)
+        flag = start
+        size = re.fullmatch(r"(\d+)([KM])", value, re.IGNORECASE)
+        if size and flag.removeprefix("--").replace("-", "_") in integers:
+            scale = {"K": 1024, "M": 1024**2}[size[2].upper()]
+            value = str(int(size[1]) * scale)
+        plain.append(f"{start}{equals}{value}" if word.startswith("--") else value)
+    return plain
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -100,18 +118,20 @@ def run_training(config: TrainConfig) -> int:
     An error is a message, said once; its traceback is kept in the run folder. All ranks raise what
     concerns all; what only one rank raises reaches rank 0 through the watchdog.
     """
+    from hdp.checkpoint_dir import committed
     from hdp.train import train
 
     try:
         train(config)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print(
-                "hdp: interrupted; the same command goes on from the last checkpoint in "
-                f"{config.run_dir}",
-                file=sys.stderr,
-                flush=True,
-            )
+            what = f"the same command goes on from the last checkpoint in {config.run_dir}"
+            if not committed(Path(config.run_dir) / "checkpoints"):
+                what = (
+                    f"no checkpoint in {config.run_dir}, so the same command starts over "
+                    "(--save-every N saves on the way)"
+                )
+            print(f"hdp: interrupted; {what}", file=sys.stderr, flush=True)
         return 130
     except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
         rank = os.environ.get("RANK", "0")

@@ -26,7 +26,7 @@ DEMO_MODEL: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """One training run. Lengths and sizes are in tokens unless the name says otherwise."""
+    """One training run. Lengths and sizes are in tokens unless named otherwise; 16K is 16384."""
 
     # -- model --
     model: str = "demo"

@@ -167,6 +167,11 @@ def _resume(run: Run, checkpointer: Checkpointer) -> tuple[int, int]:
             "the data's files, tokenizer or options are not those of that run, though all lengths "
             "are: it goes on with the new ones"
         )
+    if restored.step >= run.config.steps:
+        run.say(
+            f"nothing left of {run.config.steps} steps: raise --steps to go on, or name another "
+            "--run-dir for another run"
+        )
     return restored.step, restored.extra["total_tokens"]
 
 

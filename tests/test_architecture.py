@@ -75,7 +75,7 @@ IMPORTS: dict[str, set[str]] = {
     # the command line
     "machine": {"kernels", "ops"},
     "doctor": {"machine"},
-    "cli": {"config", "doctor", "scheduler", "train"},
+    "cli": {"checkpoint_dir", "config", "doctor", "scheduler", "train"},
 }
 
 # Each foreign library is imported in one file, inside functions: the rest works without it.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import hdp
+from hdp.checkpoint_dir import step_path
 from hdp.cli import main, parse_config, run_training
 from hdp.config import TrainConfig
 
@@ -44,6 +45,15 @@ def test_flags_are_the_fields_of_the_config() -> None:
     config = parse_config(TrainConfig, ["--policy", "static", "--cp-size", "4", "--steps", "7"])
     assert config == TrainConfig(policy="static", cp_size=4, steps=7)
     assert parse_config(TrainConfig, []) == TrainConfig()
+
+
+def test_integers_may_have_a_unit() -> None:
+    """As `hdp plan` takes them; what is text stays text."""
+    pytest.importorskip("tyro")
+    flags = ["--max-tokens-per-rank", "16K", "--batch-tokens=1M", "--max_length", "2k"]
+    config = parse_config(TrainConfig, [*flags, "--overlong", "drop", "--model", "7M", "--data=4K"])
+    assert (config.max_tokens_per_rank, config.batch_tokens) == (16384, 1 << 20)
+    assert (config.max_length, config.model, config.data) == (2048, "7M", "4K")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +105,9 @@ def test_an_error_of_a_run_is_a_message_and_keeps_its_traceback(
     assert run_training(config) == 1
     assert "RuntimeError: a lost rank" in capsys.readouterr().err
     error = KeyboardInterrupt()
+    assert run_training(config) == 130
+    assert "starts over (--save-every N saves on the way)" in capsys.readouterr().err
+    step_path(tmp_path / "checkpoints", 2).mkdir(parents=True)
     assert run_training(config) == 130
     assert "goes on from the last checkpoint" in capsys.readouterr().err
     # a run folder that cannot be written: the message alone, and no file is named
