@@ -10,10 +10,16 @@ from hdp.scheduler import StepPlan
 
 def all_plans(
     lengths: list[int], *, hdp_size: int, max_tokens_per_rank: int, ranks_per_node: int | None,
-    pp_size: int,
+    pp_size: int, offloadable: float = 0.0,
 ) -> Iterator[StepPlan]:  # fmt: skip
     """All rings of all sequences, and all ways in which ranks can share and order microbatches: at
-    most one ring in each, within the capacity. Some deadlock: `finish_s` refuses them."""
+    most one ring in each, within the capacity, with the least offload ratio where it takes some.
+    Some deadlock: `finish_s` refuses them."""
+
+    def ratio(order: list[list[int]], shards: list[int]) -> list[float]:
+        tokens = [max(sum(shards[seq] for seq in mb), 1) for mb in order]
+        return [max(1.0 - max_tokens_per_rank / n, 0.0) / (offloadable or 1.0) for n in tokens]
+
     rings = [
         tuple(ranks)
         for degree in range(1, hdp_size + 1)
@@ -29,7 +35,7 @@ def all_plans(
                 [sorted(mb, key=lambda seq: len(chosen[seq]) == 1) for mb in order] or [[]]
                 for order in _ordered_partitions(here)
                 if all(
-                    sum(shards[seq] for seq in mb) <= max_tokens_per_rank
+                    sum(shards[seq] for seq in mb) * (1 - offloadable) <= max_tokens_per_rank
                     and sum(len(chosen[seq]) > 1 for seq in mb) <= 1
                     for mb in order
                 )
@@ -38,7 +44,8 @@ def all_plans(
         for microbatches in product(*orders):
             yield StepPlan.from_lists(
                 lengths, chosen, microbatches, max_tokens_per_rank=max_tokens_per_rank,
-                pp_size=pp_size, ranks_per_node=ranks_per_node,
+                pp_size=pp_size, ranks_per_node=ranks_per_node, offloadable=offloadable,
+                offload_ratio=[ratio(order, shards) for order in microbatches],
             )  # fmt: skip
 
 
