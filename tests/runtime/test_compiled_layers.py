@@ -66,7 +66,7 @@ def check_equal(plain, compiled, seqlens, *, rtol, context=None):
         assert error < rtol, f"{name}: gradients differ by {error:.1e}"
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
 def test_equals_plain_layers(model_type):
     plain, compiled, backend = pair(model_type)
     check_equal(plain, compiled, [20, 7, 33], rtol=1e-4)
@@ -108,8 +108,7 @@ def test_norms_mlp_and_rope_are_inside():
     "treatment",
     [
         {"ratio": 1.0},
-        {"ratio": 0.5, "pointwise": 1.0},
-        {"ratio": 1.0, "pointwise": 1.0, "matmul": 1.0},
+        {"ratio": 0.5, "pointwise": 1.0, "matmul": 1.0},
     ],
 )
 def test_saved_tensors_of_graphs_are_offloaded(treatment):
@@ -150,12 +149,9 @@ def _train_step(rank, world_size, compiled, checkpointing):
         return full_state_dict(model)
 
 
-@pytest.mark.parametrize(
-    "checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["again", "kept"]
-)
-def test_sharded_ring_with_checkpointing(checkpointing):
+def test_sharded_ring_with_checkpointing():
     want = run_ranks(_train_step, 2, False, False)[0]
-    got = run_ranks(_train_step, 2, True, checkpointing)[0]
+    got = run_ranks(_train_step, 2, True, True)[0]
     for name, gradient in want.items():
         error = (got[name] - gradient).abs().max() / gradient.abs().max()
         assert error < 1e-4, f"{name}: gradients differ by {error:.1e}"
