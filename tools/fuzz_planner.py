@@ -116,7 +116,8 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=2.0)
     arguments = parser.parse_args()
     begun = time.perf_counter()
-    ratios, failures = [], 0
+    ratios: list[float] = []
+    failures = 0
     for number in range(arguments.first, arguments.first + arguments.cases):
         if number % 5_000 == 0 and number > arguments.first:
             worst = max(ratios, default=0.0)

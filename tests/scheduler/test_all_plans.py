@@ -78,12 +78,11 @@ def test_bound_and_plan_beside_the_best_of_all_plans(first: int) -> None:
     assert np.mean(over) < 1.02
 
 
-@pytest.mark.parametrize("first", range(0, 200, 100))
-def test_no_plan_with_hidden_copies_beats_the_bound(first: int) -> None:
+def test_no_plan_with_hidden_copies_beats_the_bound() -> None:
     """Ring steps and small shards take time that does not divide by the degree: on wide rings more
-    of the copies hides, and the bound knows."""
+    of the copies hides, and the bound knows. The last seeds are where it did not."""
     saved = 0
-    for seed in range(first, first + 100):
+    for seed in (*range(80), 355, 594, 697, 911, 1178, 1558, 2015):
         lengths, cost, arguments = draw(seed)
         rng = np.random.default_rng([seed, 1])
         cost = replace(
