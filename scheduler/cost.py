@@ -64,13 +64,16 @@ class CostModel:
             value = getattr(self, field.name)
             if field.name == "name":
                 continue
-            if not isinstance(value, (int, float, np.integer, np.floating)) or value != value:
+            is_number = isinstance(value, (int, float, np.integer, np.floating))
+            if isinstance(value, bool) or not is_number or value != value:
                 raise ValueError(f"cost model: {field.name}={value!r} must be a number")
             may_be_inf = (
                 field.name.endswith("node_bytes_per_s") or field.name == "host_memory_bytes"
             )
             if value < 0 or (math.isinf(value) and not may_be_inf):
                 raise ValueError(f"cost model: {field.name}={value} must be finite and >= 0")
+            if field.type == "int" and value != int(value):
+                raise ValueError(f"cost model: {field.name}={value} must be a whole number")
         for name, low in (
             ("num_layers", 1),
             ("ranks_per_host_link", 1),

@@ -153,6 +153,8 @@ def test_a_report_travels_in_the_file_alone(tmp_path) -> None:
         ({"quadratic_s": 0.0, "linear_s": 0.0}, "both 0"),
         ({"inter_node_bytes_per_s": 0.0}, "inter_node_bytes_per_s=0.0"),
         ({"num_layers": 0}, "num_layers=0"),
+        ({"num_layers": 2.5}, "num_layers=2.5 must be a whole number"),
+        ({"linear_s": True}, "linear_s=True"),
         ({"forward_share": 1.0}, "forward_share=1.0"),
     ],
 )
