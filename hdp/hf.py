@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import os
 import shutil
 import warnings
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 
 from .attention import ring_attn_varlen_func
 from .export_dir import check_target, partial_path, publish
-from .hf_check import check_supported
+from .hf_check import check_entries, check_supported, first_line, names_generic_tokenizer
 from .kernels import select_kernel
 from .losses import chunked_logprobs
 
@@ -163,7 +162,7 @@ def build_model(
         except ValueError as error:
             raise ValueError(
                 f"no causal LM can be made for model type {resolved.model_type!r}: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
     return CausalLM(model.train(), attn_backend=attn_backend)
 
@@ -191,14 +190,20 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     register_attention()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=_resolve_config(path, config_overrides),
-        dtype=dtype,
-        attn_implementation=ATTENTION,
-        output_loading_info=True,
-    )
-    model, info = loaded
+    config = _resolve_config(path, config_overrides)
+    try:
+        if Path(path).is_file():
+            raise ValueError("a config has no weights")
+        model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, LookupError) as error:
+        told = f"no weights can be loaded from {str(path)!r}: {first_line(error)}"
+        raise ValueError(f"{told}; --random-init starts from random ones") from error
     broken = sorted(info["missing_keys"]) + sorted(map(str, info.get("mismatched_keys", ())))
     if broken:
         raise ValueError(
@@ -218,11 +223,14 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        if _names_generic_tokenizer(Path(path)):
+        if names_generic_tokenizer(Path(path)):
             return PreTrainedTokenizerFast.from_pretrained(path)
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer in {str(path)!r}: {_first_line(error)}") from error
+        raise ValueError(
+            f"no tokenizer in {str(path)!r}, a folder with tokenizer.json or a name on the hub: "
+            f"{first_line(error)}; --tokenizer bytes, or bpe:SIZE, needs none"
+        ) from error
 
 
 def export_model(
@@ -356,27 +364,25 @@ def _resolve_config(config: Any, overrides: Mapping[str, Any] | None) -> PreTrai
         if not isinstance(model_type, str):
             raise ValueError('a config needs its kind of model: {"model_type": "llama", ...}')
         try:
-            return AutoConfig.for_model(model_type, **entries)
+            resolved = AutoConfig.for_model(model_type, **entries)
+            known = {*config, *type(resolved)().to_dict()}
         except Exception as error:  # it has its own classes of errors for values
             told = f"unknown model_type {model_type!r}, or entries that do not fit"
-            raise ValueError(f"{told}: {_first_line(error)}") from error
+            raise ValueError(f"{told}: {first_line(error)}") from error
+        check_entries(overrides, known, model_type)
+        return resolved
     if isinstance(config, PreTrainedConfig):
+        check_entries(overrides, config.to_dict(), config.model_type)
         config = copy.deepcopy(config)
         config.update(overrides)
         return config
     try:
-        return AutoConfig.from_pretrained(config, **overrides)
+        made, unused = AutoConfig.from_pretrained(config, return_unused_kwargs=True, **overrides)
     except Exception as error:
         told = f"{str(config)!r} is neither a folder with a config.json nor a model on the hub"
-        raise ValueError(f"{told}, or has entries that do not fit: {_first_line(error)}") from error
-
-
-def _names_generic_tokenizer(folder: Path) -> bool:
-    path = folder / "tokenizer_config.json"
-    if not path.is_file() or not (folder / "tokenizer.json").is_file():
-        return False
-    name = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class")
-    return name in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        raise ValueError(f"{told}, or has entries that do not fit: {first_line(error)}") from error
+    check_entries(unused, made.to_dict(), made.model_type)
+    return made
 
 
 def _warn_if_misread(folder: Path) -> None:
@@ -392,9 +398,3 @@ def _warn_if_misread(folder: Path) -> None:
             "hdp.hf.load_tokenizer",
             stacklevel=3,
         )
-
-
-def _first_line(error: BaseException) -> str:
-    """With the second one, where the first only announces it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])

@@ -13,12 +13,16 @@ A third net is at run time: `hf.hdp_attention` refuses keywords that ask for suc
 Messages name the command's flag, `--config-overrides`; in Python it is an argument of `build_model`
 and `load_model`.
 
-This file inspects models by their attributes and imports no transformers.
+This file inspects models by their attributes and imports no transformers. At its end: entries of a
+config that no model reads, the kind of a saved tokenizer, transformers' errors in a line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -180,3 +184,36 @@ def _rope_problems(config: Any, where: str) -> Iterator[Problem]:
 
 def _use_supported() -> str:
     return f"supported model types: {', '.join(sorted(SUPPORTED_MODELS))}"
+
+
+# ---- configs, tokenizers, messages ----
+
+
+def check_entries(names: Iterable[str], known: Iterable[str], model_type: str) -> None:
+    """Raise ValueError for the first of `names` that is not a `known` entry of the config.
+
+    transformers drops such entries without a word: a misspelt one would change nothing.
+    """
+    known = sorted(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, cutoff=0.4)
+            raise ValueError(
+                f"a config of model type {model_type!r} has no entry {name!r} to change "
+                f"(--config-overrides); near it: {', '.join(near) or 'nothing'}"
+            )
+
+
+def names_generic_tokenizer(folder: Path) -> bool:
+    """Whether the tokenizer saved in `folder` is its tokenizer.json, and no model's class."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() or not (folder / "tokenizer.json").is_file():
+        return False
+    name = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class")
+    return name in ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message, with the second one where the first only announces it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])

@@ -309,8 +309,31 @@ def test_bad_config_is_named(config, message):
 def test_missing_paths_are_named():
     with pytest.raises(ValueError, match="/no/such/folder"):
         load_model("/no/such/folder")
-    with pytest.raises(ValueError, match="no tokenizer in '/no/such/folder'"):
+    with pytest.raises(ValueError, match=r"no tokenizer in '/no/such/folder', .* bpe:SIZE"):
         load_tokenizer("/no/such/folder")
+
+
+def test_a_config_alone_has_no_weights(tmp_path):
+    path = tmp_path / "config.json"
+    tiny_model("qwen3").config.save_pretrained(tmp_path)
+    for where, told in ((path, "a config has no weights"), (tmp_path, "no file named")):
+        with pytest.raises(ValueError, match=f"no weights can be loaded .*{told}.*--random-init"):
+            load_model(where)
+        assert build_model(where).config.model_type == "qwen3"
+
+
+@pytest.mark.parametrize("source", ["folder", "mapping", "config"])
+def test_overrides_that_nothing_reads_are_refused(source, tmp_path):
+    """transformers drops rope_theta, which is in rope_parameters now, and any misspelt entry."""
+    config = tiny_model("qwen3").config
+    config.save_pretrained(tmp_path)
+    given = {"folder": tmp_path, "mapping": {"model_type": "qwen3"}, "config": config}[source]
+    for name in ("rope_theta", "num_hidden_layer"):
+        near = {"rope_theta": "rope_parameters", "num_hidden_layer": "num_hidden_layers"}[name]
+        with pytest.raises(ValueError, match=f"'qwen3' has no entry '{name}'.* near it: .*{near}"):
+            build_model(given, skeleton=True, config_overrides={name: 1})
+    model = build_model(given, skeleton=True, config_overrides={"num_hidden_layers": 1})
+    assert len(model.layers) == 1
 
 
 def test_transformer_shape():
