@@ -117,7 +117,7 @@ def planned_bubble(plan: StepPlan, run: Run) -> float:
     """The bubble that the planner expects: 1 - compute / (ranks * predicted time)."""
     compute_s = float(microbatch_times(plan, run.cost).compute_s.sum())
     available_s = plan.hdp_size * plan.predicted_s
-    return 1.0 - compute_s / available_s if available_s > 0 else 0.0
+    return max(1.0 - compute_s / available_s, 0.0) if available_s > 0 else 0.0  # not -0.0 %
 
 
 def write_trace(run: Run, step: int, batch: StepBatch) -> None:

@@ -263,6 +263,9 @@ def main() -> int:
     else:
         cost = WITH_COMMUNICATION if arguments.communication else COMPUTE_ONLY
         sets = [r for r in BENCHMARK_SETS if not arguments.rows or arguments.rows in r.label]
+        if not sets:
+            labels = ", ".join(r.label for r in BENCHMARK_SETS)
+            raise SystemExit(f"no row's label contains {arguments.rows!r}: {labels}")
         node = NODE if arguments.communication else None
         if arguments.pp_size > 1:
             sets = [r for r in sets if r.hdp_size <= PEER_MAX_RANKS]

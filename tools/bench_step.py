@@ -204,4 +204,7 @@ if __name__ == "__main__":
 
         step_lengths.main()
     else:
-        main()
+        try:
+            main()
+        except ValueError as error:  # lengths, data or a model that do not fit
+            raise SystemExit(f"bench_step: {error}") from None

@@ -204,4 +204,7 @@ def make_step(run: Run, shape: Shape) -> StepBatch:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:  # a model, data or lengths that do not fit
+        raise SystemExit(f"profile_machine: {error}") from None

@@ -123,8 +123,8 @@ def _affordable(max_bytes: int, on_full: str) -> int:
         warnings.warn(f"{text}; taking {text_of(available * 9 // 10)}")
         return available * 9 // 10
     raise OffloadMemoryError(
-        f"{text}: a ratio smaller by {available / max_bytes:.2f} fits, or fewer ranks per machine; "
-        "on_full='keep' takes what there is"
+        f"{text}: a ratio {available / max_bytes:.2g} times as large fits, or fewer ranks per "
+        "machine; on_full='keep' takes what there is"
     )
 
 

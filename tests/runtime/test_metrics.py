@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from io import FileIO
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hdp.metrics import MetricsWriter, ModelFlops, StepMetrics, peak_flops, ring_counts
-from hdp.observe import count_flops
-from hdp.scheduler import StepPlan
+from hdp.observe import count_flops, planned_bubble
+from hdp.scheduler import CostModel, StepPlan, plan
 from tests.runtime.models import plain_model, tiny_model
 
 METRICS = StepMetrics(
@@ -159,3 +160,13 @@ def test_ring_counts():
         [4, 1, 1], [[0, 1], [0], [1]], [[[0, 1]], [[0, 2]]], max_tokens_per_rank=8
     )
     assert ring_counts(plan) == {1: 2, 2: 1}
+
+
+def test_a_full_plan_has_no_negative_bubble():
+    """Sums of parts may exceed the whole in the last bit: not "plan -0.0%"."""
+    cost = CostModel.from_coefficients(quadratic_s=0.1, linear_s=0.1)
+    for num_seqs in range(40, 70):
+        lengths = [7 * i % 97 + 1 for i in range(num_seqs)]
+        made = plan(lengths, hdp_size=1, max_tokens_per_rank=200, cost=cost)
+        bubble = planned_bubble(made, SimpleNamespace(cost=cost))
+        assert f"{bubble:.1%}" == "0.0%"
