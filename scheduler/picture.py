@@ -61,14 +61,17 @@ def draw_plans(
     if not plans:
         raise ValueError("no plans to draw")
     figure_of = figure_class()
-    first_s = plans[0][2].makespan_s
+    _, first, first_timeline = plans[0]
+    first_s = first_timeline.makespan_s
     drawn = [
         _Panel(
             name=name,
             plan=plan,
             timeline=timeline,
             boxes=make_boxes(plan, timeline, cost),
-            speedup=first_s / timeline.makespan_s if first_s > timeline.makespan_s > 0 else None,
+            speedup=first_s / timeline.makespan_s
+            if plan is not first and first_s > timeline.makespan_s > 0
+            else None,
         )
         for name, plan, timeline in plans
     ]
@@ -100,7 +103,7 @@ class _Panel:
     plan: StepPlan
     timeline: Timeline
     boxes: Boxes
-    speedup: float | None = None  # over the first panel
+    speedup: float | None = None  # over the first panel, where it shows another plan
 
 
 def figure_class() -> Any:
@@ -136,7 +139,8 @@ def _draw_panel(axes: Any, panel: _Panel, *, scale: float, unit: str) -> None:
     end = timeline.makespan_s * scale
     axes.axvline(end, color=_INK, linewidth=1.0, linestyle=(0, (4, 3)))
     if timeline.num_stages == 1:
-        axes.set_yticks(_row_ticks(rows))
+        ticks = _row_ticks(rows)
+        axes.set_yticks([row + 0.5 for row in ticks], [str(row) for row in ticks])
         axes.set_ylabel("rank", color=_SOFT, fontsize=9)
     else:
         middles = (np.arange(timeline.num_stages) + 0.5) * timeline.num_ranks
@@ -253,10 +257,16 @@ def _fill(plan: StepPlan, seq: np.ndarray, backward: np.ndarray) -> np.ndarray:
 
 
 def _label(axes: Any, plan: StepPlan, blocks: _Blocks) -> None:
-    """Write the length on long sequences' blocks that have the room for it."""
+    """Write the length on long sequences' blocks that have the room for it.
+
+    A measured ring is many blocks, one per wait: the widest on a rank speaks for the others.
+    """
     long = (blocks.kind == COMPUTE) & (blocks.seq >= 0)
     long[long] = is_long(plan)[blocks.seq[long]]
-    which = np.flatnonzero(long)
+    widest: dict[tuple[int, float, bool], int] = {}
+    for i in np.flatnonzero(long)[np.argsort((blocks.end - blocks.start)[long], kind="stable")]:
+        widest[int(blocks.seq[i]), float(blocks.top[i]), bool(blocks.backward[i])] = int(i)
+    which = np.array(sorted(widest.values()), dtype=np.int64)
     place = axes.get_position()
     page_width, page_height = axes.figure.get_size_inches()
     inch_per_x = place.width * page_width / axes.get_xlim()[1]
@@ -354,9 +364,11 @@ def _key(panels: Sequence[_Panel]) -> list[tuple[_Swatches, str]]:
     if any(panel.boxes.backward.any() for panel in panels):
         shades = [[part * shade for part in rgb(STRONG[0])] for shade in (1.0, _BACKWARD_SHADE)]
         entries.append(((0.17, [{"facecolor": colour} for colour in shades]), "forward, backward"))
-    hatched = {"facecolor": _COMM, "hatch": "//////", "edgecolor": _HATCH}
+    waiting: dict[str, Any] = {"facecolor": _COMM, "hatch": "//////", "edgecolor": _HATCH}
+    if all(panel.boxes.num_rows > MAX_VECTOR_ROWS for panel in panels):  # pixels have no hatching
+        waiting = {"facecolor": _COMM_FLAT}
     for code, look, text in (
-        (COMM, hatched, "exposed KV transfer"),
+        (COMM, waiting, "exposed KV transfer"),
         (OFFLOAD, {"facecolor": _OFFLOAD}, "host copies"),
         (REDUCE, {"facecolor": _REDUCE}, "gradients"),
     ):

@@ -224,6 +224,33 @@ def test_pipelines_are_drawn_by_stage(tmp_path) -> None:
     assert (tmp_path / "a.png").stat().st_size > 5_000
 
 
+def test_a_measured_ring_has_one_label_per_rank_and_no_speed_up(tmp_path, monkeypatch) -> None:
+    """It is a block per wait, a hundred on a real step; planned and measured are one plan."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    from hdp.scheduler.picture import draw_plans
+
+    made = StepPlan.from_lists([9000], [[0, 1]], [[[0]], [[0]]], max_tokens_per_rank=8192)
+    spans = tuple(
+        Span(rank=rank, start_s=i + rank / 2, end_s=i + rank / 2 + 0.4, kind="compute", name="0")
+        for rank in (0, 1)
+        for i in range(3)
+    )
+    texts: list[str] = []
+    write, title = Axes.text, Axes.set_title
+    monkeypatch.setattr(Axes, "text", lambda *a, **k: texts.append(a[3]) or write(*a, **k))
+    monkeypatch.setattr(Axes, "set_title", lambda *a, **k: texts.append(a[1]) or title(*a, **k))
+    measured = Timeline(spans=spans, num_ranks=2)
+    slow = Timeline(
+        spans=(Span(rank=0, start_s=0.0, end_s=9.0, kind="compute", name="0"),), num_ranks=2
+    )
+    draw_plans([("planned", made, slow), ("measured", made, measured)], tmp_path / "a.png")
+    labels = [text for text in texts if text.startswith("8.8K")]
+    assert len(labels) == 1 + 2, texts
+    assert not any("faster" in text for text in texts)
+
+
 def test_bad_pictures_are_clear_errors(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     from hdp.scheduler.picture import draw_plans
