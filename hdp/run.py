@@ -122,7 +122,6 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
         cost = offload.cost
         capacity = shard_capacity(
             dataset.seqlens,
-            hdp_size=mesh.hdp_size,
             max_tokens_per_rank=config.max_tokens_per_rank,
             cost=cost,
             offload=True,

@@ -16,7 +16,8 @@ hdp_size * T rank-seconds. The bound is the smallest T, up to 0.1 %, for which i
 * reduce   what of the reduction of gradients no backward can hide (`step_bound_s`)
 
 It is a bound for plans in which a ring is one job's and keeps to its nodes, and host copies are
-hidden: each job's behind its own work, so that it has the ranks that it would need alone.
+hidden as memory.py has it: each job has the ranks that it needs alone, and nothing that a ring
+adds is counted on.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ hides less (`CostModel.hidden_ratio`).
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,17 +23,17 @@ from .cost import CostModel
 from .jobs import Batch
 
 
-def _hidden_ratio(batch: Batch, degree: Any) -> np.ndarray:
-    """(num_jobs,) float64: offload ratio that each job hides on so many ranks; may exceed 1.
+def _hidden_ratio(batch: Batch) -> np.ndarray:
+    """(num_jobs,) float64: offload ratio that each job's work hides; may exceed 1.
 
-    Work and bytes both divide by the degree, but what a ring adds does not (its steps, its small
-    shards): wide rings hide more. Copies go out during forward and come back during backward.
+    Copies go out during forward and come back during backward. The work is that of one rank, as in
+    Eq. 3: it divides by the degree, and so do the bytes. What a ring adds (its steps, its small
+    shards) is not counted on.
     """
     cost = batch.cost
-    kernels = replace(cost, kv_bytes_per_token=0.0)  # waiting for KV hides no copies
-    shorter = min(cost.forward_share, 1.0 - cost.forward_share)
-    seconds = shorter * kernels.unit_s(batch.job_squares, batch.job_tokens, degree)
-    return seconds * degree / (batch.job_tokens * cost.host_s_per_token)
+    one_way_s = min(cost.forward_share, 1.0 - cost.forward_share)
+    seconds = one_way_s * cost.unit_s(batch.job_squares, batch.job_tokens, 1)
+    return seconds / (batch.job_tokens * cost.host_s_per_token)
 
 
 def _capacity(batch: Batch, ratio: Any) -> np.ndarray:
@@ -50,26 +49,25 @@ def _capacity(batch: Batch, ratio: Any) -> np.ndarray:
     )
 
 
-def max_shard_tokens(batch: Batch, degree: Any) -> np.ndarray:
-    """(num_jobs,) int64: tokens that a rank can hold if its microbatch is this job's alone, on so
-    many ranks."""
+def max_shard_tokens(batch: Batch) -> np.ndarray:
+    """(num_jobs,) int64: tokens that a rank can hold if its microbatch is this job's alone."""
     if not batch.offload or batch.cost.offloadable == 0.0:
         return np.full(batch.num_jobs, batch.max_tokens_per_rank, dtype=np.int64)
-    return _capacity(batch, _hidden_ratio(batch, degree))
+    return _capacity(batch, _hidden_ratio(batch))
 
 
 def shard_capacity(
-    seqlens: np.ndarray, *, hdp_size: int, max_tokens_per_rank: int, cost: CostModel, offload: bool
+    seqlens: np.ndarray, *, max_tokens_per_rank: int, cost: CostModel, offload: bool
 ) -> np.ndarray:
-    """(num_seqs,) int64: most tokens of each sequence that one of all ranks can hold for plan()."""
+    """(num_seqs,) int64: most tokens of a sequence that one rank can hold, as plan() sees it."""
     batch = Batch.check(
         seqlens,
-        hdp_size=hdp_size,
+        hdp_size=1,
         max_tokens_per_rank=max_tokens_per_rank,
         cost=cost,
         offload=offload,
     )
-    return max_shard_tokens(batch, hdp_size)
+    return max_shard_tokens(batch)
 
 
 def max_pack_tokens(batch: Batch) -> int:
@@ -81,8 +79,8 @@ def max_pack_tokens(batch: Batch) -> int:
     cost = batch.cost
     if not batch.offload or cost.offloadable == 0.0 or cost.fixed_s == 0.0:
         return batch.max_tokens_per_rank
-    shorter = min(cost.forward_share, 1.0 - cost.forward_share)
-    token_s = shorter * (cost.linear_s + cost.quadratic_s * cost.small_shard_tokens)
+    one_way_s = min(cost.forward_share, 1.0 - cost.forward_share)
+    token_s = one_way_s * (cost.linear_s + cost.quadratic_s * cost.small_shard_tokens)
     return int(_capacity(batch, token_s / cost.host_s_per_token))
 
 
@@ -93,19 +91,13 @@ def least_microbatches(batch: Batch) -> int:
     the others take at least two each.
     """
     tokens, capacity = batch.job_tokens, batch.max_tokens_per_rank
-    total = float(tokens.sum())
-    least, most = total / capacity, float(capacity)
+    kept, most = float(tokens.sum()), float(capacity)
     if batch.offload and batch.cost.offloadable > 0.0:
-        share = batch.cost.offloadable
-        most = capacity / (1.0 - share)
-        local = _hidden_ratio(batch, 1) * tokens
-        # A ring hides more than its job alone, at most so much in each of its microbatches.
-        wide = _hidden_ratio(batch, batch.hdp_size) * tokens
-        more = float((wide - local).max()) / batch.hdp_size
-        kept = total - share * min(float(local.sum()), total)
-        least = max(kept / (capacity + share * more), total / most)
+        hidden = min(float((_hidden_ratio(batch) * tokens).sum()), kept)
+        kept -= batch.cost.offloadable * hidden
+        most = capacity / (1.0 - batch.cost.offloadable)
     large = int((tokens > most / 2).sum())
-    return max(math.ceil(least * (1 - 1e-9)), -(-2 * large // 3))
+    return max(math.ceil(kept / capacity * (1 - 1e-9)), -(-2 * large // 3))
 
 
 def min_degrees(batch: Batch) -> np.ndarray:
@@ -113,16 +105,13 @@ def min_degrees(batch: Batch) -> np.ndarray:
 
     Raises ValueError for a job that hdp_size ranks cannot hold.
     """
-    # More ranks hold less each, and hide no less of it: bisection.
-    low = np.ones(batch.num_jobs, dtype=np.int64)
-    high = np.full(batch.num_jobs, batch.hdp_size + 1)
-    if not batch.offload and not batch.has_units:
-        low = high = np.minimum(-(-batch.job_tokens // batch.max_tokens_per_rank), high)
-    while bool((low < high).any()):
-        middle = (low + high) // 2
-        fits = batch.tokens_per_rank(middle) <= max_shard_tokens(batch, middle)
-        low, high = np.where(fits, low, middle + 1), np.where(fits, middle, high)
-    degree = high
+    limit = max_shard_tokens(batch)
+    degree = -(-batch.job_tokens // limit)
+    while batch.has_units:  # the shards of a unit's sequences are rounded up one by one
+        over = (batch.tokens_per_rank(degree) > limit) & (degree <= batch.hdp_size)
+        if not over.any():
+            break
+        degree = degree + over
     worst = int(np.argmax(degree))
     if degree[worst] > batch.hdp_size:
         tokens = int(batch.job_tokens[worst])
@@ -131,10 +120,8 @@ def min_degrees(batch: Batch) -> np.ndarray:
         remedy = "raise max_tokens_per_rank or hdp_size"
         if not batch.offload and batch.cost.offloadable > 0:
             remedy += ", or allow offload"
-        limit = int(max_shard_tokens(batch, batch.hdp_size)[worst])
         raise ValueError(
-            f"{what} of {tokens} tokens needs {max(-(-tokens // limit), batch.hdp_size + 1)} ranks "
-            f"of {limit}, "
+            f"{what} of {tokens} tokens needs {degree[worst]} ranks of {limit[worst]}, "
             f"hdp_size={batch.hdp_size}; {remedy}"
         )
     return degree
