@@ -197,9 +197,20 @@ def _tokens_axis(axes: Any) -> None:
     axes.set_xticks([], minor=True)
 
 
+def _log_axis(axes: Any) -> None:
+    """1, 2 and 5 of each decade where there are few, else its 1: no 6 x 10^-1."""
+    low, high = axes.get_ylim()
+    decades = [10.0**n for n in range(-9, 10)]
+    ticks = [m * ten for ten in decades for m in (1, 2, 5) if low <= m * ten <= high]
+    if len(ticks) > 6:
+        ticks = [ten for ten in decades if low <= ten <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
+
+
 def _finish(axes: Any) -> None:
     if axes.get_yscale() == "log":
-        axes.yaxis.set_major_formatter("{x:g}")
+        _log_axis(axes)
     axes.grid(True, color=_GRID, linewidth=0.7, zorder=0)
     axes.set_axisbelow(True)
     axes.tick_params(colors=_SOFT, labelsize=8.5, length=0, which="both")
