@@ -23,6 +23,7 @@ from .data import Sampler, TokenDataset, open_dataset
 from .gather import gather_pays
 from .hf import CausalLM, build_model, load_model, transformer_shape
 from .kernels import choose_kernel
+from .layout import RingLayout
 from .liger import use_liger
 from .mesh import HDPMesh
 from .offloading.context import open_engine
@@ -149,8 +150,10 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
         model=model,
         context=context,
     )
-    run.plan(dataset.seqlens.max()[None])  # a ring that cannot hold it is found out now
+    longest = run.plan(dataset.seqlens.max()[None])  # a ring that cannot hold it is found out now
     _introduce(run, dtype, layers)
+    if run.offload:
+        _introduce_offload(run, run.offload, longest)
     return run
 
 
@@ -297,7 +300,6 @@ def _open_model(
 def _introduce(run: Run, dtype: torch.dtype, layers: str) -> None:
     """Say once what runs where: fallbacks are announced, never silent."""
     mesh, config = run.mesh, run.config
-    is_cpu = mesh.device.type == "cpu"
     head_dim = transformer_shape(run.model)["head_dim"]
     attention = choose_kernel(mesh.device, dtype, config.attention, head_dim=head_dim)
     parameters = sum(p.numel() for p in run.model.parameters())
@@ -324,13 +326,23 @@ def _introduce(run: Run, dtype: torch.dtype, layers: str) -> None:
         f"plan: {config.policy}{cp_size}, at most {config.max_tokens_per_rank:,} tokens per rank "
         f"and microbatch; costs: {source}"
     )
-    if run.offload:
-        rate = run.cost.host_bytes_per_s / run.cost.ranks_per_host_link
-        run.say(
-            f"offload: up to {config.offload_gib:g} GiB of host memory per rank over a link of "
-            f"{rate / 1e9:.0f} GB/s ({run.offload.engine.link.name})"
-            + ("; on a CPU it exercises the engine and saves nothing" if is_cpu else "")
-        )
+
+
+def _introduce_offload(run: Run, offload: PlannedOffload, longest: StepPlan) -> None:
+    """Which host memory, and what becomes of what the longest sequence saves."""
+    is_cpu = run.mesh.device.type == "cpu"
+    rate = run.cost.host_bytes_per_s / run.cost.ranks_per_host_link
+    run.say(
+        f"offload: up to {run.config.offload_gib:g} GiB of host memory per rank over a link of "
+        f"{rate / 1e9:.0f} GB/s ({offload.engine.link.name})"
+        + ("; on a CPU it exercises the engine and saves nothing" if is_cpu else "")
+    )
+    tokens, degree = int(longest.seqlens[0]), int(longest.degrees[0])
+    microbatch = longest.microbatches(0)[0]
+    made = offload.plan(RingLayout.from_microbatch(microbatch, 0), microbatch.offload_ratio)
+    run.say(
+        f"the longest sequence, {tokens:,} tokens, on {degree} rank{'s, each' if degree > 1 else ''}:\n{made.table()}"
+    )
 
 
 def _num_positions(model: CausalLM) -> float:

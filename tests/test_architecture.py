@@ -64,7 +64,7 @@ IMPORTS: dict[str, set[str]] = {
     # a run: its parts connected, watched, walked
     "run": {
         *("agree", "comm", "compiled", "config", "console", "data", "gather", "hf", "kernels"),
-        *("liger", "mesh", "offloading", "ops", "optim", "parallel", "recorder", "rng"),
+        *("layout", "liger", "mesh", "offloading", "ops", "optim", "parallel", "recorder", "rng"),
         *("scheduler", "step", "watchdog"),
     },
     "observe": {"data", "hf", "metrics", "run", "scheduler", "step"},
