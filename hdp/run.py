@@ -340,9 +340,8 @@ def _introduce_offload(run: Run, offload: PlannedOffload, longest: StepPlan) -> 
     tokens, degree = int(longest.seqlens[0]), int(longest.degrees[0])
     microbatch = longest.microbatches(0)[0]
     made = offload.plan(RingLayout.from_microbatch(microbatch, 0), microbatch.offload_ratio)
-    run.say(
-        f"the longest sequence, {tokens:,} tokens, on {degree} rank{'s, each' if degree > 1 else ''}:\n{made.table()}"
-    )
+    where = "1 rank" if degree == 1 else f"{degree} ranks, each"
+    run.say(f"the longest sequence, {tokens:,} tokens, on {where}:\n{made.table()}")
 
 
 def _num_positions(model: CausalLM) -> float:
