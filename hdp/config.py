@@ -48,7 +48,8 @@ class TrainConfig:
 
     # -- data --
     data: str = "stdlib"
-    """"stdlib" (sources of this Python's standard library), a folder, or .jsonl/.parquet files."""
+    """"stdlib" (sources of this Python's standard library), a folder, a .jsonl or .parquet file, a
+    quoted pattern of files such as "data/*.jsonl", or a dataset's name on the hub."""
     text_column: str = "text"
     """Column of JSONL or Parquet rows that holds the text; rows with `messages` are chats."""
     pattern: str | None = None
