@@ -239,7 +239,7 @@ def test_open_engine_checks_the_machine(monkeypatch):
     from hdp.offloading import context
 
     monkeypatch.setattr(context, "available_host_bytes", lambda: 10 << 30)
-    with pytest.raises(OffloadMemoryError, match=r"40.00 GiB was asked for, and 10.00 GiB .* 0.25 times"):
+    with pytest.raises(OffloadMemoryError, match=r"40.00 GiB was asked .* 10.00 GiB .* 0.25 times"):
         context.open_engine(torch.device("cpu"), max_bytes=40 << 30)
     with pytest.warns(UserWarning, match="taking 9.00 GiB"):
         engine = context.open_engine(torch.device("cpu"), max_bytes=40 << 30, on_full="keep")
