@@ -333,6 +333,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.device == "cpu" and not args.tiny:
+        parser().error("its sizes need a GPU; on a CPU: --device cpu --tiny")
     if args.device == "cpu":
         console.note("on a CPU times say nothing about a link: gradients, bytes and the pool count")
     shape = TINY if args.tiny else LLAMA_7B

@@ -88,6 +88,8 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     args, train_flags = parse_args()
+    if args.shape == "{}" and not torch.cuda.is_available():
+        raise SystemExit("bench_step.py --lengths: an 8B model needs a GPU; --shape makes it small")
     args.fit_lengths = args.fit_lengths or lengths_around(args.lengths)
     longest = max(args.lengths + args.fit_lengths)
     flags = ["--data", "stdlib", "--tokenizer", "bytes", "--random-init", "--lr", "1e-30"]

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import emulated_ring
 
 WARM_UP = 3
+_CPU_TOKENS = 16 << 10  # a minute or two
 Interval = tuple[float, float]  # start, end, microseconds
 
 
@@ -166,6 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and args.tokens > _CPU_TOKENS:
+        parser.error(f"{args.tokens} tokens need a GPU; on a CPU at most --tokens {_CPU_TOKENS}")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
