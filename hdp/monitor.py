@@ -8,7 +8,8 @@ its own (those are in watchdog.py). The rules, the first that applies:
              collective broke, silence of `suspect_s` is enough, for then somebody is gone;
 2. broken    a collective broke but all ranks answer: those that stopped before it, or the network;
 3. stalled   NO rank has made progress for `timeout_s`, and none is in an allowed phase. One slow
-             rank is not a hang, however long the others wait for it.
+             rank is not a hang, however long the others wait for it; nor is its end, after which
+             they get `timeout_s` to end too.
 
 Of stalled ranks those are blamed that do not wait for others: the last link of the chain.
 """
@@ -89,6 +90,8 @@ class Monitor:
         self._silent_s: dict[int, float] = {}
         self._broken_s = 0.0  # since the first broken collective
         self._unallowed_s = 0.0  # since no rank has been in an allowed phase
+        self._num_done = 0
+        self._since_done_s = 0.0  # since the last rank was done
 
     def hear(self, reports: dict[int, Report], elapsed_s: float, *, broken: bool = False) -> None:
         """Take in the latest report of each rank. `broken`: a collective has failed somewhere."""
@@ -101,6 +104,9 @@ class Monitor:
         self._broken_s = self._broken_s + elapsed_s if broken else 0.0
         allowed = any(report.allowed_s > 0 for report in reports.values())
         self._unallowed_s = 0.0 if allowed else self._unallowed_s + elapsed_s
+        num_done = sum(report.done for report in reports.values())
+        self._since_done_s = 0.0 if num_done > self._num_done else self._since_done_s + elapsed_s
+        self._num_done = num_done
 
     def verdict(self) -> Verdict | None:
         active = {rank: report for rank, report in self._reports.items() if not report.done}
@@ -141,7 +147,7 @@ class Monitor:
                 return Verdict(ranks=tuple(victims), text=f"{text}{first.error} in {first.place}")
         else:
             stalled_s = min(report.stalled_s for report in active.values())
-            if min(stalled_s, self._unallowed_s) <= self.timeout_s:
+            if min(stalled_s, self._unallowed_s, self._since_done_s) <= self.timeout_s:
                 return None
             suspects = active
         ranks = _furthest_behind(suspects)

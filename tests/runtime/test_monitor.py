@@ -91,6 +91,18 @@ def test_allowed_phase_is_no_hang_and_may_hold_the_lock():
     assert verdict.ranks == (0, 1) and when == pytest.approx(500 + TIMEOUT_S, abs=3)
 
 
+def test_after_a_slow_rank_is_done_the_others_get_their_time():
+    """They wait for it in a collective, unmarked; it ends before they tell that they go on."""
+
+    def reports(t, end=1e9):
+        slow = _busy(t, done=t >= 300)
+        return {0: _busy(t, stalled_s=t, done=t >= end), 1: slow}
+
+    assert _watch(1000, lambda t: reports(t, end=302)) == (Verdict(), 302)
+    verdict, when = _watch(1000, reports)
+    assert verdict.ranks == (0,) and 300 + TIMEOUT_S < when < 303 + TIMEOUT_S
+
+
 def test_after_an_allowed_phase_the_others_get_their_time():
     def reports(t):  # rank 1's phase ends at 100; rank 0, stalled since 0, moves again at 130
         allowed = {"allowed_s": 400.0} if t < 100 else {}
