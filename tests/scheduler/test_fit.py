@@ -135,8 +135,10 @@ def test_a_line_is_found(latency_s, bytes_per_s):
 def test_a_line_needs_sizes_that_differ():
     with pytest.raises(ValueError, match="two sizes"):
         fit_line([1024, 1024], [1.0, 1.0])
-    with pytest.raises(ValueError, match="larger messages"):
-        fit_line([1, 2, 4096], [3.0, 2.0, 1e-4])
+
+
+def test_times_of_messages_that_are_too_small_bound_the_bandwidth():
+    assert fit_line([1, 2, 4096], [3.0, 2.0, 0.5]) == (0.0, 8192.0)
 
 
 @given(st.integers(0, 10_000))
