@@ -86,14 +86,9 @@ def _host() -> dict[str, Any]:
         for line in (_read("/proc/meminfo") or "").splitlines()
         if line.endswith("kB")
     }
-    models = [
-        line.split(":", 1)[1].strip()
-        for line in (_read("/proc/cpuinfo") or "").splitlines()
-        if line.startswith("model name")
-    ]
     shm = probe(lambda: os.statvfs("/dev/shm"))
     return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": probe(_usable_cores),
         "memory_bytes": meminfo.get("MemTotal"),
         "memory_available_bytes": meminfo.get("MemAvailable"),
@@ -101,6 +96,16 @@ def _host() -> dict[str, Any]:
         "locked_memory_limit_bytes": probe(_locked_memory_limit),
         "shm_bytes": None if isinstance(shm, dict) else shm.f_blocks * shm.f_frsize,
     }
+
+
+def cpu_name() -> str:
+    """The processor, as it calls itself where the system tells."""
+    models = [
+        line.split(":", 1)[1].strip()
+        for line in (_read("/proc/cpuinfo") or "").splitlines()
+        if line.startswith("model name")
+    ]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _usable_cores() -> float:

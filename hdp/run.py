@@ -122,10 +122,7 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
         offload = open_offload(config, model, mesh, dtype, cost)
         cost = offload.cost
         capacity = shard_capacity(
-            dataset.seqlens,
-            max_tokens_per_rank=config.max_tokens_per_rank,
-            cost=cost,
-            offload=True,
+            dataset.seqlens, max_tokens_per_rank=config.max_tokens_per_rank, cost=cost
         )
         dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=capacity)
     layers = use_liger(

@@ -56,16 +56,14 @@ def max_shard_tokens(batch: Batch) -> np.ndarray:
     return _capacity(batch, _hidden_ratio(batch))
 
 
-def shard_capacity(
-    seqlens: np.ndarray, *, max_tokens_per_rank: int, cost: CostModel, offload: bool
-) -> np.ndarray:
-    """(num_seqs,) int64: most tokens of a sequence that one rank can hold, as plan() sees it."""
+def shard_capacity(seqlens: np.ndarray, *, max_tokens_per_rank: int, cost: CostModel) -> np.ndarray:
+    """(num_seqs,) int64: most tokens of each that a rank can hold, for plan(offload=True)."""
     batch = Batch.check(
         seqlens,
         hdp_size=1,
         max_tokens_per_rank=max_tokens_per_rank,
         cost=cost,
-        offload=offload,
+        offload=True,
     )
     return max_shard_tokens(batch)
 

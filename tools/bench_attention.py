@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -44,6 +43,7 @@ from hdp.layout import RingLayout
 sys.path.insert(0, str(Path(__file__).parent))
 from emulated_ring import EmulatedComm, Sequence, ring_layout
 from peer_attention import Attend, direct_attention
+from provenance import commit
 
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
 LARGEST_ERROR = 1e-2  # relative, of bf16 results against each other
@@ -287,13 +287,10 @@ def report(rows: list[Row], device: torch.device) -> None:
 
 def header(device: torch.device) -> str:
     """Hardware, software and commit of a table."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return (
         f"{where}, torch {torch.__version__}, merges by {ops.describe(device.type)[0]}, "
-        f"commit {commit or 'unknown'}"
+        f"commit {commit('describe', '--always', '--dirty')}"
     )
 
 

@@ -42,12 +42,13 @@ import torch
 from hdp import console
 from hdp.kernels import choose_kernel
 from hdp.offloading.forward import Treatment, Windows
+from hdp.offloading.planned import treatment_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_attention import header
 from decoder_layers import LLAMA_7B, TINY, Shape
 from offload_steps import Measured, Steps, clean, measure
-from offload_treatments import Budget, open_bench_engine, plan_for_memory, saved_bytes, treatment_of
+from offload_treatments import Budget, open_bench_engine, plan_for_memory, saved_bytes
 from peer_offload import StepContext, peer_offloads, pinned_bytes
 
 GB = 1e9

@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +34,11 @@ from torch import Tensor
 
 from hdp import console, ops
 from hdp.losses import chunked_logprobs
+from hdp.machine import cpu_name
 from hdp.scheduler.report import markdown
+
+sys.path.insert(0, str(Path(__file__).parent))
+from provenance import commit
 
 Run = Callable[[], Any]
 WARM_UP = 3  # repetitions that do not count
@@ -335,20 +337,13 @@ def short(dtype: torch.dtype) -> str:
 
 def environment(device: torch.device) -> str:
     """Command, hardware, versions and commit of this run."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-        hardware = f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} thread"
+        hardware = f"{cpu_name()}, {torch.get_num_threads()} thread"
     command = " ".join(["python", "tools/bench_ops.py", *sys.argv[1:]])
-    return f"{command}\n{hardware}; torch {torch.__version__}; commit {commit or 'unknown'}"
+    here = commit("describe", "--always", "--dirty")
+    return f"{command}\n{hardware}; torch {torch.__version__}; commit {here}"
 
 
 if __name__ == "__main__":

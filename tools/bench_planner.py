@@ -40,7 +40,9 @@ from typing import Any
 
 import numpy as np
 from peer_planners import Case, Planner, planners
+from provenance import commit
 
+from hdp.machine import cpu_name
 from hdp.scheduler import CostModel, plan
 from hdp.scheduler.report import align, bytes_text, markdown, seconds_text
 from hdp.scheduler.workloads import BENCHMARK_SETS, BenchmarkSet, draw
@@ -219,20 +221,10 @@ def draw_scale(rows: list[dict[str, Any]], path: str) -> None:
 
 def environment(script: str = "tools/bench_planner.py") -> str:
     """Command, hardware, versions and commit of this run."""
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True,
-            cwd=Path(__file__).parent,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line for line in lines if line.startswith("model name")).split(": ")[1]
+    here = commit("rev-parse", "--short", "HEAD")
     arguments = " ".join(["python", script, *sys.argv[1:]])
     versions = f"Python {platform.python_version()}, numpy {np.__version__}"
-    return f"{arguments}\n{model}, one core; {versions}; commit {commit}"
+    return f"{arguments}\n{cpu_name()}, one core; {versions}; commit {here}"
 
 
 def main() -> int:

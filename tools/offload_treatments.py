@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from decoder_layers import Shape
 
 from hdp.offloading.context import open_engine
 from hdp.offloading.engine import OffloadEngine
-from hdp.offloading.forward import Treatment, Windows
+from hdp.offloading.forward import Windows
 from hdp.offloading.link import Link, StreamLink
 from hdp.offloading.memory import available_host_bytes
 from hdp.offloading.native import NativeLink, native_available
 from hdp.offloading.twin import TwinStreams
 from hdp.scheduler import CostModel
-
-if TYPE_CHECKING:
-    from hdp.scheduler.offload_plan import ActivationPlan
+from hdp.scheduler.offload_plan import (
+    ActivationPlan,
+    SavedClass,
+    decoder_classes,
+    plan_activations,
+)
 
 MATMUL_FLOPS_PER_S = 799e12  # H200, for what a product costs to make again
 ATTENTION_FLOPS_PER_S = 600e12
@@ -41,10 +43,8 @@ class Budget:
         return cls(tokens=tokens, num_layers=num_layers, device_bytes=inputs + layer)
 
 
-def classes_of(shape: Shape, num_layers: int) -> list:
+def classes_of(shape: Shape, num_layers: int) -> list[SavedClass]:
     """The classes of tensors that tools/decoder_layers.py saves; see the planner's module."""
-    from hdp.scheduler.offload_plan import decoder_classes
-
     sizes = {
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.intermediate_size,
@@ -63,11 +63,7 @@ def classes_of(shape: Shape, num_layers: int) -> list:
 
 def saved_bytes(shape: Shape, tokens: int, num_layers: int) -> float:
     """What a forward of the layers saves for backward, by arithmetic."""
-    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    wide = 4 * shape.intermediate_size  # gate, up, SiLU(gate), their product
-    rest = 4 * shape.hidden_size + shape.num_heads * shape.head_dim  # input, residual, two norms
-    elements = heads + wide + rest
-    return num_layers * tokens * (elements * ELEMENT_BYTES + 4 * shape.num_heads)
+    return tokens * sum(c.bytes_per_token for c in classes_of(shape, num_layers))
 
 
 def plan_for_memory(
@@ -79,8 +75,6 @@ def plan_for_memory(
     host_bytes_per_s: float,
 ) -> ActivationPlan:
     """The planner's treatment. Raises ValueError if the budget is too small for any."""
-    from hdp.scheduler.offload_plan import plan_activations
-
     return plan_activations(
         classes_of(shape, budget.num_layers),
         num_tokens=budget.tokens,
@@ -90,16 +84,6 @@ def plan_for_memory(
         device_bytes=budget.device_bytes,
         host_bytes_per_s=host_bytes_per_s,
     )
-
-
-def treatment_of(plan: ActivationPlan) -> tuple[Treatment, Windows]:
-    """What the engine is told of a plan."""
-    treatment = Treatment(
-        ratio=plan.offload_ratio,
-        pointwise=plan.remade_share("pointwise"),
-        matmul=plan.remade_share("matmul"),
-    )
-    return treatment, Windows.of_layer(plan.bytes_sent_per_layer)
 
 
 def open_bench_engine(

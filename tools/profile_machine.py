@@ -36,7 +36,7 @@ import torch.distributed as dist
 
 from hdp.config import TrainConfig
 from hdp.data.feed import StepBatch
-from hdp.data.pack import Sample, pack_microbatch
+from hdp.data.pack import Sample, pack_rank
 from hdp.mesh import HDPMesh
 from hdp.run import Run, set_up
 from hdp.scheduler import StepPlan
@@ -196,7 +196,7 @@ def make_step(run: Run, shape: Shape) -> StepBatch:
     samples = [Sample(input_ids=rng.integers(0, run.dataset.vocab_size, n)) for n in seqlens]
     return StepBatch(
         plan=plan,
-        batches=tuple(pack_microbatch(mb, rank, samples) for mb in plan.microbatches(rank)),
+        batches=pack_rank(plan, rank, samples),
         seq_ids=np.arange(len(seqlens)),
         num_loss_tokens=sum(seqlens) - len(seqlens),
         next_position=(0, 0),

@@ -12,7 +12,6 @@ tools/profile_machine.py measures and calls this. The report is JSON in the file
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -24,6 +23,7 @@ import torch
 
 from hdp import console
 from hdp.hf import transformer_shape
+from hdp.machine import cpu_name
 from hdp.offloading.memory import host_bytes_per_rank
 from hdp.ops import describe
 from hdp.run import Run
@@ -35,6 +35,7 @@ import measure_kernels
 import measure_links
 import measure_model
 from profile_picture import ATTENTION_FIELDS, GOAL, draw_profile
+from provenance import commit
 
 Shape = tuple[int, tuple[int, ...]]  # (degree, lengths of the whole sequences)
 
@@ -190,15 +191,11 @@ def make_report(run: Run, measured: Measured, cost: CostModel) -> dict[str, Any]
 def provenance(run: Run, measured: Measured) -> dict[str, Any]:
     mesh, device = run.mesh, run.mesh.device
     heads = heads_of(run, 1)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
     cuda = device.type == "cuda"
     return {
-        "machine": torch.cuda.get_device_name() if cuda else _cpu(),
+        "machine": torch.cuda.get_device_name()
+        if cuda
+        else f"{cpu_name()}, {os.cpu_count()} cores",
         "ranks": mesh.hdp_size,
         "ranks_per_node": mesh.ranks_per_node,
         "torch": torch.__version__,
@@ -209,18 +206,10 @@ def provenance(run: Run, measured: Measured) -> dict[str, Any]:
         "dtype": str(heads.dtype).removeprefix("torch."),
         "activation_checkpointing": run.config.activation_checkpointing,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": commit or "unknown",
+        "commit": commit("rev-parse", "--short", "HEAD"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "measured_in_s": round(measured.wall_s),
     }
-
-
-def _cpu() -> str:
-    """Name and cores of the processor."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    name = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "CPU")
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def show_and_save(run: Run, measured: Measured, fit: Fit, *, out: str, plot: str | None) -> None:

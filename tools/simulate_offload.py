@@ -29,12 +29,13 @@ from hdp import console
 from hdp.offloading.engine import OffloadEngine
 from hdp.offloading.forward import Treatment, Windows, _Quota
 from hdp.offloading.link import StreamLink
+from hdp.offloading.planned import treatment_of
 from hdp.offloading.saved import Packed
 from hdp.offloading.twin import TwinStreams
 
 sys.path.insert(0, str(Path(__file__).parent))
 from decoder_layers import LLAMA_7B, Shape
-from offload_treatments import Budget, plan_for_memory, treatment_of
+from offload_treatments import Budget, plan_for_memory
 
 SCALE = 1 / (16 << 10)  # simulated bytes for real ones
 MATMUL_FLOPS_PER_S = 700e12

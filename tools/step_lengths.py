@@ -36,7 +36,7 @@ from hdp.cli import parse_config
 from hdp.clock import Clock
 from hdp.config import TrainConfig
 from hdp.data.feed import StepBatch
-from hdp.data.pack import Sample, pack_microbatch
+from hdp.data.pack import Sample, pack_rank
 from hdp.mesh import HDPMesh
 from hdp.metrics import StepMetrics
 from hdp.observe import Observer
@@ -196,7 +196,7 @@ def make_step(run: Run, seqlen: int) -> StepBatch:
     samples = [Sample(input_ids=rng.integers(0, vocab_size, seqlen)) for _ in range(size)]
     return StepBatch(
         plan=plan,
-        batches=tuple(pack_microbatch(mb, rank, samples) for mb in plan.microbatches(rank)),
+        batches=pack_rank(plan, rank, samples),
         seq_ids=np.arange(size),
         num_loss_tokens=size * (seqlen - 1),
         next_position=(0, 0),

@@ -49,16 +49,8 @@ class PlannedOffload:
         """Context around the forward of a microbatch of so many tokens; ratio: the plan's."""
         if not ratio:
             return nullcontext()
-        made = self.plan(layout, ratio)
-        return self.engine.forward(
-            Treatment(
-                ratio=made.offload_ratio,
-                pointwise=made.remade_share("pointwise"),
-                matmul=made.remade_share("matmul"),
-            ),
-            windows=Windows.of_layer(made.bytes_sent_per_layer),
-            min_bytes=self._min_bytes,
-        )
+        treatment, windows = treatment_of(self.plan(layout, ratio))
+        return self.engine.forward(treatment, windows=windows, min_bytes=self._min_bytes)
 
     def plan(self, layout: RingLayout, ratio: float) -> ActivationPlan:
         """What is kept, sent and made again of a microbatch."""
@@ -77,3 +69,13 @@ class PlannedOffload:
     def close(self) -> None:
         """Give the host memory back."""
         self.engine.close()
+
+
+def treatment_of(plan: ActivationPlan) -> tuple[Treatment, Windows]:
+    """What the engine is told of a plan."""
+    treatment = Treatment(
+        ratio=plan.offload_ratio,
+        pointwise=plan.remade_share("pointwise"),
+        matmul=plan.remade_share("matmul"),
+    )
+    return treatment, Windows.of_layer(plan.bytes_sent_per_layer)

@@ -15,7 +15,7 @@ from tests.runtime.offload_engines import (
     TREATMENTS,
     assert_same,
     forward_of,
-    loss_of,
+    gradients,
     make_input,
     make_model,
     open_engine,
@@ -23,13 +23,7 @@ from tests.runtime.offload_engines import (
 
 
 def local_gradients(model, x, forward=None):
-    model.zero_grad(set_to_none=True)
-    if forward is None:
-        loss = loss_of(model(x))
-    else:
-        with forward:
-            loss = loss_of(model(x))
-    loss.backward()
+    gradients(model, x, forward)
     return {name: p.grad.to_local().clone() for name, p in model.named_parameters()}
 
 
