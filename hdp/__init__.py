@@ -14,12 +14,12 @@ _EXPORTS = {
     "StepPlan": "hdp.scheduler",
     "CostModel": "hdp.scheduler",
     "plan": "hdp.scheduler",
-    "HDPMesh": "hdp.mesh",
+    "HDPMesh": "hdp.distributed.mesh",
     "PackedBatch": "hdp.data.pack",
     "Sample": "hdp.data.pack",
     "pack": "hdp.data.pack",
-    "ring_attn_varlen_func": "hdp.attention",
-    "train_step": "hdp.step",
+    "ring_attn_varlen_func": "hdp.attention.ring",
+    "train_step": "hdp.training.step",
     "offload": "hdp.offloading.context",
 }
 

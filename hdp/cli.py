@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hdp {__version__}")
         return 0
     if command == "doctor":
-        from hdp import doctor
+        from hdp.doctor import report as doctor
 
         return doctor.main(arguments[1:])
     if command in ("plan", "simulate", "compare"):
@@ -118,8 +118,8 @@ def run_training(config: TrainConfig) -> int:
     An error is a message, said once; its traceback is kept in the run folder. All ranks raise what
     concerns all; what only one rank raises reaches rank 0 through the watchdog.
     """
-    from hdp.checkpoint_dir import committed
-    from hdp.train import train
+    from hdp.checkpoint.directory import committed
+    from hdp.training.loop import train
 
     try:
         train(config)

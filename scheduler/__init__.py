@@ -1,10 +1,11 @@
 """The balance scheduler: sequence lengths in, a StepPlan out. No torch, no clock, no RNG."""
 
-from .cost import CostModel
-from .plan import Microbatch, Piece, StepPlan
+from hdp.scheduler.costs.cost_model import CostModel
+from hdp.scheduler.simulation.simulator import finish_s, simulate
+from hdp.scheduler.simulation.timeline import Span, Timeline
+
 from .planner import POLICIES, plan
-from .simulate import finish_s, simulate
-from .timeline import Span, Timeline
+from .step_plan import Microbatch, Piece, StepPlan
 from .validate import validate_plan
 
 __all__ = [

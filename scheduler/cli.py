@@ -24,15 +24,17 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from .cost import CostModel
-from .h200 import h200_cost
-from .lengths import OVERLONG, read_lengths
-from .plan import StepPlan
+from hdp.scheduler.costs.cost_model import CostModel
+from hdp.scheduler.costs.h200 import h200_cost
+from hdp.scheduler.render.text import ascii_timeline, seconds_text, summarise, table, tokens_text
+from hdp.scheduler.simulation.simulator import simulate
+from hdp.scheduler.simulation.timeline import Timeline
+from hdp.scheduler.workloads.generate import WORKLOADS
+from hdp.scheduler.workloads.limit import OVERLONG
+from hdp.scheduler.workloads.read import read_lengths
+
 from .planner import POLICIES, plan
-from .report import ascii_timeline, seconds_text, summarise, table, tokens_text
-from .simulate import simulate
-from .timeline import Timeline
-from .workloads import WORKLOADS
+from .step_plan import StepPlan
 
 _COMPARED = ("static", "bytescale-naive", "bytescale", "hdp")
 # What a saved plan has of its own, and fields of a cost model that are counts.
@@ -329,7 +331,7 @@ def _render(
     with_plan: bool = False,
 ) -> str:
     if arguments.plot:
-        from .picture import draw_plans
+        from hdp.scheduler.render.figure import draw_plans
 
         drawn = [(_title(r.plan), r.plan, r.timeline) for r in results]
         draw_plans(drawn, arguments.plot, cost=cost)

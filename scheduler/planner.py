@@ -2,10 +2,10 @@
 
 The policies, each a function of the same arguments:
 
-    hdp                    any degree, chosen by work and by memory; near-optimal (balance.py)
+    hdp                    any degree, chosen by work and by memory; near-optimal (search.py)
     bytescale, -naive,     the paper's Algorithms 1 and 2 (bytescale.py)
       -dp, -pp
-    static                 DP x CP with packed zigzag: the baseline (static.py)
+    static                 DP x CP with packed zigzag: the baseline (static_mesh.py)
 
 A plan is a pure function of its arguments: no clock, no random numbers, and no arithmetic whose
 result depends on the machine; every rank computes the same bytes for itself (`test_same_bytes`).
@@ -24,15 +24,21 @@ from typing import Any
 
 import numpy as np
 
-from .balance import plan_hdp
-from .bounds import lower_bound_ticks, step_bound_s
-from .bytescale import plan_bytescale, plan_dp_balance, plan_naive, plan_pp_balance
-from .cost import CostModel
-from .degrees import Degrees
-from .jobs import Batch
-from .plan import StepPlan
-from .simulate import finish_s
-from .static import plan_static
+from hdp.scheduler.costs.cost_model import CostModel
+from hdp.scheduler.policies.batch import Batch
+from hdp.scheduler.policies.bytescale import (
+    plan_bytescale,
+    plan_dp_balance,
+    plan_naive,
+    plan_pp_balance,
+)
+from hdp.scheduler.policies.hdp.degrees import Degrees
+from hdp.scheduler.policies.hdp.lower_bound import lower_bound_ticks, step_bound_s
+from hdp.scheduler.policies.hdp.search import plan_hdp
+from hdp.scheduler.policies.static_mesh import plan_static
+from hdp.scheduler.simulation.simulator import finish_s
+
+from .step_plan import StepPlan
 
 POLICIES: dict[str, Callable[..., StepPlan]] = {
     "hdp": plan_hdp,

@@ -1,4 +1,4 @@
-"""Checks of a StepPlan: each invariant of plan.py's docstring is one function of its name.
+"""Checks of a StepPlan: each invariant of step_plan.py's docstring is one function of its name.
 
 A plan may come from a planner with a bug, from another process or from a JSON file, so nothing is
 taken for granted: columns first (shapes, offsets, index ranges), then the invariants in order.
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .plan import StepPlan
+if TYPE_CHECKING:
+    from .step_plan import StepPlan
 
 # Tokens times (1 - offload_ratio * offloadable) is not an integer: allow for its rounding only.
 _SLACK_TOKENS = 1e-6

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import hdp
-from hdp.checkpoint_dir import step_path
+from hdp.checkpoint.directory import step_path
 from hdp.cli import main, parse_config, run_training
 from hdp.config import TrainConfig
 
@@ -94,7 +94,7 @@ def test_an_error_of_a_run_is_a_message_and_keeps_its_traceback(
     def fail(config: TrainConfig) -> None:
         raise error
 
-    monkeypatch.setattr("hdp.train.train", fail)
+    monkeypatch.setattr("hdp.training.loop.train", fail)
     config = TrainConfig(run_dir=str(tmp_path))
     error: BaseException = ValueError("sequence of 9 tokens needs 3 ranks of 4")
     assert run_training(config) == 2

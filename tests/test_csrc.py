@@ -1,6 +1,6 @@
 """csrc/ builds: for the CPU, for CUDA without a GPU, into a wheel; its CUDA kernels run on a CPU.
 
-What the ops compute is tested in tests/runtime/test_ops.py. Here that file also runs against the
+What the ops compute is tested in tests/ops/test_ops.py. Here that file also runs against the
 CUDA sources compiled as C++ on the emulator of tests/cuda_emulator, in both thread orders.
 """
 

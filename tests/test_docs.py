@@ -35,7 +35,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 @by_name
 def test_named_files_exist(path: Path) -> None:
-    """`hdp/attention.py` and the like in backquotes, and files in commands."""
+    """`hdp/attention/ring.py` and the like in backquotes, and files in commands."""
     pattern = (
         r"(?<![\w/.~-])((?:hdp|scheduler|csrc|examples|tests|tools|docs)/[\w/.-]*\w\.(?:py|md|txt))"
     )

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from hdp import doctor, machine
 from hdp.cli import main
+from hdp.doctor import machine
+from hdp.doctor import report as doctor
 
 SECTIONS = ("hdp", "python", "host", "torch", "nvidia", "interconnect", "packages")
 
@@ -76,7 +77,7 @@ def test_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_attention_is_what_the_runtime_selects(here: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch")
-    from hdp.kernels import select_kernel
+    from hdp.attention.kernels import select_kernel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     assert here["torch"]["version"] == torch.__version__

@@ -139,7 +139,7 @@ def test_wheel(source: Path, python: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {name for name in names if name.endswith(".py")} == modules(source)
-    assert "hdp/scheduler/plan.py" in names
+    assert "hdp/scheduler/step_plan.py" in names
     assert "hdp/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("scheduler", "tests", "tools")) for name in names)

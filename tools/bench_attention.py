@@ -35,10 +35,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hdp import console, ops
-from hdp.attention import ring_attn_varlen_func
-from hdp.kernels import choose_kernel
-from hdp.layout import RingLayout
+from hdp import console
+from hdp.attention.kernels import choose_kernel
+from hdp.attention.layout import RingLayout
+from hdp.attention.ring import ring_attn_varlen_func
+from hdp.ops import native as ops
 
 sys.path.insert(0, str(Path(__file__).parent))
 from emulated_ring import EmulatedComm, Sequence, ring_layout

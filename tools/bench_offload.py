@@ -10,7 +10,7 @@ Llama-7B-shaped layers (tools/decoder_layers.py), bf16, one sequence, forward + 
     nothing          everything that autograd saves stays
     recompute        torch's activation checkpoints, every layer
     TRL, torch       OffloadActivations if trl is installed, save_on_cpu (tools/peer_offload.py)
-    hdp planned      keep, send or make again as hdp/scheduler/offload_plan.py decides for the
+    hdp planned      keep, send or make again as scheduler/costs/activation_plan.py decides for the
                      memory of recompute; where the measured peak is above it, planned for less
     hdp R, hdp R+P   a share R of all bytes, or of what is not element-wise (that is made again)
 
@@ -40,7 +40,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA start
 import torch
 
 from hdp import console
-from hdp.kernels import choose_kernel
+from hdp.attention.kernels import choose_kernel
 from hdp.offloading.forward import Treatment, Windows
 from hdp.offloading.planned import treatment_of
 

@@ -32,10 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdp import console, ops
-from hdp.losses import chunked_logprobs
-from hdp.machine import cpu_name
-from hdp.scheduler.report import markdown
+from hdp import console
+from hdp.doctor.machine import cpu_name
+from hdp.models.logprobs import chunked_logprobs
+from hdp.ops import native as ops
+from hdp.scheduler.render.text import markdown
 
 sys.path.insert(0, str(Path(__file__).parent))
 from provenance import commit
@@ -270,7 +271,7 @@ def cross_entropy_cases(
 
 
 def loss_case(device: torch.device, tokens: int, hidden_size: int, vocab: int) -> Case:
-    """hdp/losses.py forward and backward, matmuls included, with csrc and as if it were absent."""
+    """logprobs.py forward and backward, matmuls included, with csrc and as if it were absent."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     hidden, weight = (
         torch.randn(n, hidden_size, device=device).div_(hidden_size**0.25).to(dtype)

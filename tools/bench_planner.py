@@ -42,10 +42,10 @@ import numpy as np
 from peer_planners import Case, Planner, planners
 from provenance import commit
 
-from hdp.machine import cpu_name
+from hdp.doctor.machine import cpu_name
 from hdp.scheduler import CostModel, plan
-from hdp.scheduler.report import align, bytes_text, markdown, seconds_text
-from hdp.scheduler.workloads import BENCHMARK_SETS, BenchmarkSet, draw
+from hdp.scheduler.render.text import align, bytes_text, markdown, seconds_text
+from hdp.scheduler.workloads.generate import BENCHMARK_SETS, BenchmarkSet, draw
 
 COMPUTE_ONLY = CostModel.from_coefficients(quadratic_s=5.128e-9, linear_s=1.84e-4)
 NODE = 8
@@ -202,7 +202,7 @@ def draw_scale(rows: list[dict[str, Any]], path: str) -> None:
     taken = np.array([row["planning_cpu_s"] for row in rows]) * 1e3
     figure = Figure(figsize=(6.4, 4.0), dpi=160)
     axes = figure.add_axes((0.12, 0.15, 0.84, 0.75))
-    axes.loglog(ranks, taken, "o-", color="#00798c", label="hdp.scheduler.plan, one core")
+    axes.loglog(ranks, taken, "o-", color="#00798c", label="hdp.scheduler.step_plan, one core")
     middle = len(ranks) // 2
     axes.loglog(ranks, taken[middle] * ranks / ranks[middle], "--", color="#9aa0a6", label="linear")
     axes.set_xlabel(f"ranks ({SEQUENCES_PER_RANK} sequences per rank)")

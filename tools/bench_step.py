@@ -31,11 +31,11 @@ import torch
 from hdp import console
 from hdp.config import TrainConfig
 from hdp.data.feed import StepBatch, StepFeed
-from hdp.mesh import HDPMesh
-from hdp.observe import Observer
-from hdp.run import Run, set_up
-from hdp.step import train_step
-from hdp.watchdog import Watchdog
+from hdp.distributed.mesh import HDPMesh
+from hdp.distributed.watchdog import Watchdog
+from hdp.training.observe import Observer
+from hdp.training.setup import Run, set_up
+from hdp.training.step import train_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hdp.attention import ring_attn_varlen_func
-from hdp.kernels import BlockKernel
-from hdp.layout import RingLayout
+from hdp.attention.kernels import BlockKernel
+from hdp.attention.layout import RingLayout
+from hdp.attention.ring import ring_attn_varlen_func
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

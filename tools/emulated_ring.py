@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hdp.comm import Peers, RingComm, Transfer
-from hdp.layout import RingLayout
+from hdp.attention.comm import Peers, RingComm, Transfer
+from hdp.attention.layout import RingLayout
 from hdp.scheduler.zigzag import rank_chunks
 
 
@@ -112,7 +112,7 @@ class EmulatedComm(RingComm):
 
 
 class Arrival(Transfer):
-    """A transfer of `EmulatedComm`; stands in for `hdp.comm.Transfer`."""
+    """A transfer of `EmulatedComm`; stands in for `hdp.attention.comm.Transfer`."""
 
     def __init__(
         self,

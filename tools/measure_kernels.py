@@ -7,7 +7,7 @@
              runtime's own `ring_attn_varlen_func`; what the others would send is at hand, so
              transfers take no time. d = 1 is plain causal attention
     block    x queries against y keys, no mask: what a ring's steps are made of
-    merge    joining a block's (out, lse) into the rows of a rank (hdp/ops.py)
+    merge    joining a block's (out, lse) into the rows of a rank (hdp/ops/native.py)
 
 The rings' times are fitted (`attention_fit`): seconds per token^2, the shard at which a block runs
 at half its speed, what a token costs (of each shard one block is causal, and half of its diagonal
@@ -29,13 +29,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hdp import console
-from hdp.attention import ring_attn_varlen_func
-from hdp.comm import RingComm, Transfer
-from hdp.kernels import BlockKernel, lse_dtype, select_kernel
-from hdp.layout import RingLayout, Segments
-from hdp.ops import merge_lse_
+from hdp.attention.comm import RingComm, Transfer
+from hdp.attention.kernels import BlockKernel, lse_dtype, select_kernel
+from hdp.attention.layout import RingLayout, Segments
+from hdp.attention.ring import ring_attn_varlen_func
+from hdp.ops.native import merge_lse_
 from hdp.scheduler import CostModel
-from hdp.scheduler.fit import Fit, Observation, fit_cost
+from hdp.scheduler.costs.fit import Fit, Observation, fit_cost
 
 sys.path.insert(0, str(Path(__file__).parent))
 from stopwatch import median_s

@@ -28,10 +28,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hdp import console
-from hdp.comm import RingComm
-from hdp.mesh import HDPMesh
+from hdp.attention.comm import RingComm
+from hdp.distributed.mesh import HDPMesh
 from hdp.offloading.streams import IN, OUT, CudaStreams, Streams
-from hdp.scheduler.fit import fit_line
+from hdp.scheduler.costs.fit import fit_line
 
 sys.path.insert(0, str(Path(__file__).parent))
 from stopwatch import median_s

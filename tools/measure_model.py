@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hdp.attention.layout import RingLayout
 from hdp.data.pack import PackedBatch
-from hdp.layout import RingLayout
-from hdp.losses import token_cross_entropy
-from hdp.parallel import reduce_gradients, set_microbatch, unshard_all
-from hdp.run import Run
-from hdp.scheduler.fit import fit_line
+from hdp.distributed.fsdp import reduce_gradients, set_microbatch, unshard_all
+from hdp.models.logprobs import token_cross_entropy
+from hdp.scheduler.costs.fit import fit_line
+from hdp.training.setup import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
 from stopwatch import median_s

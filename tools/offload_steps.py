@@ -15,8 +15,8 @@ import torch
 from decoder_layers import DecoderLayers, Shape, rotary_angles
 from torch import Tensor
 
-from hdp.kernels import BlockKernel
-from hdp.layout import RingLayout
+from hdp.attention.kernels import BlockKernel
+from hdp.attention.layout import RingLayout
 
 Contexts = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]  # forward, step
 

@@ -15,7 +15,7 @@ from hdp.offloading.memory import available_host_bytes
 from hdp.offloading.native import NativeLink, native_available
 from hdp.offloading.twin import TwinStreams
 from hdp.scheduler import CostModel
-from hdp.scheduler.offload_plan import (
+from hdp.scheduler.costs.activation_plan import (
     ActivationPlan,
     SavedClass,
     decoder_classes,

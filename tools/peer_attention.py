@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdp.layout import Segments
+from hdp.attention.layout import Segments
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from hdp.scheduler import CostModel, plan
-from hdp.scheduler.adapters import power_of_two_groups
+from hdp.scheduler.export.megatron import power_of_two_groups
 
 
 class Skipped(Exception):

@@ -14,9 +14,9 @@ Five measurements, a few minutes in all, each in a file that also runs alone whe
   5. the step      what is outside of microbatches (gathering parameters, reducing gradients, the
                    optimizer) becomes `reduce_s`
 
-Times are fitted to 4 (scheduler/fit.py), beside the links of 2: what a training step takes is what
-the planner wants to know. On one rank there is no ring to fit, and its coefficients come from 1.
-Some microbatches are not fitted but only predicted: their errors say how good the model is.
+Times are fitted to 4 (scheduler/costs/fit.py), beside the links of 2: what a training step takes is
+what the planner wants to know. On one rank there is no ring to fit, and its coefficients come from
+1. Some microbatches are not fitted but only predicted: their errors say how good the model is.
 
 The JSON is a cost model with a `report`: provenance, the source of each field, every measured row
 beside what the model says. `--plot` draws it, tools/profile_picture.py draws it again later.
@@ -37,11 +37,11 @@ import torch.distributed as dist
 from hdp.config import TrainConfig
 from hdp.data.feed import StepBatch
 from hdp.data.pack import Sample, pack_rank
-from hdp.mesh import HDPMesh
-from hdp.run import Run, set_up
+from hdp.distributed.mesh import HDPMesh
+from hdp.distributed.watchdog import Watchdog
 from hdp.scheduler import StepPlan
-from hdp.step import train_step
-from hdp.watchdog import Watchdog
+from hdp.training.setup import Run, set_up
+from hdp.training.step import train_step
 
 sys.path.insert(0, str(Path(__file__).parent))
 import measure_kernels

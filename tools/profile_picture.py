@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from hdp.scheduler import CostModel
-from hdp.scheduler.picture import FORMATS, figure_class
-from hdp.scheduler.report import tokens_text
+from hdp.scheduler.render.figure import FORMATS, figure_class
+from hdp.scheduler.render.text import tokens_text
 
 GOAL = 0.08  # the error that a prediction should stay below
 ATTENTION_FIELDS = ("quadratic_s", "small_shard_tokens", "linear_s", "ring_step_s")

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from hdp import console
-from hdp.hf import transformer_shape
-from hdp.machine import cpu_name
+from hdp.doctor.machine import cpu_name
+from hdp.models.causal_lm import transformer_shape
 from hdp.offloading.memory import host_bytes_per_rank
-from hdp.ops import describe
-from hdp.run import Run
+from hdp.ops.native import describe
 from hdp.scheduler import CostModel
-from hdp.scheduler.fit import Fit, Observation, fit_cost
+from hdp.scheduler.costs.fit import Fit, Observation, fit_cost
+from hdp.training.setup import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
 import measure_kernels

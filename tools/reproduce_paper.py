@@ -25,8 +25,8 @@ What it does not state is chosen once, for all panels:
 * Host link: forward hides a ratio of 0.5 at 64K tokens (Fig. 21), 42 KB per token and layer.
 * The baseline packs documents first fit in the order of the data and deals packs in turn; naive HDP
   emits long documents before packs (Algorithm 1's order). Both balanced policies are as in
-  scheduler/bytescale.py. Offload is off except in the ablation's rows: Eq. 3 as printed gives a 2M
-  sequence 16 ranks, on which it alone takes longer than the paper's whole step.
+  scheduler/policies/bytescale.py. Offload is off except in the ablation's rows: Eq. 3 as printed
+  gives a 2M sequence 16 ranks, on which it alone takes longer than the paper's whole step.
 
 A speed-up is a mean of step times over batches over another: throughput over many steps. Batches
 are stratified draws (each bucket has its exact share), so few of them stand for the paper's 200.
@@ -46,10 +46,10 @@ from bench_planner import environment
 from paper_figures import ABLATION, CONTEXTS, DATASETS, MODELS, Model
 
 from hdp.scheduler import CostModel, StepPlan, plan, simulate
-from hdp.scheduler.lengths import limit_lengths
-from hdp.scheduler.report import align, markdown
-from hdp.scheduler.simulate import finish_s
-from hdp.scheduler.workloads import WORKLOADS, Buckets
+from hdp.scheduler.render.text import align, markdown
+from hdp.scheduler.simulation.simulator import finish_s
+from hdp.scheduler.workloads.generate import WORKLOADS, Buckets
+from hdp.scheduler.workloads.limit import limit_lengths
 
 CAPACITY, BATCH_TOKENS = 8192, 32 * 2**20
 SLOWDOWN, BACKWARD = 4.4, 2.15

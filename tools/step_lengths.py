@@ -7,8 +7,8 @@ A step is what training does: gather, forward, backward, reduce, clip, AdamW. Th
 like LLaMA-3-8B, with as many layers as memory holds (`--layers`); random weights, random tokens.
 All flags of `hdp train` may follow: `--activation-checkpointing`, `--compile`, `--cost FILE`, ...
 
-MFU counts the FLOPs that the model needs (hdp/metrics.py), beside two peaks: the data sheet's
-(or `--peak-tflops`) and the largest matrix product that this device does, measured first.
+MFU counts the FLOPs that the model needs (hdp/training/metrics.py), beside two peaks: the data
+sheet's (or `--peak-tflops`) and the largest matrix product that this device does, measured first.
 
 The prediction is made by a cost model that is fitted here to steps of other lengths
 (`--fit-lengths`), so none of the lengths in the table was seen; its error is the last column.
@@ -32,19 +32,19 @@ import numpy as np
 import torch
 
 from hdp import console
+from hdp.attention.clock import Clock
 from hdp.cli import parse_config
-from hdp.clock import Clock
 from hdp.config import TrainConfig
 from hdp.data.feed import StepBatch
 from hdp.data.pack import Sample, pack_rank
-from hdp.mesh import HDPMesh
-from hdp.metrics import StepMetrics
-from hdp.observe import Observer
-from hdp.run import Run, set_up
+from hdp.distributed.mesh import HDPMesh
+from hdp.distributed.watchdog import Watchdog
 from hdp.scheduler import CostModel, StepPlan
-from hdp.scheduler.fit import Observation, fit_cost
-from hdp.step import train_step
-from hdp.watchdog import Watchdog
+from hdp.scheduler.costs.fit import Observation, fit_cost
+from hdp.training.metrics import StepMetrics
+from hdp.training.observe import Observer
+from hdp.training.setup import Run, set_up
+from hdp.training.step import train_step
 
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama",

@@ -8,7 +8,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from hdp.clock import Clock
+from hdp.attention.clock import Clock
 
 _ENOUGH_S = 2e-3  # shorter calls are repeated until they take so long together
 

@@ -30,8 +30,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hdp.attention import ring_attn_varlen_func
-from hdp.comm import RingComm
+from hdp.attention.comm import RingComm
+from hdp.attention.ring import ring_attn_varlen_func
 
 sys.path.insert(0, str(Path(__file__).parent))
 import emulated_ring
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--ring-size", type=int, default=8, help="where peers are emulated")
     parser.add_argument("--ring-rank", type=int, default=3, help="the one that is emulated")
-    parser.add_argument("--gathered", action="store_true", help="gather mode (hdp/gather.py)")
+    parser.add_argument("--gathered", action="store_true", help="gather mode (gather.py)")
     parser.add_argument("--out", type=Path, default=Path("overlap.json"))
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     args = parser.parse_args(argv)

@@ -14,10 +14,10 @@ _EXPORTS = {
     "Sample": "pack",
     "Sampler": "sampler",
     "TokenDataset": "dataset",
-    "Tokenizer": "tokenizer",
+    "Tokenizer": "prepare.tokenizer",
     "open_cache": "dataset",
-    "open_dataset": "cache",
-    "open_source": "locate",
+    "open_dataset": "prepare.cache",
+    "open_source": "prepare.locate",
 }
 
 __all__ = list(_EXPORTS)

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .build import LOSS_MASK, NAMES, TOKENS, damage_message, row_name
-from .documents import DAMAGE
-from .sealed import read_seal
-from .tokenizer import Tokenizer
+from hdp.data.prepare.build import LOSS_MASK, NAMES, TOKENS, damage_message, row_name
+from hdp.data.prepare.documents import DAMAGE
+from hdp.data.prepare.sealed import read_seal
+from hdp.data.prepare.tokenizer import Tokenizer
+
 from .views import Overlong, Sequences, choose
 
 if TYPE_CHECKING:

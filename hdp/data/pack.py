@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from hdp.layout import RingLayout
+from hdp.attention.layout import RingLayout
 from hdp.scheduler import Microbatch, StepPlan
 
 IGNORE_INDEX = -100

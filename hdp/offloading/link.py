@@ -10,7 +10,7 @@ A block is host memory that holds a copy of some device memory. Its life, and wh
     free      nothing waits; who reuses the host memory lets OUT wait for the last fetch
 
 `StreamLink` does this over `Streams`; `NativeLink` (native.py) is the same in C++. Both pass the
-tests of tests/runtime/test_offload_link.py, in which a race detector knows every access.
+tests of tests/offloading/test_link.py, in which a race detector knows every access.
 """
 
 from __future__ import annotations

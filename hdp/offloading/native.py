@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hdp.ops import LIBRARY
+from hdp.ops.native import LIBRARY
 
 from .link import FreedError, LinkStats
 from .pool import PoolFull

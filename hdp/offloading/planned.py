@@ -6,8 +6,8 @@
 
 The plan says what share of a microbatch's activations must leave the device, and on how many ranks
 it fits because of that. What is done about it is decided here, from lengths and cost model alone:
-how much travels and how much is made again (scheduler/offload_plan.py), and how much device memory
-hides the copies.
+how much travels and how much is made again (scheduler/costs/activation_plan.py), and how much
+device memory hides the copies.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from hdp.layout import RingLayout
+from hdp.attention.layout import RingLayout
 from hdp.scheduler import CostModel
-from hdp.scheduler.offload_plan import ActivationPlan, SavedClass, plan_microbatch
+from hdp.scheduler.costs.activation_plan import ActivationPlan, SavedClass, plan_microbatch
 
 from .engine import OffloadEngine
 from .forward import Treatment, Windows

@@ -12,7 +12,7 @@ backward use the line as a stack; several live microbatches, in any order, are n
 Freed memory may still be read by a copy that is under way. The extents remember the last read
 (`after`), and whoever writes there next lets its *stream* wait for it: no one waits on the host.
 
-Invariants (each has a test of the same name in tests/runtime/test_offload_pool.py):
+Invariants (each has a test of the same name in tests/offloading/test_pool.py):
 
 * extents_are_disjoint   no address is handed out twice
 * held_is_peak_in_use    held memory is the most in use at once, rounded up to a slab

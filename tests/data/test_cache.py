@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hdp.data.cache import open_dataset
 from hdp.data.dataset import TokenDataset
-from hdp.data.tokenizer import ByteTokenizer
+from hdp.data.prepare.cache import open_dataset
+from hdp.data.prepare.tokenizer import ByteTokenizer
 
 NUM_FILES = 12
 FILES = ("tokens.bin", "seqlens.npy", "offsets.npy", "num_loss_tokens.npy", "rows.npy")
@@ -24,7 +24,7 @@ FILES = ("tokens.bin", "seqlens.npy", "offsets.npy", "num_loss_tokens.npy", "row
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """Files of 0.5 to 70 KB in shards of 10: one file, and several, to a shard."""
-    monkeypatch.setattr("hdp.data.build._MIN_SHARD_BYTES", 10_000)
+    monkeypatch.setattr("hdp.data.prepare.build._MIN_SHARD_BYTES", 10_000)
     path = tmp_path / "docs"
     path.mkdir()
     for i in range(NUM_FILES):
@@ -81,7 +81,7 @@ def test_smallest_dtype(folder, tmp_path):
 
 def test_second_opening_builds_nothing(folder, tmp_path, monkeypatch):
     first = load(folder, tmp_path)
-    monkeypatch.setattr("hdp.data.cache.build", None)
+    monkeypatch.setattr("hdp.data.prepare.cache.build", None)
     again = load(folder, tmp_path)
     assert again.fingerprint == first.fingerprint
     assert load(folder, tmp_path, max_length=50, overlong="split").fingerprint != first.fingerprint
@@ -220,7 +220,7 @@ def test_strict_at_build_and_from_the_cache(folder, tmp_path):
 
 
 def test_strict_names_the_first_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("hdp.data.build._MIN_SHARD_BYTES", 50_000)
+    monkeypatch.setattr("hdp.data.prepare.build._MIN_SHARD_BYTES", 50_000)
     rows = ['{"text": "a"}'] * 9_999 + ["not json", '{"text": 3}'] + ['{"text": "b"}'] * 9_999
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     for workers in (1, 3):
@@ -304,9 +304,9 @@ def test_workers_with_hugging_face_parts(tmp_path, monkeypatch, kind):
     pytest.importorskip("transformers")
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
-    monkeypatch.setattr("hdp.data.build._MIN_SHARD_BYTES", 5_000)
-    from hdp.data.tokenizer import HFTokenizer
-    from hdp.hf import load_tokenizer
+    monkeypatch.setattr("hdp.data.prepare.build._MIN_SHARD_BYTES", 5_000)
+    from hdp.data.prepare.tokenizer import HFTokenizer
+    from hdp.models.causal_lm import load_tokenizer
 
     ByteTokenizer().save_pretrained(tmp_path / "tokenizer")
     tokenizer = HFTokenizer(load_tokenizer(tmp_path / "tokenizer"))

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdp.data.chat import ChatTemplate, SpanError, spans2mask
-
-from .chat_templates import CHATML, KINDS, Kind, expected
+from hdp.data.prepare.chat import ChatTemplate, SpanError, spans2mask
+from tests.data.chat_templates import CHATML, KINDS, Kind, expected
 
 jinja2 = pytest.importorskip("jinja2")
 pytest.importorskip("jinja2.ext")

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdp.data.cache import open_dataset
 from hdp.data.dataset import TokenDataset, open_cache
+from hdp.data.prepare.cache import open_dataset
 from hdp.data.views import choose
-from hdp.scheduler.lengths import limit_lengths, read_lengths
+from hdp.scheduler.workloads.limit import limit_lengths
+from hdp.scheduler.workloads.read import read_lengths
 
 
 @pytest.fixture(scope="module")

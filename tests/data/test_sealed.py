@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from hdp.data import sealed
-from hdp.data.sealed import build_once, read_seal
+from hdp.data.prepare import sealed
+from hdp.data.prepare.sealed import build_once, read_seal
 
 # Builds a directory of two files; waits in the middle if told so; logs each build that starts.
 CHILD = """
 import sys, time
 from pathlib import Path
-from hdp.data.sealed import build_once
+from hdp.data.prepare.sealed import build_once
 
 path, log, wait_s = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdp.data.documents import (
+from hdp.data.prepare.documents import (
     EMPTY,
     MALFORMED,
     NO_ASSISTANT,
@@ -24,8 +24,8 @@ from hdp.data.documents import (
     parse_line,
     without_none,
 )
-from hdp.data.locate import open_source
-from hdp.data.sources import DatasetSource, FileSource, JsonLinesSource, Source
+from hdp.data.prepare.locate import open_source
+from hdp.data.prepare.sources import DatasetSource, FileSource, JsonLinesSource, Source
 
 CHAT = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
 
@@ -109,7 +109,7 @@ def test_stdlib_is_there():
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.integers(1, 100))
 def test_any_shards_give_every_file_once(sizes, target_bytes):
-    from hdp.data.sources import _cut_rows
+    from hdp.data.prepare.sources import _cut_rows
 
     shards = _cut_rows(sizes, target_bytes)
     assert [s.start for s in shards] == [0, *[s.stop for s in shards[:-1]]]

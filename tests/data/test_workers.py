@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hdp.data.workers import ordered_map
+from hdp.data.prepare.workers import ordered_map
 
 
 def scale(context, task):
@@ -69,7 +69,7 @@ def test_death_is_told():
 
 PARENT = """
 import os, sys, time
-from hdp.data.workers import ordered_map
+from hdp.data.prepare.workers import ordered_map
 sys.path.insert(0, {folder!r})
 import slow_task
 

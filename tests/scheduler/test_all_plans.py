@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from hdp.scheduler import CostModel, StepPlan, finish_s, plan
-from hdp.scheduler.jobs import Batch
-from hdp.scheduler.memory import min_degrees
-from hdp.scheduler.simulate import microbatch_times
-
-from .all_plans import all_plans
+from hdp.scheduler.policies.batch import Batch
+from hdp.scheduler.policies.memory import min_degrees
+from hdp.scheduler.simulation.simulator import microbatch_times
+from tests.scheduler.all_plans import all_plans
 
 
 def copies_are_hidden(made: StepPlan, cost: CostModel) -> bool:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from hdp.scheduler import CostModel, StepPlan, plan
-
-from .batches import COMPUTE_ONLY, WITH_COMM, lognormal
+from tests.scheduler.batches import COMPUTE_ONLY, WITH_COMM, lognormal
 
 
 def degrees(lengths: list[int], **arguments) -> list[int]:

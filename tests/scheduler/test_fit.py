@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hdp.scheduler import CostModel, StepPlan
-from hdp.scheduler.fit import Observation, _non_negative, fit_cost, fit_line
-from hdp.scheduler.simulate import microbatch_times
+from hdp.scheduler.costs.fit import Observation, _non_negative, fit_cost, fit_line
+from hdp.scheduler.simulation.simulator import microbatch_times
 
 TRUE = CostModel.from_coefficients(
     quadratic_s=3e-9, linear_s=2e-5, fixed_s=4e-3, small_shard_tokens=300.0, ring_step_s=2e-3

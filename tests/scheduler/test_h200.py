@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hdp.scheduler import CostModel, h200
-from hdp.scheduler.h200 import h200_cost, report
+from hdp.scheduler import CostModel
+from hdp.scheduler.costs import h200
+from hdp.scheduler.costs.h200 import h200_cost, report
 
 FILE = Path(__file__).parents[2] / "docs" / "costs" / "h200.json"
 

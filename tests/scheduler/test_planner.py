@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hdp.scheduler import POLICIES, CostModel, StepPlan, plan, simulate
-
-from .batches import COMPUTE_ONLY, POLICY_NAMES, WITH_COMM, batches, lognormal
+from tests.scheduler.batches import COMPUTE_ONLY, POLICY_NAMES, WITH_COMM, batches, lognormal
 
 
 def test_policy_names() -> None:

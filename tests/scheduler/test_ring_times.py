@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hdp.scheduler import CostModel, StepPlan, plan
-from hdp.scheduler.simulate import microbatch_times
-from hdp.scheduler.workloads import draw
+from hdp.scheduler.simulation.simulator import microbatch_times
+from hdp.scheduler.workloads.generate import draw
 
 COST = CostModel.from_coefficients(
     quadratic_s=1e-6, linear_s=1e-5, fixed_s=0.5, ring_step_s=0.01, small_shard_tokens=10,

@@ -1,4 +1,4 @@
-"""Every invariant of plan.py has a test of its name: plans that break it are refused by name."""
+"""Every invariant of step_plan.py has a test of its name; plans that break it are refused by it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from hdp.scheduler import StepPlan, plan, validate_plan
-
-from .batches import COMPUTE_ONLY, lognormal
+from tests.scheduler.batches import COMPUTE_ONLY, lognormal
 
 
 def make(

@@ -7,8 +7,16 @@ import json
 import numpy as np
 import pytest
 
-from hdp.scheduler.lengths import limit_lengths, read_lengths
-from hdp.scheduler.workloads import BENCHMARK_SETS, KI, WORKLOADS, Buckets, draw, with_longest
+from hdp.scheduler.workloads.generate import (
+    BENCHMARK_SETS,
+    KI,
+    WORKLOADS,
+    Buckets,
+    draw,
+    with_longest,
+)
+from hdp.scheduler.workloads.limit import limit_lengths
+from hdp.scheduler.workloads.read import read_lengths
 
 MANY = 1_000_000
 

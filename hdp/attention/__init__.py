@@ -1,0 +1,1 @@
+"""Ring attention: the layout of a microbatch, the communicator, and the block kernels."""

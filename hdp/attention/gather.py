@@ -1,0 +1,219 @@
+"""Gather mode: small rings fetch all keys at once instead of one block per ring step.
+
+Going round, a ring of d ranks runs d attention calls and d - 1 merges. Where a shard has few rows,
+launches and half-filled GPUs cost more than the arithmetic. Gathered, it is three calls and two
+merges whatever d is:
+
+  1. every rank sends each other one the keys and values that it needs, in one batch
+  2. meanwhile: our own shard and the local sequences, one causal call, as on the ring
+  3. late queries against all gathered keys: a rectangle
+  4. early queries against the early chunks of the positions before ours: a rectangle, too
+
+Zigzag makes 3 and 4 plain (hdp/attention/layout.py): position k sees the early chunk of j < k with
+all its queries, and both chunks of j > k with its late ones. Keys are stored by position, so what 4
+needs is the first part of what 3 needs: nothing is copied. Backward fetches the keys again and
+sends each rank the gradients of its own, fp32, added up in ring order: the same on every run.
+
+The price is memory (all keys of the sequence at once) and transfers that only step 2 hides, so this
+is for short sequences inside a node. `gather_pays` decides from the cost model and the plan alone:
+all ranks decide alike. The sums are those of the ring: tests/attention/test_ring.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from hdp.ops.native import merge_lse_
+from hdp.scheduler import CostModel
+from hdp.scheduler.zigzag import rank_chunks
+
+from .comm import RingComm, Transfer
+from .kernels import BlockKernel, backward_block, forward_block
+from .layout import RingLayout, Segments
+
+MAX_GATHERED_BYTES = 1 << 30  # of keys, values and their gradients, at once
+
+
+def gather_pays(
+    ring: tuple[int, ...],
+    seqlens: tuple[int, ...],
+    *,
+    cost: CostModel,
+    ranks_per_node: int | None = None,
+) -> bool:
+    """Whether a ring with these sequences is faster gathered than going round.
+
+    ring: ranks of the HDP axis; seqlens: of the whole sequences on it; ranks_per_node: consecutive
+    ranks that share a node, None: all links are alike. The same on all ranks of a plan.
+    """
+    degree, tokens = len(ring), sum(seqlens)
+    if degree < 3 or len(seqlens) != 1:
+        return False
+    if ranks_per_node is not None and len({rank // ranks_per_node for rank in ring}) > 1:
+        return False
+    # forward and backward: keys and values twice, their gradients in fp32 once (CostModel)
+    bytes_per_token = 2 * cost.kv_bytes_per_token / cost.num_layers
+    if tokens * bytes_per_token > MAX_GATHERED_BYTES:
+        return False
+    transfer_s = float(cost.transfer_s(tokens, degree)) * (degree - 1)
+    block_s = float(cost.attention_s(tokens, degree)) / degree
+    ring_s = float(cost.piece_s(tokens, degree))
+    # three calls on a shard where the ring makes `degree`, two merges where it makes degree - 1
+    saved_s = cost.quadratic_s * cost.small_shard_tokens * tokens * (1 - 3 / degree)
+    saved_s += cost.ring_step_s * (degree - 3)
+    exposed_s = transfer_s - min(transfer_s / 2, block_s)  # gradients travel alone
+    return float(cost.compute_s(tokens, degree)) - saved_s + exposed_s < ring_s
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """Which rows of whom go where, for the one sequence of a ring."""
+
+    layout: RingLayout
+
+    @cached_property
+    def chunks(self) -> list[tuple[int, int]]:
+        """(early, late) rows of each ring position."""
+        (seqlen,), size = self.layout.ring_seqlens, self.layout.ring_size
+        spans = (rank_chunks(seqlen, size, position) for position in range(size))
+        return [(b - a, d - c) for (a, b), (c, d) in spans]
+
+    @cached_property
+    def early(self) -> int:
+        """Our early rows; the late ones follow them."""
+        return self.chunks[self.layout.ring_rank][0]
+
+    @cached_property
+    def others(self) -> list[int]:
+        """Ring positions but ours."""
+        return [p for p in range(self.layout.ring_size) if p != self.layout.ring_rank]
+
+    def needed(self, source: int, position: int) -> int:
+        """How many of the first rows of `source` the queries of `position` see."""
+        early, late = self.chunks[source]
+        return early if source < position else early + late
+
+    @cached_property
+    def key_spans(self) -> list[tuple[int, int]]:
+        """Where the keys of each of `others` lie among those that we gather."""
+        spans, at = [], 0
+        for source in self.others:
+            rows = self.needed(source, self.layout.ring_rank)
+            spans.append((at, at + rows))
+            at += rows
+        return spans
+
+    @cached_property
+    def num_keys(self) -> int:
+        return self.key_spans[-1][1]
+
+    @cached_property
+    def blocks(self) -> list[tuple[slice, int, Segments]]:
+        """(our rows, how many of the first keys they see, the same for a kernel) of each call."""
+        rank, rows = self.layout.ring_rank, self.layout.num_ring_tokens
+        early_keys = sum(stop - start for start, stop in self.key_spans[:rank])
+        calls = [(slice(self.early, rows), self.num_keys), (slice(0, self.early), early_keys)]
+        return [
+            (span, keys, Segments((span.stop - span.start,), (keys,), causal=False))
+            for span, keys in calls
+            if span.stop > span.start and keys
+        ]
+
+
+def gather_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: RingLayout,
+    comm: RingComm,
+    softmax_scale: float,
+    kernel: BlockKernel,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of all rows; the numbers are those of the module docstring."""
+    shares, num_ring = _Shares(layout), layout.num_ring_tokens
+    keys, values, transfer = _fetch(k[:num_ring], v[:num_ring], shares, comm)  # 1
+    out, lse = forward_block(kernel, q, k, v, layout.first, softmax_scale)  # 2
+    transfer.wait()
+    ring_out, ring_lse = out[:num_ring].to(lse.dtype), lse[:, :num_ring]
+    for rows, num_keys, segments in shares.blocks:  # 3, 4
+        block = kernel.forward(q[rows], keys[:num_keys], values[:num_keys], segments, softmax_scale)
+        merge_lse_(ring_out, ring_lse, *block, [(rows.start, rows.stop)])
+    out[:num_ring] = ring_out
+    return out, lse
+
+
+def gather_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: RingLayout,
+    comm: RingComm,
+    softmax_scale: float,
+    kernel: BlockKernel,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of all rows, given out and lse of all rows."""
+    shares, num_ring = _Shares(layout), layout.num_ring_tokens
+    keys, values, transfer = _fetch(k[:num_ring], v[:num_ring], shares, comm)
+    dq, dk, dv = backward_block(kernel, dout, q, k, v, out, lse, layout.first, softmax_scale)
+    transfer.wait()
+    ring_dq = dq[:num_ring].to(lse.dtype)
+    dkeys, dvalues = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (keys, values))
+    for rows, num_keys, segments in shares.blocks:
+        part = kernel.backward(
+            dout[rows],
+            q[rows],
+            keys[:num_keys],
+            values[:num_keys],
+            out[rows],
+            lse[:, rows],
+            segments,
+            softmax_scale,
+        )
+        for total, grad in zip(
+            (ring_dq[rows], dkeys[:num_keys], dvalues[:num_keys]), part, strict=True
+        ):
+            total.add_(grad)
+    dq[:num_ring] = ring_dq
+    _bring_home(dkeys, dvalues, dk, dv, shares, comm)
+    return dq, dk, dv
+
+
+def _fetch(
+    k: Tensor, v: Tensor, shares: _Shares, comm: RingComm
+) -> tuple[Tensor, Tensor, Transfer]:
+    """Start gathering: (keys, values) are complete when the transfer is."""
+    ring, rank = shares.layout.ring, shares.layout.ring_rank
+    k, v = k.contiguous(), v.contiguous()
+    keys, values = (x.new_empty((shares.num_keys, *x.shape[1:])) for x in (k, v))
+    sends, receives = [], []
+    for position, (start, stop) in zip(shares.others, shares.key_spans, strict=True):
+        needed = shares.needed(rank, position)
+        sends += [(k[:needed], ring[position]), (v[:needed], ring[position])]
+        receives += [(keys[start:stop], ring[position]), (values[start:stop], ring[position])]
+    return keys, values, comm.swap(sends, receives)
+
+
+def _bring_home(
+    dkeys: Tensor, dvalues: Tensor, dk: Tensor, dv: Tensor, shares: _Shares, comm: RingComm
+) -> None:
+    """Send each rank the gradients of its keys; add what the others have for ours to dk and dv."""
+    ring, rank = shares.layout.ring, shares.layout.ring_rank
+    sends, receives = [], []
+    for position, (start, stop) in zip(shares.others, shares.key_spans, strict=True):
+        shape = (shares.needed(rank, position), *dkeys.shape[1:])
+        peer = ring[position]
+        sends += [(dkeys[start:stop], peer), (dvalues[start:stop], peer)]
+        receives += [(dkeys.new_empty(shape), peer), (dkeys.new_empty(shape), peer)]
+    parts = comm.swap(sends, receives).wait()
+    num_ring = shares.layout.num_ring_tokens
+    for grad, mine in ((dk, parts[0::2]), (dv, parts[1::2])):
+        total = grad[:num_ring].to(dkeys.dtype)
+        for part in mine:
+            total[: part.shape[0]].add_(part)
+        grad[:num_ring] = total

@@ -1,0 +1,1 @@
+"""Checkpoints: asynchronous, atomic, and independent of the number of ranks."""

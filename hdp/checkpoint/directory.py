@@ -1,0 +1,261 @@
+"""The folder of a run's checkpoints: what is in it, and how it changes without ever being broken.
+
+    checkpoints/
+      .lock                       held by rank 0 of the run that writes here
+      step-00000100/              complete: this name appears by one rename, after all is on disk
+        hdp.json                  format, step, model config, the run's own state, size of each file
+        .metadata, *.distcp       torch.distributed.checkpoint's
+      .saving-step-00000200-4f1c/ in progress, or left by a killed save: removed at the next start
+      .removing-step-00000050/    on its way out: removed at the next start
+
+Every change is one rename, so a process can be killed anywhere:
+
+    save                write all, then    .saving-X -> X
+    save X again        X -> .replaced-X   .saving-X -> X   (a start without X takes .replaced-X)
+    forget              X -> .removing-X   then delete
+
+Which checkpoint is the latest is decided by a serial number that each commit raises, not by the
+step: after going back from step 200 to 100, the new step-110 is the run's latest.
+
+No torch here, and no other rank: checkpointer.py calls the writing functions on rank 0 alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+INFO_FILE = "hdp.json"
+FORMAT = "hdp-checkpoint"
+FORMAT_VERSION = 1
+_NAME = re.compile(r"step-(\d{8,})")
+_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """What a file of a checkpoint must be like."""
+
+    num_bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointInfo:
+    """The contents of hdp.json."""
+
+    step: int
+    serial: int  # goes up by one with each commit into the folder
+    world_size: int
+    hdp_version: str
+    torch_version: str
+    model_config: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # the run's own: sampler, schedule, seed
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+    def write(self, directory: Path) -> None:
+        """Write hdp.json and push it to the disk."""
+        text = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}, indent=1)
+        with open(directory / INFO_FILE, "w", encoding="ascii") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> CheckpointInfo:
+        """Raises ValueError, naming the file and the remedy, for what is no readable checkpoint."""
+        path = checkpoint / INFO_FILE
+        if not checkpoint.is_dir():
+            there = ", ".join(other.name for other in committed(checkpoint.parent)) or "none"
+            raise ValueError(f"{checkpoint} does not exist; checkpoints in its folder: {there}")
+        if not path.is_file():
+            raise ValueError(
+                f"{checkpoint} is no hdp checkpoint: it has no {INFO_FILE}; {_remedy(checkpoint)}"
+            )
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data.pop("format") != FORMAT:
+                raise KeyError("format")
+            if (version := data.pop("version")) != FORMAT_VERSION:
+                raise ValueError(
+                    f"{checkpoint} has format version {version}, this hdp reads {FORMAT_VERSION} "
+                    f"(it was written by hdp {data.get('hdp_version')}); use that version of hdp"
+                )
+            data["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
+            return cls(**data)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path} is truncated or damaged ({error}); {_remedy(checkpoint)}"
+            ) from error
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path} was not written by hdp ({error!r}); {_remedy(checkpoint)}"
+            ) from error
+
+    def verify(self, checkpoint: Path, names: Iterable[str], *, contents: bool = True) -> None:
+        """Compare the named files with their records. ValueError for the first that differs."""
+        for name in names:
+            path, record = checkpoint / name, self.files[name]
+            if not path.is_file():
+                raise ValueError(f"{path} is missing; {_remedy(checkpoint)}")
+            if (num_bytes := path.stat().st_size) != record.num_bytes:
+                raise ValueError(
+                    f"{path} is truncated or foreign: {num_bytes} bytes, {record.num_bytes} were "
+                    f"written; {_remedy(checkpoint)}"
+                )
+            if contents and checksum(path) != record.crc32:
+                raise ValueError(
+                    f"{path} is damaged: its checksum differs from the one written; "
+                    f"{_remedy(checkpoint)}"
+                )
+
+
+def _remedy(checkpoint: Path) -> str:
+    others = [path for path in committed(checkpoint.parent) if path.name != checkpoint.name]
+    if others and _NAME.fullmatch(checkpoint.name):
+        return f"remove it to resume from {others[-1].name}, or name another checkpoint"
+    return "remove it to start anew, or name another checkpoint"
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+class ChecksumStream:
+    """A binary file, written from start to end."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.num_bytes = self.crc32 = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._stream.write(view)
+        self.crc32 = zlib.crc32(view, self.crc32)
+        self.num_bytes += view.nbytes
+        return view.nbytes
+
+    def tell(self) -> int:
+        return self.num_bytes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def step_path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}"
+
+
+def saving_path(final: Path, start: str) -> Path:
+    """Where a checkpoint is while it is being written; no two starts of a run use the same path."""
+    return final.with_name(f".saving-{final.name}-{start}")
+
+
+def committed(directory: Path) -> list[Path]:
+    """Complete checkpoints in the order of their commits; one with an unreadable hdp.json is last.
+
+    That one is for the caller to trip over: to go on silently from an older state loses work.
+    """
+
+    def serial(path: Path) -> float:
+        try:
+            return int(json.loads((path / INFO_FILE).read_text(encoding="utf-8"))["serial"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return float("inf")
+
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (serial(path), path.name))
+
+
+def next_serial(directory: Path) -> int:
+    serials = [0]
+    for path in committed(directory):
+        with contextlib.suppress(ValueError):
+            serials.append(CheckpointInfo.read(path).serial)
+    return max(serials) + 1
+
+
+def commit(saved: Path, final: Path) -> None:
+    """Give the finished save its name: it is the run's latest checkpoint now."""
+    replaced = final.with_name(f".replaced-{final.name}")
+    sync_directory(saved)
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    saved.rename(final)
+    sync_directory(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def prune(directory: Path, keep_last: int) -> None:
+    """Forget all but the last `keep_last` checkpoints."""
+    for path in committed(directory)[:-keep_last]:
+        removing = path.with_name(f".removing-{path.name}")
+        shutil.rmtree(removing, ignore_errors=True)
+        path.rename(removing)
+        shutil.rmtree(removing, ignore_errors=True)
+
+
+def clean(directory: Path) -> None:
+    """Remove what killed saves left; take back a checkpoint whose replacement never came."""
+    for path in directory.glob(".replaced-step-*"):
+        final = path.with_name(path.name.removeprefix(".replaced-"))
+        if not final.exists():
+            path.rename(final)
+    for prefix in (".replaced-", ".saving-", ".removing-"):
+        for path in directory.glob(f"{prefix}step-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Push names to the disk. Some file systems cannot, and need not."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Lock:
+    """One writing run per folder. The system drops the lock with the process, kill -9 included."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ValueError when another process holds it."""
+        path = directory / ".lock"
+        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until close()
+        try:
+            # A record lock: unlike flock, children that outlive this process do not inherit it.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise ValueError(
+                f"{directory} is in use by another run ({holder}); stop it or use another folder"
+            ) from error
+        except OSError:
+            return  # a file system without locks: nothing to hold
+        self._file.truncate(0)
+        self._file.write(f"{socket.gethostname()} pid {os.getpid()}\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

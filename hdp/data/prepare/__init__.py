@@ -1,0 +1,1 @@
+"""From files, tables and chats to a cache of tokens."""

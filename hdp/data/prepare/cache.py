@@ -1,0 +1,159 @@
+"""open_dataset(): from the name of some data to a TokenDataset, tokenising only what is new.
+
+    dataset = open_dataset("stdlib", tokenizer="bpe:4096")
+    dataset.seqlens            # (n,) int64, without touching a token
+    dataset[17].input_ids      # (seqlen,) a view of a memory map: only slices are read
+    print(dataset.report)      # what was read, skipped and cut
+
+Tokens are made once and kept under a key of the source's state (paths, sizes, times), the
+tokenizer's content and the options that change tokens. Limits on lengths are not among them: they
+choose from the index when a cache is opened, so another `--max-length` costs no new build.
+
+Invariants, each with a test of its name in tests/data/test_cache.py:
+
+* workers_change_nothing     the files are the same for any number of workers
+* change_is_seen             a file, tokenizer or option that changes gives a new cache
+* broken_cache_is_rebuilt    a truncated file is found by its size, and the cache is built again
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hdp import console
+from hdp.data.dataset import TokenDataset, open_cache
+from hdp.data.views import Overlong
+
+from .build import build
+from .documents import Document
+from .locate import open_source
+from .sealed import build_once
+from .sources import Source
+from .tokenizer import BpeTokenizer, Tokenizer, load_tokenizer, train_bpe
+
+_FORMAT_VERSION = 1  # of tokenizer and token caches; another version is another key
+_TRAINING_BYTES = 32 << 20  # a byte-pair tokenizer learns from about this much of the source
+
+
+def open_dataset(
+    data: Any = "stdlib",
+    *,
+    tokenizer: str | Tokenizer = "bpe:4096",
+    text_column: str = "text",
+    pattern: str | None = None,
+    subset: str | None = None,
+    split: str = "train",
+    append_eos: bool = True,
+    max_length: int | None = None,
+    overlong: Overlong = "error",
+    strict: bool = False,
+    cache_dir: str | Path | None = None,
+    num_workers: int | None = None,
+    show_progress: bool | None = None,
+) -> TokenDataset:
+    """Opens data as token sequences; tokenises and caches them if that was not done before.
+
+    Processes that start at once build once, and the others wait: call it before anything that runs
+    against a clock, such as a process group with a short timeout.
+
+    Args:
+        data: "stdlib", a file, folder, glob, list of files, hub name or `datasets.Dataset`; see
+            `locate.open_source`, which takes text_column, pattern, subset and split.
+        tokenizer: "bpe:SIZE" (trained on the data), "bytes", a path or hub name, or a Tokenizer.
+        append_eos: end each text with the tokenizer's EOS (chats end as their template says).
+        max_length: tokens of the longest sequence wanted; None: no limit.
+        overlong: what happens to documents over max_length: "error", "drop", "truncate" (keep the
+            first max_length tokens) or "split" (into sequences of max_length and the rest).
+        strict: rows that are damaged are an error; otherwise they are skipped and counted.
+        cache_dir: None: ~/.cache/hdp.
+        num_workers: processes that tokenise; None: one per core if the data are worth it.
+        show_progress: None: on a terminal.
+
+    Raises ValueError for data that do not exist, hold no document, or break the rules above.
+    """
+    folder = Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "hdp"
+    source = open_source(data, text_column=text_column, pattern=pattern, subset=subset, split=split)
+    tokenizer = open_tokenizer(tokenizer, source, cache_dir=folder, show_progress=show_progress)
+    key = _key([source.fingerprint(), tokenizer.fingerprint(), append_eos])
+
+    def fill(directory: Path) -> dict[str, Any]:
+        meta = build(
+            directory,
+            source,
+            tokenizer,
+            append_eos=append_eos,
+            strict=strict,
+            num_workers=num_workers,
+            show_progress=show_progress,
+        )
+        return {**meta, "fingerprint": key}
+
+    path = folder / f"tokens-{key}"
+    build_once(path, fill)
+    return open_cache(
+        path, max_length=max_length, overlong=overlong, strict=strict, tokenizer=tokenizer
+    )
+
+
+def open_tokenizer(
+    spec: str | Tokenizer,
+    source: Source,
+    *,
+    cache_dir: Path,
+    show_progress: bool | None = None,
+) -> Tokenizer:
+    """The tokenizer that `spec` names; "bpe:SIZE" is trained on the source once and cached."""
+    if isinstance(spec, Tokenizer):
+        return spec
+    if spec == "bpe":
+        spec = "bpe:4096"
+    if not spec.startswith("bpe:"):
+        return load_tokenizer(spec)
+    size = spec.removeprefix("bpe:")
+    if not size.isdecimal():
+        raise ValueError(f"tokenizer {spec!r}: after bpe: comes a number of ids, as in bpe:4096")
+
+    def fill(directory: Path) -> dict[str, Any]:
+        trained = train_bpe(_training_texts(source, show_progress), int(size))
+        trained.save_pretrained(directory)
+        return {"source": source.label}
+
+    path = cache_dir / f"tokenizer-{_key([source.fingerprint(), size])}"
+    build_once(path, fill)
+    tokenizer = load_tokenizer(str(path))
+    assert isinstance(tokenizer, BpeTokenizer), type(tokenizer)
+    return tokenizer
+
+
+def _training_texts(source: Source, show_progress: bool | None) -> Iterator[str]:
+    """Texts from shards spread evenly over the source: the same ones in every run."""
+    shards = source.shards(1 << 20)
+    stride = max(1, -(-source.num_bytes() // _TRAINING_BYTES))
+    chosen = shards[::stride]
+    total = sum(shard.num_bytes for shard in chosen)
+    with console.progress(
+        f"training a tokenizer on {source.label}", total, unit="bytes", enabled=show_progress
+    ) as advance:
+        for shard in chosen:
+            for item in source.read(shard):
+                if isinstance(item, Document):
+                    yield from _texts(item)
+            advance(shard.num_bytes)
+
+
+def _texts(document: Document) -> Iterator[str]:
+    if document.text is not None:
+        yield document.text
+    for message in document.messages or ():
+        content = message.get("content")
+        if isinstance(content, str):
+            yield content
+
+
+def _key(parts: list[Any]) -> str:
+    content = json.dumps([_FORMAT_VERSION, *parts], sort_keys=True)
+    return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:20]

@@ -1,0 +1,361 @@
+"""Text and chats to token ids: bytes, a byte-pair tokenizer trained on the data, or Hugging Face's.
+
+    "bytes"          256 ids. Three bytes that occur in no UTF-8 text serve as special tokens
+    "bpe:4096"       byte-level byte pairs, trained once on the data and cached
+    path or name     any tokenizer of the hub or of a folder, with its chat template
+
+The first two write chats in ChatML and treat special tokens that occur in a document as the text
+that they are; they are saved as files that transformers loads, template included. A Hugging Face
+tokenizer does what it does elsewhere: it adds its BOS and reads special tokens in the text as such.
+
+Only this file imports `tokenizers`; transformers is reached through `hdp.models.causal_lm`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .chat import ChatTemplate, spans2mask
+from .documents import TEMPLATE, Document, Rejected
+
+EOS, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+MIN_BPE_SIZE = 256 + len(SPECIAL_TOKENS)
+# Words with the one character before them, numbers by three digits, the rest by kind: indentation
+# and line ends of code become few tokens.
+_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+Chat = tuple[np.ndarray, np.ndarray]  # (seqlen,) ids and (seqlen,) bool: the assistant's tokens
+
+
+class Tokenizer(ABC):
+    """What the rest of the package needs of a tokenizer. Can be pickled: workers get copies."""
+
+    name: str
+    vocab_size: int  # ids are in [0, vocab_size)
+    eos_id: int | None
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes whenever ids may change."""
+
+    @abstractmethod
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """(num_tokens,) integer ids per text, without an EOS."""
+
+    @abstractmethod
+    def encode_chats(self, chats: Sequence[Document]) -> list[Chat | Rejected]:
+        """Ids and loss mask per chat, or why there are none."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids, special tokens included."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the files that transformers and `open_tokenizer` load."""
+
+
+class _ChatMLTokenizer(Tokenizer):
+    """Chats of a tokenizer that is made here. Subclasses know how to encode one turn."""
+
+    eos_id: int
+    im_start_id: int
+    im_end_id: int
+
+    @abstractmethod
+    def _encode_turn(self, header: str, body: str) -> Chat:
+        """Ids of header + body, and which of them have a part of the body."""
+
+    def encode_chats(self, chats: Sequence[Document]) -> list[Chat | Rejected]:
+        return [self._encode_chat(chat.messages or []) for chat in chats]
+
+    def _encode_chat(self, messages: list[dict[str, Any]]) -> Chat | Rejected:
+        [line_end] = self.encode_texts(["\n"])
+        ids: list[Any] = []
+        mask: list[Any] = []
+        for i, message in enumerate(messages):
+            body = _plain_content(message)
+            if body is None:
+                detail = f"message {i}: {self.name} writes text only, no images and no tool calls"
+                return Rejected(reason=TEMPLATE, detail=detail)
+            turn_ids, is_body = self._encode_turn(f"{message['role']}\n", body)
+            is_learnt = message["role"] == "assistant"
+            ids += [[self.im_start_id], turn_ids, [self.im_end_id], line_end]
+            mask += [[False], is_body & is_learnt, [is_learnt], np.zeros(len(line_end), bool)]
+        return np.concatenate(ids).astype(np.uint32), np.concatenate(mask).astype(bool)
+
+
+class ByteTokenizer(_ChatMLTokenizer):
+    """A token is a byte of UTF-8. 0xFD to 0xFF occur in no valid text: they end, open and close."""
+
+    name = "bytes"
+    vocab_size = 256
+    im_end_id, im_start_id, eos_id = 0xFD, 0xFE, 0xFF
+
+    def fingerprint(self) -> str:
+        return "bytes-1"
+
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+
+    def _encode_turn(self, header: str, body: str) -> Chat:
+        [ids] = self.encode_texts([header + body])
+        return ids, np.arange(len(ids)) >= len(header.encode("utf-8"))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        special = {self.eos_id: EOS, self.im_start_id: IM_START, self.im_end_id: IM_END}
+        parts = [special.get(i, "").encode() or bytes([i]) for i in map(int, ids)]
+        return b"".join(parts).decode("utf-8", errors="replace")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        library = _tokenizers()
+        byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        special = {self.eos_id: EOS, self.im_start_id: IM_START, self.im_end_id: IM_END}
+        vocab = {special.get(byte, char): byte for byte, char in enumerate(_byte_characters())}
+        backend = library.Tokenizer(library.models.BPE(vocab=vocab, merges=[]))
+        backend.pre_tokenizer = byte_level
+        backend.decoder = library.decoders.ByteLevel()
+        backend.add_special_tokens(list(SPECIAL_TOKENS))
+        _save(folder, backend.to_str(), kind="bytes")
+
+
+class BpeTokenizer(_ChatMLTokenizer):
+    """Byte-level byte pairs: no text is unknown, and decoding gives back the bytes."""
+
+    def __init__(self, backend_json: str) -> None:
+        """`backend_json`: the content of a tokenizer.json that `train_bpe` made."""
+        self._backend = _tokenizers().Tokenizer.from_str(backend_json)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True  # in a document they are text
+        vocab = self._backend.get_vocab()
+        missing = [token for token in SPECIAL_TOKENS if token not in vocab]
+        if missing:
+            raise ValueError(f"not a tokenizer of hdp: it lacks {missing}")
+        self.eos_id, self.im_start_id, self.im_end_id = (vocab[token] for token in SPECIAL_TOKENS)
+        self._json = backend_json
+        self.vocab_size = self._backend.get_vocab_size()
+        self.name = f"bpe:{self.vocab_size}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BpeTokenizer, (self._json,)
+
+    def fingerprint(self) -> str:
+        return "bpe-" + hashlib.sha256(self._json.encode()).hexdigest()
+
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def _encode_turn(self, header: str, body: str) -> Chat:
+        encoding = self._backend.encode(header + body, add_special_tokens=False)
+        span = (len(header), len(header) + len(body))
+        mask = spans2mask(np.array(encoding.offsets), [span])
+        return np.array(encoding.ids, dtype=np.uint32), mask
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        _save(folder, self._json, kind="bpe")
+
+
+class HFTokenizer(Tokenizer):
+    """A tokenizer of transformers, as it is."""
+
+    def __init__(self, tokenizer: Any, name: str | None = None) -> None:
+        """`tokenizer`: what `hdp.models.causal_lm.load_tokenizer` returned."""
+        self.hf = tokenizer
+        self.name = name or str(getattr(tokenizer, "name_or_path", "") or "hf")
+        self.eos_id = tokenizer.eos_token_id
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        self._templates: dict[str, ChatTemplate] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_templates": {}}
+
+    def fingerprint(self) -> str:
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        model = (
+            backend.to_str() if backend is not None else repr(sorted(self.hf.get_vocab().items()))
+        )
+        state = json.dumps([model, repr(self.hf.chat_template), self.eos_id])
+        return "hf-" + hashlib.sha256(state.encode()).hexdigest()
+
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._call(list(texts), add_special_tokens=True)
+        return [np.array(ids, dtype=np.uint32) for ids in encoded["input_ids"]]
+
+    def encode_chats(self, chats: Sequence[Document]) -> list[Chat | Rejected]:
+        self._check_chats()
+        results: list[Any] = [self._render(chat) for chat in chats]
+        rendered = [i for i, result in enumerate(results) if not isinstance(result, Rejected)]
+        if not rendered:
+            return results
+        texts = [results[i][0] for i in rendered]
+        encoded = self._call(texts, add_special_tokens=False, return_offsets_mapping=True)
+        for i, ids, offsets in zip(
+            rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            results[i] = (
+                np.array(ids, dtype=np.uint32),
+                spans2mask(np.array(offsets), results[i][1]),
+            )
+        return results
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.hf.decode([int(i) for i in ids], clean_up_tokenization_spaces=False)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self.hf.save_pretrained(str(folder))
+
+    def _check_chats(self) -> None:
+        if not self.hf.chat_template:
+            raise ValueError(
+                f"the data are chats, but tokenizer {self.name} has no chat template: use that of "
+                "an instruct model, put chat_template.jinja into its folder, or use bpe or bytes"
+            )
+        if not self.hf.is_fast:
+            raise ValueError(
+                f"tokenizer {self.name} does not tell which characters a token covers, which the "
+                "loss mask of chats needs: use a fast tokenizer (tokenizer.json)"
+            )
+
+    def _call(self, texts: list[str], **options: Any) -> Any:
+        return self.hf(
+            texts,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **options,
+        )
+
+    def _render(self, chat: Document) -> Any:
+        try:
+            template = self.hf.get_chat_template(None, chat.tools)
+            if template not in self._templates:
+                self._templates[template] = self._chat_template(template)
+            return self._templates[template].render_spans(chat.messages or [], chat.tools)
+        except Exception as error:  # templates raise what they like
+            return Rejected(reason=TEMPLATE, detail=f"{type(error).__name__}: {error}")
+
+    def _chat_template(self, template: str) -> ChatTemplate:
+        added = self.hf.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special}
+
+        def render(messages: Any, **options: Any) -> str:
+            return self.hf.apply_chat_template(messages, tokenize=False, **options)
+
+        return ChatTemplate(
+            render,
+            template,
+            special_tokens=sorted(special | set(self.hf.all_special_tokens)),
+            eos_token=self.hf.eos_token,
+        )
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> BpeTokenizer:
+    """A byte-pair tokenizer of at most `vocab_size` ids; the same texts give the same tokenizer.
+
+    Raises ValueError if vocab_size has no room for all bytes and the special tokens.
+    """
+    if vocab_size < MIN_BPE_SIZE:
+        raise ValueError(
+            f"a byte-pair tokenizer of {vocab_size} ids: 256 bytes and {len(SPECIAL_TOKENS)} "
+            f"special tokens need {MIN_BPE_SIZE}, and merges come on top"
+        )
+    library = _tokenizers()
+    words = library.pre_tokenizers.Split(library.Regex(_SPLIT), behavior="isolated")
+    byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend = library.Tokenizer(library.models.BPE())
+    backend.pre_tokenizer = library.pre_tokenizers.Sequence([words, byte_level])
+    backend.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(byte_level.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return BpeTokenizer(backend.to_str())
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer "bytes", of a folder that `save_pretrained` wrote, or of transformers."""
+    if path == "bytes":
+        return ByteTokenizer()
+    folder = Path(path).expanduser()
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = {}
+    if config.get("hdp") == "bytes":
+        return ByteTokenizer()
+    if config.get("hdp") == "bpe":
+        return BpeTokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    from hdp.models import causal_lm as hf
+
+    name = str(folder) if folder.exists() else path
+    return HFTokenizer(hf.load_tokenizer(name), name)
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError(
+            "byte-pair tokenizers need the package `tokenizers`: pip install 'hdp[hf]', or use the "
+            "tokenizer bytes"
+        ) from None
+    return tokenizers
+
+
+def _save(folder: str | Path, backend_json: str, *, kind: str) -> None:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "additional_special_tokens": [IM_START, IM_END],
+        "chat_template": CHATML,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": int(1e30),
+        "hdp": kind,
+    }
+    (folder / "tokenizer.json").write_text(backend_json, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def _plain_content(message: dict[str, Any]) -> str | None:
+    """A message's text; None if it is more than text."""
+    content = message.get("content", "")
+    if message.get("tool_calls"):
+        return None
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        return None if None in parts else "".join(map(str, parts))
+    return content if isinstance(content, str) else None
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that byte-level tokenizers write for each byte (GPT-2's table)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -1,0 +1,1 @@
+"""Ranks: the mesh, sharding, agreement, and the watchdog."""

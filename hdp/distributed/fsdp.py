@@ -1,0 +1,343 @@
+"""FSDP2 over the HDP axis, for ranks that run different numbers of microbatches.
+
+Parameters, gradients and optimizer state are sharded over all ranks of the axis (fp32 master
+weights), computed with in `param_dtype`, and reduced in fp32. Two things differ from FSDP as it is:
+
+Gradients are summed, not averaged. A step's loss is a sum over tokens divided by a count that is
+known before the first forward, so that nothing depends on how the batch was cut (design.md,
+decision 6). FSDP2 sums only if each of its modules is told so, one by one: a forgotten one is off
+by a factor of world size, silently. `shard` tells all of them and `unshard_all` checks them.
+
+Collectives happen at two places of a step only. Ranks walk different lists of microbatches and meet
+in rings in between, over the same communicator; a collective in a place that not all ranks reach
+next would wait for a rank that waits for us. So:
+
+    unshard_all(model)                          # 1. all-gathers, all ranks, before the first one
+    for i, batch in enumerate(batches):         #    any number of them, rings included
+        set_microbatch(model, reduce=overlap and i == len(batches) - 1)
+        loss(model(batch, comm)).backward()     # 2. the last backward: reduce-scatters, reshards
+    if not overlap:
+        reduce_gradients(model)                 # 2. or after it, where the last is on a ring
+    norm = clip_grad_norm(model, 1.0)           # 3. one all-reduce
+    optimizer.step()
+
+`overlap` is a property of the plan: a rank that reduces while its last microbatch is on a ring
+waits for its neighbours' reduce-scatter, and they, if they have other microbatches to run first,
+for its part of the ring: a deadlock. So reduction overlaps with backward if every ring's microbatch
+is the last one of all of its ranks or of none: `StepPlan.ends_together`.
+
+The price of that order: between 1 and 2 a rank holds all parameters in `param_dtype` and, if it has
+more than one microbatch, all gradients in fp32.
+
+Invariants (each has a test of the same name in tests/distributed/test_fsdp.py or
+test_shards.py):
+
+* gradients_are_dense_sums       on any number of ranks and microbatches, rings included
+* no_collective_in_between       nothing but ring transfers between 1 and the last backward
+* every_module_sums              a module without SUM reduction is found
+* rank0_weights_count            all ranks train rank 0's weights, whatever they built themselves
+* non_finite_is_seen_by_all      clip_grad_norm raises on every rank or on none
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+
+class NonFiniteError(FloatingPointError):
+    """A gradient is inf or nan. Raised on all ranks, before the optimizer has seen it."""
+
+
+# ---- wrapping ----
+
+
+def shard(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
+    activation_checkpointing: bool = False,
+    layers: Sequence[nn.Module] | None = None,
+) -> nn.Module:
+    """Shard `model` in place over the 1-D `mesh`, one unit per layer and one for the rest.
+
+    The weights are those of rank 0; the other ranks may hold a model on the meta device. Layer by
+    layer they go to the mesh's device, to all ranks, and are cut: no rank but rank 0 ever holds
+    more than one layer. Collective.
+
+    Args:
+        model: its forward is the root of each step's computation (hdp.models.causal_lm.CausalLM).
+        param_dtype: of parameters and activations in forward and backward; None: the dtype of the
+            weights, which stay what they are (fp32 master weights).
+        reduce_dtype: in which gradients are summed over microbatches and ranks; None: the dtype of
+            the weights.
+        activation_checkpointing: keep only the input of each layer, and run it again in backward.
+        layers: the units; None: `model.layers`.
+
+    Returns:
+        `model`. Its parameters are DTensors now: make the optimizer after this call.
+
+    Raises:
+        ValueError: a mesh of more than one axis; ranks that built different models; rank 0 without
+            weights; a model without layers. On all ranks.
+    """
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh {mesh} has {mesh.ndim} axes; the HDP axis is one")
+    layers = list(layers if layers is not None else cast(nn.ModuleList, model.layers))
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layers to shard")
+    _check_same_model(model, mesh.get_group())
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype,
+        reduce_dtype=reduce_dtype or next(model.parameters()).dtype,
+        # The inputs of a layer already have its dtype, and casting would rebuild every dataclass
+        # among its arguments.
+        cast_forward_inputs=False,
+    )
+    for module in [*layers, model]:
+        _take_weights_of_rank0(module, mesh)
+        if activation_checkpointing and module is not model:
+            # Inside of FSDP's hooks: they run once, and the layer twice.
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for fsdp_module in _fsdp_modules(model):
+        fsdp_module.set_gradient_divide_factor(1.0)  # neither of the two is recursive
+        fsdp_module.set_force_sum_reduction_for_comms(True)
+    check_sharded(model)
+    return model
+
+
+def check_sharded(model: nn.Module) -> None:
+    """Assert that every parameter is sharded and that every FSDP module sums its gradients."""
+    for name, group in _param_groups(model):
+        factor, summing = group.gradient_divide_factor, group.force_sum_reduction_for_comms
+        assert factor == 1.0 and summing, (
+            f"FSDP module {name!r} does not sum gradients (divide factor {factor}, SUM {summing}): "
+            "wrap with hdp.distributed.fsdp.shard only"
+        )
+        assert group.post_forward_mesh_info is None, (
+            f"FSDP module {name!r} reshards after forward: its backward would gather again"
+        )
+    sharded = sum(len(group.fsdp_params) for _, group in _param_groups(model))
+    total = sum(1 for _ in model.parameters())
+    assert sharded == total, f"{total - sharded} of {total} parameters are not sharded"
+
+
+def _check_same_model(model: nn.Module, group: dist.ProcessGroup) -> None:
+    entries = [
+        f"{name} {tuple(x.shape)} {x.dtype} {x.requires_grad}"
+        for name, x in [*model.named_parameters(), *model.named_buffers()]
+    ]
+    digest = hashlib.sha256("\n".join(entries).encode()).hexdigest()
+    no_weights = [name for name, x in model.named_parameters() if x.is_meta]
+    gathered: list[Any] = [None] * group.size()
+    dist.all_gather_object(gathered, (digest, no_weights[:1]), group=group)
+    others = [rank for rank, (other, _) in enumerate(gathered) if other != gathered[0][0]]
+    if others:
+        raise ValueError(
+            f"ranks {others} built another model than rank 0 (names, shapes or dtypes differ): "
+            "all ranks need the same config and the same dtype"
+        )
+    if gathered[0][1]:
+        raise ValueError(
+            f"rank 0 has no weights ({gathered[0][1][0]} is on the meta device): "
+            "build or load the model with skeleton=False there"
+        )
+
+
+def _take_weights_of_rank0(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Give all ranks rank 0's values of what is not sharded yet, on the mesh's device."""
+    group = mesh.get_group()
+    device = torch.device(mesh.device_type)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+
+    def take(x: Tensor) -> Tensor:
+        x = torch.empty_like(x, device=device) if x.is_meta else x.detach().to(device)
+        x = x.contiguous()
+        dist.broadcast(x, group=group, group_src=0)
+        return x
+
+    # Tied parameters stay tied: one entry per parameter, which also keeps its id from reuse.
+    taken: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for child in _own_modules(module):
+        for name, parameter in child._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in taken:
+                ours = nn.Parameter(take(parameter), requires_grad=parameter.requires_grad)
+                taken[id(parameter)] = (parameter, ours)
+            child._parameters[name] = taken[id(parameter)][1]
+        for name, buffer in child._buffers.items():
+            if buffer is not None:
+                child._buffers[name] = take(buffer)
+
+
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """`module` and what is below it, without the parts that are sharded already."""
+    yield module
+    for child in module.children():
+        if not isinstance(child, FSDPModule):
+            yield from _own_modules(child)
+
+
+# ---- a step ----
+
+
+def unshard_all(model: nn.Module) -> None:
+    """All-gather every parameter, before the first microbatch of a step. Collective.
+
+    The gather of one unit runs while the one before it is copied into place.
+    """
+    check_sharded(model)
+    _root_state(model)._lazy_init()
+    waiting = None
+    for module in _fsdp_modules(model):
+        handle = module.unshard(async_op=True)
+        if waiting is not None:
+            waiting.wait()
+        waiting = handle
+    if waiting is not None:
+        waiting.wait()
+
+
+def reshard_all(model: nn.Module) -> None:
+    """Free the gathered parameters. For phases without a backward; the last backward does it."""
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+def set_microbatch(model: nn.Module, *, reduce: bool) -> None:
+    """Prepare for one microbatch. reduce: its backward reduces the gradients of all microbatches
+    so far, layer by layer, and reshards: for a rank's last one, on all ranks or on none.
+
+    Raises RuntimeError if the parameters have not been gathered: the forward would do so itself,
+    at a place that other ranks may never reach.
+    """
+    sharded = [name for name, group in _param_groups(model) if not group.is_unsharded]
+    if sharded:
+        raise RuntimeError(
+            f"{len(sharded)} FSDP modules are sharded (first {sharded[0]!r}): call "
+            "unshard_all(model) before the first microbatch of a step"
+        )
+    root: Any = model
+    root.set_requires_gradient_sync(reduce)
+    root.set_reshard_after_backward(reduce)
+
+
+def reduce_gradients(model: nn.Module) -> None:
+    """Reduce the gradients of all microbatches and reshard, after the last backward. Collective.
+
+    For steps in which no backward did it: nothing is hidden behind compute, but no order of
+    microbatches can deadlock.
+    """
+    set_microbatch(model, reduce=True)
+    # What FSDP2 does at the end of a backward for units whose own hook did not fire: here, all.
+    _root_state(model)._root_post_backward_final_callback()
+
+
+@torch.no_grad()
+def clip_grad_norm(model: nn.Module, max_norm: float | None) -> float:
+    """Scale all gradients so that their global norm is at most `max_norm`. Collective: one
+    all-reduce.
+
+    Args:
+        max_norm: None: only measure.
+
+    Returns:
+        The norm of all gradients before scaling, the same number on all ranks.
+
+    Raises:
+        NonFiniteError: a gradient is inf or nan; on all ranks, with the names of the parameters
+            and the ranks that hold the non-finite shards.
+    """
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm={max_norm} must be positive, or None for no clipping")
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    group = next((g.device_mesh.get_group() for _, g in named if isinstance(g, DTensor)), None)
+    local = [g.to_local() if isinstance(g, DTensor) else g for _, g in named]
+    norms = torch.stack([x.double() for x in torch._foreach_norm(local)]) if local else None
+    total = norms.square().sum() if norms is not None else torch.zeros((), dtype=torch.float64)
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    norm = math.sqrt(total.item())
+    if not math.isfinite(norm):
+        bad = []
+        if norms is not None:
+            finite = norms.isfinite().tolist()
+            bad = [name for (name, _), ok in zip(named, finite, strict=True) if not ok]
+        raise NonFiniteError(_describe_non_finite(norm, bad, group))
+    if max_norm is not None and local and norm > max_norm:
+        torch._foreach_mul_(local, max_norm / norm)
+    return norm
+
+
+def _describe_non_finite(norm: float, bad: list[str], group: dist.ProcessGroup | None) -> str:
+    """Collective over `group`: the same text on all ranks."""
+    by_rank: list[Any] = [bad]
+    if group is not None:
+        by_rank = [None] * group.size()
+        dist.all_gather_object(by_rank, bad, group=group)
+    ranks = [rank for rank, names in enumerate(by_rank) if names]
+    names = list(dict.fromkeys(name for names in by_rank for name in names))
+    if not names:
+        return f"gradient norm is {norm}: gradients are finite, the sum of their squares is not"
+    return f"gradient norm is {norm}: {len(names)} parameters on ranks {ranks}, first {names[0]}"
+
+
+# ---- reading ----
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Whole tensors by name, on rank 0's CPU; {} on the other ranks. Collective.
+
+    One parameter at a time is whole on the device. Non-persistent buffers are left out, as in
+    `state_dict`.
+    """
+    result = {}
+    for name, x in model.state_dict().items():
+        rank = 0
+        if isinstance(x, DTensor):
+            rank, x = x.device_mesh.get_local_rank(), x.full_tensor()
+        elif dist.is_initialized():
+            rank = dist.get_rank()
+        if rank == 0:
+            result[name] = x.detach().cpu()
+    return result
+
+
+# ---- FSDP2's insides, in one place ----
+
+
+def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _root_state(model: nn.Module) -> Any:
+    assert isinstance(model, FSDPModule), "call hdp.distributed.fsdp.shard(model, ...) first"
+    return model._get_fsdp_state()
+
+
+def _param_groups(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(module name, FSDPParamGroup) of every FSDP module that owns parameters."""
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; one before that
+            if groups is None:
+                groups = [state._fsdp_param_group] if state._fsdp_param_group else []
+            for group in groups:
+                yield name, group

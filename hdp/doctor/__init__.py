@@ -1,0 +1,1 @@
+"""`hdp doctor`: what this machine offers."""

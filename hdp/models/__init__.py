@@ -1,0 +1,1 @@
+"""Hugging Face models on the HDP path."""

@@ -1,0 +1,225 @@
+"""Token log-probabilities from hidden states, without ever holding the logits.
+
+A 128K-token sequence with a 128K vocabulary has 64 GiB of fp32 logits. Nothing downstream needs
+them: an objective needs one number per token, the log-probability of its label. So the LM head and
+the softmax are one autograd function that works on `chunk_tokens` tokens at a time:
+
+    forward    logits of a chunk -> lse and the label's logit -> logprob; only the lse is kept
+    backward   the chunk's logits again -> softmax from the lse -> gradients of hidden and weight
+
+The arrows between logits and logprob, and from logits to their gradient, are ops
+(hdp/ops/native.py): with csrc/ built, one pass each, and the gradient overwrites the logits.
+
+The recomputation costs one more matmul of the LM head; the peak is one chunk of logits (and the
+weight gradient, which is summed over chunks in fp32 and rounded once).
+
+Invariants (each has a test of the same name in tests/models/test_logprobs.py):
+
+* equals_dense           values and gradients are those of a dense log_softmax
+* no_full_logits         no tensor is larger than chunk_tokens x vocab_size or the weight
+* ignored_cost_nothing   a label of -100 has logprob 0, no gradient, and takes no part in a matmul
+* one_weight_rounding    the weight gradient of bf16 runs is summed in fp32 and rounded once
+
+Losses are sums (design.md, decision 6): a shard's loss is -sum(w * logprob) / global_count with a
+count that is known before the first forward, so that it does not matter how the batch was cut.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hdp.ops.native import IGNORE_INDEX, softmax_cross_entropy, softmax_cross_entropy_backward_
+
+# Default size of one chunk of logits: 2^27 fp32 numbers are 512 MiB.
+_CHUNK_ELEMENTS = 2**27
+
+
+def chunked_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_tokens: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Log-probability of each token's label under softmax(hidden @ weight.T + bias).
+
+    Args:
+        hidden: (total_tokens, hidden_size) last hidden states; fp64, fp32, bf16 or fp16.
+        weight: (vocab_size, hidden_size) of the LM head, in the dtype of `hidden`.
+        labels: (total_tokens,) int64, already shifted; -100 is ignored.
+        bias: (vocab_size,) of the LM head, or None.
+        chunk_tokens: tokens whose logits exist at once; None: 512 MiB of logits.
+        softcap: logits become softcap * tanh(logits / softcap), as Gemma's do; None: they do not.
+
+    Returns:
+        (total_tokens,) logprobs, fp64 for fp64 input and fp32 otherwise; 0 where the label is -100.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or (on the CPU, where looking is free) a
+            label outside of the vocabulary.
+    """
+    _check_inputs(hidden, weight, labels, bias)
+    if chunk_tokens is None:
+        chunk_tokens = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens}: at least one token per chunk")
+    return _ChunkedLogprobs.apply(hidden, weight, bias, labels, chunk_tokens, softcap)
+
+
+def token_cross_entropy(
+    logprobs: Tensor, *, global_count: int, weights: Tensor | None = None
+) -> Tensor:
+    """A shard's part of the loss: -sum(weights * logprobs) / global_count.
+
+    Summed over the microbatches and the ranks of a step it is the mean cross-entropy of the step's
+    label tokens, however the step was cut.
+
+    Args:
+        logprobs: (total_tokens,) of this microbatch; 0 where there is no label.
+        global_count: label tokens of the whole step, over all ranks and microbatches.
+        weights: (total_tokens,) detached per-token weights, or None for 1.
+
+    Returns:
+        Scalar, in the dtype of `logprobs`. It depends on `logprobs` even when it is zero, so that
+        its backward reaches every parameter of the model.
+    """
+    if global_count < 1:
+        raise ValueError(
+            f"global_count={global_count}: a step needs at least one label token; "
+            "check loss_mask and the labels of this batch"
+        )
+    total = logprobs.sum() if weights is None else (weights * logprobs).sum()
+    return -total / global_count
+
+
+def _check_inputs(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {labels.shape}"
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"{shapes}: expected (tokens, hidden) and (vocab, hidden)")
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(f"{shapes}: expected one label per token")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype}, expected torch.int64")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}; cast one of them")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} for {weight.shape[0]} vocabulary entries")
+    if labels.device.type == "cpu" and labels.numel():
+        bad = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= weight.shape[0]))]
+        if bad.numel():
+            raise ValueError(
+                f"label {int(bad[0])} is outside of the vocabulary of {weight.shape[0]} "
+                f"({bad.numel()} such labels); do tokenizer and model belong together?"
+            )
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """The LM head, log_softmax and gather as one function; see the module docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk_tokens: int,
+        softcap: float | None,
+    ) -> Tensor:
+        # Ignored tokens (prompts, padding) are left out of every matmul. On a GPU this waits for
+        # the layers to finish, once per microbatch: little beside the head's work on the prompts.
+        kept = torch.nonzero(labels != IGNORE_INDEX).squeeze(1)
+        head = _Head(hidden, weight, bias)
+        logprobs = torch.zeros(labels.shape, dtype=head.dtype, device=hidden.device)
+        lse = torch.empty(kept.shape, dtype=head.dtype, device=hidden.device)
+        for start in range(0, len(kept), chunk_tokens):
+            tokens = kept[start : start + chunk_tokens]
+            logprobs[tokens], lse[start : start + chunk_tokens] = softmax_cross_entropy(
+                head.logits(hidden[tokens]), labels[tokens], softcap
+            )
+        ctx.save_for_backward(hidden, weight, bias, labels, kept, lse)
+        ctx.chunk_tokens, ctx.softcap = chunk_tokens, softcap
+        return logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, kept, lse = ctx.saved_tensors
+        head = _Head(hidden, weight, bias)
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = _zeros(weight, head.dtype) if need_weight else None
+        grad_bias = _zeros(bias, head.dtype) if need_bias else None
+        for start in range(0, len(kept), ctx.chunk_tokens):
+            chunk = slice(start, start + ctx.chunk_tokens)
+            tokens = kept[chunk]
+            chunk_hidden = hidden[tokens]
+            # d logprob / d logits = onehot(label) - softmax(logits), in place over the logits.
+            d_logits = softmax_cross_entropy_backward_(
+                head.logits(chunk_hidden),
+                labels[tokens],
+                lse[chunk],
+                grad_logprobs[tokens],
+                softcap=ctx.softcap,
+                grad_dtype=hidden.dtype,
+            )
+            if grad_bias is not None:
+                grad_bias += d_logits.sum(0, dtype=head.dtype)
+            if grad_hidden is not None:
+                grad_hidden[tokens] = d_logits @ weight
+            if grad_weight is not None:
+                _add_matmul(grad_weight, d_logits.t(), chunk_hidden)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+class _Head:
+    """Raw logits of some tokens, in fp32 (fp64 for fp64 parameters)."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None):
+        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        if not _has_mixed_matmul(hidden):
+            weight = weight.to(self.dtype)  # once, not once per chunk
+        self.weight, self.bias = weight, bias
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(num_tokens, vocab_size) logits before any soft cap."""
+        logits = _matmul(hidden, self.weight.t(), self.dtype)
+        if self.bias is not None:
+            logits += self.bias
+        return logits
+
+
+def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(like.shape, dtype=dtype, device=like.device)
+
+
+def _has_mixed_matmul(x: Tensor) -> bool:
+    """Whether half-precision matmuls on this device can return their fp32 sums unrounded."""
+    return x.is_cuda and hasattr(torch.ops.aten.mm, "dtype")
+
+
+def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b with a result of `dtype`: a half-precision product is not rounded to half again."""
+    if a.dtype == b.dtype == dtype:
+        return a @ b
+    if a.dtype == b.dtype and _has_mixed_matmul(a):
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in the dtype of `total`."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += _matmul(a, b, total.dtype)

@@ -1,0 +1,356 @@
+"""Native ops: one call of csrc/ where hdp/libhdp.so has it for the device, else plain torch.
+
+Each op stands here three times: the function that the runtime calls, its reference in plain torch
+(the meaning of the op, and what runs where no library was built), and, if there is a library, what
+torch must know beyond its kernels: the fake kernel and the gradient.
+
+    merge_lse_                       joins two partial attention results in place, in one pass
+    gather_rows, scatter_rows_       rows by spans: one launch for all spans, no index tensors
+    softmax_cross_entropy            logprob of the label and lse, logits read once
+    softmax_cross_entropy_backward_  the gradient, written over the logits
+
+Spans are sorted, disjoint (start, stop) row ranges of a tensor; the packed tensor has their rows
+one after the other. Which implementation runs is said once, when a run starts, and in `hdp doctor`
+(`describe`). docs/native.md: how to build, what is measured and what is not.
+
+Invariants (tests/ops/test_ops.py): op and reference agree for every dtype; the same input gives
+the same bits; a tensor that the kernels cannot walk is an error at the op, never a wrong result.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compiled import Compiled
+
+IGNORE_INDEX = -100
+_INPUTS = (".h", ".cuh", ".cpp", ".cu", ".py")  # of the library, under csrc/
+Spans = Sequence[tuple[int, int]]
+
+
+# ---- attention: joining partial results ----
+
+
+def merge_lse_(
+    out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, spans: Spans | None = None
+) -> None:
+    """Join the attention of a new key block into (out, lse), in place.
+
+    out        (rows, num_heads, head_dim) fp32 or fp64
+    lse        (num_heads, rows) like out; natural log
+    block_out  (packed rows, num_heads, head_dim), for fp32 any of fp32, bf16, fp16
+    block_lse  (num_heads, packed rows) like lse
+    spans      rows of out that the block's queries are; None: all
+    """
+    spans = _all_rows(out) if spans is None else spans
+    if _native(out) and _dense(out, 1) and _dense(lse, 1):
+        block_out, block_lse = block_out.contiguous(), block_lse.to(lse.dtype).contiguous()
+        torch.ops.hdp.merge_lse_(out, lse, block_out, block_lse, _flat(spans))
+    else:
+        join = COMPILED_JOIN if out.is_cuda else join_
+        merge_lse_reference_(out, lse, block_out, block_lse, spans, join)
+
+
+def join_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    """`merge_lse_` of equally many rows."""
+    merged_out, merged_lse = merge(out, lse, block_out, block_lse)
+    out.copy_(merged_out)
+    lse.copy_(merged_lse)
+
+
+def merge_lse_reference_(
+    out: Tensor,
+    lse: Tensor,
+    block_out: Tensor,
+    block_lse: Tensor,
+    spans: Spans,
+    join: Callable[..., None] = join_,
+) -> None:
+    at = 0
+    for start, stop in spans:
+        packed = slice(at, at + stop - start)
+        join(out[start:stop], lse[:, start:stop], block_out[packed], block_lse[:, packed])
+        at = packed.stop
+
+
+def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """What `merge_lse_` computes, as new tensors; shapes as there, equally many rows everywhere."""
+    block_lse = block_lse.to(lse.dtype)
+    # equal infinities (rows that no key reached) stay what they are
+    difference = torch.where(lse == block_lse, 0.0, block_lse - lse)
+    weight = torch.sigmoid(difference).T.unsqueeze(-1)
+    return out - weight * (out - block_out), torch.logaddexp(lse, block_lse)
+
+
+# ---- rows by spans ----
+
+
+def gather_rows(x: Tensor, spans: Spans, dim: int = 0) -> Tensor:
+    """The rows of `spans` along dimension 0 or 1, packed. Differentiable."""
+    if _native(x) and _dense(x, dim):
+        return torch.ops.hdp.gather_rows(x, _flat(spans), dim)
+    return gather_rows_reference(x, spans, dim)
+
+
+def gather_rows_reference(x: Tensor, spans: Spans, dim: int = 0) -> Tensor:
+    return torch.cat([x.narrow(dim, 0, 0), *_views(x, spans, dim)], dim)
+
+
+def scatter_rows_(
+    x: Tensor, values: Tensor, spans: Spans, dim: int = 0, *, accumulate: bool = False
+) -> None:
+    """x[rows of spans] = values, or += with `accumulate` (then `values` may be narrower: half
+    precision added to fp32)."""
+    if _native(x) and _dense(x, dim) and _adds(x, values, accumulate):
+        torch.ops.hdp.scatter_rows_(x, values.contiguous(), _flat(spans), dim, accumulate)
+    else:
+        scatter_rows_reference_(x, values, spans, dim, accumulate)
+
+
+def scatter_rows_reference_(
+    x: Tensor, values: Tensor, spans: Spans, dim: int = 0, accumulate: bool = False
+) -> None:
+    sizes = [stop - start for start, stop in spans]
+    for view, part in zip(_views(x, spans, dim), values.split(sizes, dim), strict=True):
+        view.add_(part) if accumulate else view.copy_(part)
+
+
+# ---- cross-entropy over logits ----
+
+
+def softmax_cross_entropy(
+    logits: Tensor, labels: Tensor, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each row's label, and the log-sum-exp of the row. Differentiable.
+
+    logits   (rows, vocab_size) fp64, fp32, bf16 or fp16; with a cap, softcap * tanh(logits /
+             softcap) takes their place
+    labels   (rows,) int64; IGNORE_INDEX: logprob and lse are 0, and the row gets no gradient
+    Returns (logprobs, lse), each (rows,), fp64 for fp64 logits and fp32 otherwise. Infinite or NaN
+    logits make them non-finite; so does, on a GPU, a label outside of the vocabulary (on the CPU an
+    error): a training step stops on that before it does harm.
+    """
+    if _native(logits) and _dense(logits, 1):
+        return torch.ops.hdp.softmax_cross_entropy(logits, labels, softcap or 0.0)
+    return softmax_cross_entropy_reference(logits, labels, softcap)
+
+
+def softmax_cross_entropy_reference(
+    logits: Tensor, labels: Tensor, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    logits = logits.to(_statistics_dtype(logits))
+    if softcap:
+        logits = (logits / softcap).tanh() * softcap
+    ignored = labels == IGNORE_INDEX
+    lse = torch.logsumexp(logits, dim=1)
+    picked = logits.gather(1, labels.masked_fill(ignored, 0)[:, None]).squeeze(1)
+    return (picked - lse).masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0)
+
+
+def softmax_cross_entropy_backward_(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    grad_logprobs: Tensor,
+    *,
+    grad_lse: Tensor | None = None,
+    softcap: float | None = None,
+    grad_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Gradient of the logits, given those of logprobs and lse; the logits are used up.
+
+    logits, labels, softcap  as in the forward; lse is its result
+    grad_logprobs, grad_lse  (rows,) in the dtype of lse
+    grad_dtype               bf16 or fp16 for fp32 logits; None: the dtype of the logits
+    Returns (rows, vocab_size), where there is a kernel in the memory of `logits`: no second tensor
+    of that size exists, though the rows of a narrower gradient lie twice its width apart.
+    """
+    if _native(logits) and _dense(logits, 1):
+        torch.ops.hdp.softmax_cross_entropy_backward_(
+            logits, labels, lse, grad_logprobs, grad_lse, softcap or 0.0, grad_dtype
+        )
+        if grad_dtype in (None, logits.dtype):
+            return logits
+        return logits.view(grad_dtype)[:, : logits.shape[1]]
+    return softmax_cross_entropy_backward_reference_(
+        logits, labels, lse, grad_logprobs, grad_lse, softcap, grad_dtype
+    )
+
+
+def softmax_cross_entropy_backward_reference_(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    grad_logprobs: Tensor,
+    grad_lse: Tensor | None = None,
+    softcap: float | None = None,
+    grad_dtype: torch.dtype | None = None,
+) -> Tensor:
+    ignored = labels == IGNORE_INDEX
+    grad = grad_logprobs.masked_fill(ignored, 0.0)
+    scale = -grad if grad_lse is None else grad_lse.masked_fill(ignored, 0.0) - grad
+    lse = lse.masked_fill(ignored, math.inf)  # makes the softmax of an ignored row 0
+    work, tanh = logits.to(_statistics_dtype(logits)), None
+    if softcap:
+        tanh = work.div_(softcap).tanh_()
+        work = tanh * softcap
+    work.sub_(lse[:, None]).exp_().mul_(scale[:, None])
+    work.scatter_add_(1, labels.masked_fill(ignored, 0)[:, None], grad[:, None])
+    if tanh is not None:
+        work.mul_(tanh.square_().neg_().add_(1))
+    return work.to(grad_dtype or logits.dtype)
+
+
+# ---- the library ----
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    """What is in hdp/libhdp.so, or why it is not used."""
+
+    devices: frozenset[str]  # device types that it has kernels for
+    text: str
+
+
+def describe(device: str) -> tuple[str, str]:
+    """(what implements the ops on "cpu" or "cuda", why): said when a run starts."""
+    if device in LIBRARY.devices:
+        return "csrc", LIBRARY.text
+    if LIBRARY.devices:
+        return "plain torch", f"csrc is built for {LIBRARY.text}: python csrc/build.py --mode cuda"
+    return "plain torch", LIBRARY.text
+
+
+def _load() -> Library:
+    path = Path(__file__).parent.with_name("libhdp.so")
+    sources = path.parent.parent / "csrc"  # in a checkout; an installed package has none
+    if not path.exists():
+        return Library(devices=frozenset(), text="csrc is not built")
+    if (sources / "library.cpp").exists():
+        newest = max(file.stat().st_mtime for file in sources.rglob("*") if file.suffix in _INPUTS)
+        if newest > path.stat().st_mtime:
+            reason = "hdp/libhdp.so is older than csrc/: python csrc/build.py"
+            return Library(devices=frozenset(), text=reason)
+    try:
+        torch.ops.load_library(str(path))
+        build_info = ctypes.CDLL(str(path)).hdp_build_info
+        build_info.restype = ctypes.c_char_p
+        text = build_info().decode().removeprefix("hdp build: ")
+        _register()
+    except (OSError, AttributeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or ["?"])[0]
+        return Library(devices=frozenset(), text=f"hdp/libhdp.so does not load: {reason}")
+    devices = {"cpu", "cuda"} if "cuda" in text else {"cpu"}
+    return Library(devices=frozenset(devices), text=text)
+
+
+def _register() -> None:
+    """Shapes for tracing (fake kernels), and the gradients of the ops that have one."""
+    fake, gradient = torch.library.register_fake, torch.library.register_autograd
+    for name in ("merge_lse_", "scatter_rows_", "softmax_cross_entropy_backward_"):
+        fake(f"hdp::{name}", _fake_in_place)
+    fake("hdp::gather_rows", _fake_gather_rows)
+    gradient("hdp::gather_rows", _gather_rows_backward, setup_context=_save_gather_rows)
+    fake("hdp::softmax_cross_entropy", _fake_softmax_cross_entropy)
+    gradient(
+        "hdp::softmax_cross_entropy",
+        _softmax_cross_entropy_backward,
+        setup_context=_save_softmax_cross_entropy,
+    )
+
+
+def _fake_in_place(*args: Any) -> None:
+    return None
+
+
+def _fake_gather_rows(x: Tensor, spans: list[int], dim: int) -> Tensor:
+    rows = sum(spans[1::2]) - sum(spans[::2])
+    return x.new_empty([*x.shape[:dim], rows, *x.shape[dim + 1 :]])
+
+
+def _save_gather_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.spans, ctx.dim = inputs
+    ctx.shape = x.shape
+
+
+def _gather_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad.new_zeros(ctx.shape)
+    torch.ops.hdp.scatter_rows_(grad_x, grad.contiguous(), ctx.spans, ctx.dim, False)
+    return grad_x, None, None
+
+
+def _fake_softmax_cross_entropy(
+    logits: Tensor, labels: Tensor, softcap: float
+) -> tuple[Tensor, Tensor]:
+    empty = logits.new_empty(labels.shape, dtype=_statistics_dtype(logits))
+    return empty, torch.empty_like(empty)
+
+
+def _save_softmax_cross_entropy(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
+    logits, labels, ctx.softcap = inputs
+    ctx.save_for_backward(logits, labels, output[1])
+
+
+def _softmax_cross_entropy_backward(
+    ctx: Any, grad_logprobs: Tensor, grad_lse: Tensor
+) -> tuple[Tensor | None, ...]:
+    logits, labels, lse = ctx.saved_tensors
+    grad = logits.clone()  # the caller's logits stay what they are; logprobs.py owns its own
+    torch.ops.hdp.softmax_cross_entropy_backward_(
+        grad, labels, lse, grad_logprobs.contiguous(), grad_lse.contiguous(), ctx.softcap, None
+    )
+    return grad, None, None
+
+
+# ---- small helpers ----
+
+
+def _native(x: Tensor) -> bool:
+    return x.device.type in LIBRARY.devices
+
+
+def _dense(x: Tensor, dim: int) -> bool:
+    """Dimensions from `dim` on lie densely one in the other."""
+    size = 1
+    for i in range(x.dim() - 1, dim - 1, -1):
+        if x.stride(i) != size and x.shape[i] > 1:
+            return False
+        size *= x.shape[i]
+    return dim == 0 or x.shape[0] <= 1 or x.stride(0) >= size
+
+
+def _adds(x: Tensor, values: Tensor, accumulate: bool) -> bool:
+    """Whether the native op can put or add `values` into `x`."""
+    half = values.dtype in (torch.bfloat16, torch.float16)
+    return x.dtype == values.dtype or (accumulate and half and x.dtype == torch.float32)
+
+
+def _all_rows(x: Tensor) -> Spans:
+    return ((0, x.shape[0]),)
+
+
+def _flat(spans: Spans) -> list[int]:
+    return [bound for span in spans for bound in span]
+
+
+def _views(x: Tensor, spans: Spans, dim: int) -> list[Tensor]:
+    return [x.narrow(dim, start, stop - start) for start, stop in spans]
+
+
+def _statistics_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+LIBRARY = _load()
+# Where csrc has no kernel for the GPU: rows vary from call to call, heads and head_dim do not.
+COMPILED_JOIN = Compiled(join_, varying=(0, 1, 0, 1))

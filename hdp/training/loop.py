@@ -1,0 +1,215 @@
+"""train(): a run, from its configuration to a trained model.
+
+The path, in reading order: data (tokens and lengths) -> sampler (ids of a global batch) -> plan
+(who holds what) -> feed (packed microbatches, one step ahead) -> step (forward, backward, reduce,
+optimize) -> metrics, checkpoints. `setup.py` builds the parts and `step.py` is one step; this file
+walks the steps, and resumes, saves and exports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from hdp.checkpoint.checkpointer import Checkpointer, CheckpointError
+from hdp.config import TrainConfig
+from hdp.data.feed import StepFeed
+from hdp.distributed.agree import on_all_ranks, on_rank_0
+from hdp.distributed.fsdp import full_state_dict
+from hdp.distributed.mesh import HDPMesh
+from hdp.distributed.watchdog import Watchdog
+from hdp.models.causal_lm import export_model
+from hdp.models.export_folder import check_target
+
+from .metrics import MetricsWriter, StepMetrics
+from .observe import Observer, write_trace
+from .optim import learning_rate, set_learning_rate
+from .setup import Run, set_up
+from .step import train_step
+
+_PLACES = ("model", "data", "tokenizer", "cache_dir", "run_dir", "cost", "export_hf")
+_LONG_S = 3600.0  # loading, saving and exporting may take so long before a rank counts as hung
+
+
+def train(config: TrainConfig) -> list[StepMetrics]:
+    """Train as `config` says, on all ranks that torchrun started (without torchrun: on one).
+
+    Returns the metrics of the logged steps, on all ranks. Raises ValueError for what
+    cannot be run, NonFiniteError before harm is done, RankFailure when another rank is lost, and
+    CheckpointError if the last save failed.
+    """
+    device = None if config.device == "auto" else config.device
+    with (
+        HDPMesh.create(hdp_size=config.hdp_size, device=device, timeout_s=_LONG_S) as mesh,
+        Watchdog.start(mesh, timeout_s=config.timeout_s) as watchdog,
+    ):
+        _check_same_options(config, mesh)
+        if config.export_hf:  # found out now, not after the last step
+            on_rank_0(partial(check_target, config.export_hf), mesh.hdp_group)
+        with watchdog.allow(_LONG_S, "loading data and model"):
+            run = set_up(config, mesh, watchdog)
+        with (
+            contextlib.closing(run),
+            Checkpointer(
+                Path(config.run_dir) / "checkpoints",
+                mesh=mesh,
+                keep_last=config.keep_last,
+                model_config=run.model.config.to_dict(),
+                seed=config.seed,
+            ) as checkpointer,
+        ):
+            if run.is_main:
+                (Path(config.run_dir) / "config.json").write_text(config.to_json() + "\n")
+            with watchdog.allow(_LONG_S, "loading a checkpoint"):
+                last_step, total_tokens = _resume(run, checkpointer)
+            metrics = list(_steps(run, checkpointer, last_step + 1, total_tokens))
+            with watchdog.allow(_LONG_S, "writing the last checkpoint and the model"):
+                _finish(run, checkpointer)
+    return metrics
+
+
+def _check_same_options(config: TrainConfig, mesh: HDPMesh) -> None:
+    """ValueError on all ranks if nodes were started with different flags. Collective.
+
+    Much would go unnoticed: each rank updates its shards by its own learning rate. Places may
+    differ: nodes have their own copies and caches.
+    """
+    ours = {name: value for name, value in asdict(config).items() if name not in _PLACES}
+    theirs = on_rank_0(lambda: ours, mesh.hdp_group)
+
+    def compare() -> None:
+        for name, value in theirs.items():
+            if ours[name] != value:
+                raise ValueError(
+                    f"ranks were started with different options: {name} is {ours[name]!r} here and "
+                    f"{value!r} on rank 0; give all nodes the same command"
+                )
+
+    on_all_ranks(compare, mesh.hdp_group)
+
+
+def _steps(
+    run: Run, checkpointer: Checkpointer, first_step: int, total_tokens: int
+) -> Iterator[StepMetrics]:
+    """Run steps first_step .. config.steps; yield the metrics of those that are logged.
+
+    total_tokens: tokens that the run has trained on before.
+    """
+    config, watchdog, sampler = run.config, run.watchdog, run.sampler
+    observer = Observer(run)
+    with (
+        MetricsWriter(
+            Path(config.run_dir),
+            tensorboard=config.tensorboard,
+            enabled=run.is_main,
+            first_step=first_step,
+            say=run.say,
+        ) as writer,
+        StepFeed(
+            run.dataset,
+            sampler,
+            run.plan,
+            rank=run.mesh.hdp_rank,
+            position=sampler.position,
+        ) as feed,
+    ):
+        batches, began = iter(feed), time.perf_counter()
+        for step in range(first_step, config.steps + 1):
+            watchdog.progress(step=step, what="waiting for its plan and tokens")
+            batch = next(batches)
+            lr = learning_rate(config, step)
+            set_learning_rate(run.context.optimizer, lr)
+            result = train_step(run.context, batch)
+            sampler.position = batch.next_position
+            total_tokens += int(batch.plan.seqlens.sum())
+            ended = time.perf_counter()
+            if step % config.log_every == 0 or step == config.steps:
+                metrics = observer.measure(
+                    step,
+                    batch,
+                    result,
+                    lr=lr,
+                    step_s=ended - began,
+                    total_tokens=total_tokens,
+                )
+                run.say(metrics.line(config.steps))
+                writer.write(metrics)
+                yield metrics
+            began = ended
+            if step == config.trace_step:
+                write_trace(run, step, batch)
+            if step == config.steps or (config.save_every and step % config.save_every == 0):
+                with watchdog.allow(_LONG_S, f"saving step {step}"):
+                    _save(run, checkpointer, step, total_tokens)
+
+
+def _resume(run: Run, checkpointer: Checkpointer) -> tuple[int, int]:
+    """(last step trained, tokens trained on) of the newest checkpoint; (0, 0) for a new run."""
+    newest = checkpointer.latest()
+    if newest is None:
+        return 0, 0
+    if not run.config.resume:
+        raise ValueError(
+            f"{newest} exists and --no-resume was given: choose another --run-dir, or remove it"
+        )
+    restored = checkpointer.load(model=run.model, optimizer=run.context.optimizer)
+    assert restored is not None
+    run.sampler.load_state_dict(restored.extra["sampler"])
+    run.say(
+        f"resumed from {restored.path}, step {restored.step}, "
+        f"written by {restored.world_size} ranks"
+    )
+    if restored.extra.get("data") != run.dataset.fingerprint:
+        run.say(
+            "the data's files, tokenizer or options are not those of that run, though all lengths "
+            "are: it goes on with the new ones"
+        )
+    if restored.step >= run.config.steps:
+        run.say(
+            f"nothing left of {run.config.steps} steps: raise --steps to go on, or name another "
+            "--run-dir for another run"
+        )
+    return restored.step, restored.extra["total_tokens"]
+
+
+def _save(run: Run, checkpointer: Checkpointer, step: int, total_tokens: int) -> None:
+    """Start a save. One that failed before is reported and does not stop the run."""
+    try:
+        checkpointer.wait()
+    except CheckpointError as error:
+        run.say(f"{error}; training goes on")
+    checkpointer.save(
+        step,
+        model=run.model,
+        optimizer=run.context.optimizer,
+        extra={
+            "sampler": run.sampler.state_dict(),
+            "total_tokens": total_tokens,
+            "data": run.dataset.fingerprint,
+        },
+    )
+
+
+def _finish(run: Run, checkpointer: Checkpointer) -> None:
+    """Wait for the last save, and export. That the save failed is no reason to lose the export."""
+    failed = None
+    try:
+        checkpointer.wait()
+    except CheckpointError as error:
+        failed = error
+    if run.config.export_hf:
+        _export(run, Path(run.config.export_hf))
+    if failed is not None:
+        raise failed
+
+
+def _export(run: Run, folder: Path) -> None:
+    """Write the model for `from_pretrained`. Collective; one rank writes."""
+    state = full_state_dict(run.model)
+    if run.is_main:
+        export_model(run.model, folder, state, tokenizer=run.dataset.tokenizer)
+        run.say(f"wrote {folder} in bf16: load it with AutoModelForCausalLM.from_pretrained")

@@ -1,0 +1,235 @@
+"""What a step reports: the log line, `metrics.jsonl`, TensorBoard.
+
+    step 120/2000  loss 2.3417  grad 0.87  lr 3.0e-4  tok/s/rank 11,204  mfu 41.3%
+    bubble 2.1% (plan 1.8%)  rings 1x412 2x9 8x1  mem 61.2 GiB  dt 3.91 s          (one line)
+
+tok/s/rank  tokens of the step / step time / ranks
+mfu         model flops (`ModelFlops`) / time / ranks / peak of a device: `--peak-tflops`, else the
+            data sheet's for bf16; left out where neither is known
+bubble      share of the step in which ranks wait or communicate, mean over ranks; beside it the one
+            that the planner predicted
+rings       number of sequences by ring degree: 412 on one rank, 9 on two, 1 on eight
+mem         most memory in use on any rank (device memory on a GPU, resident set on a CPU)
+host        most host memory that a rank's offloaded activations took; only with offload
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from hdp.scheduler import StepPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """One step, over all ranks."""
+
+    step: int
+    loss: float  # mean over the step's loss tokens, nats
+    grad_norm: float
+    lr: float
+    num_tokens: int
+    num_loss_tokens: int
+    num_seqs: int
+    total_tokens: int  # since the start of the run
+    hdp_size: int
+    step_s: float
+    tokens_per_s_per_rank: float
+    mfu: float | None
+    bubble: float
+    planned_bubble: float
+    planned_s: float
+    bytes_sent: int  # between ranks of rings, sum over ranks
+    mem_bytes: int
+    host_bytes: int  # of activations that offload held at once on one rank so far, the most
+    data_wait_s: float  # time that the step waited for its plan and tokens
+    rings: dict[int, int]  # degree -> sequences
+
+    def line(self, num_steps: int) -> str:
+        """The log line."""
+        rings = " ".join(f"{degree}x{count}" for degree, count in sorted(self.rings.items()))
+        parts = [
+            f"step {self.step}/{num_steps}",
+            f"loss {self.loss:.4f}",
+            f"grad {self.grad_norm:.2f}",
+            f"lr {_short(self.lr)}",
+            f"tok/s/rank {self.tokens_per_s_per_rank:,.0f}",
+            f"mfu {self.mfu:.1%}" if self.mfu is not None else "",
+            f"bubble {self.bubble:.1%} (plan {self.planned_bubble:.1%})",
+            f"rings {rings}",
+            f"mem {self.mem_bytes / 2**30:.1f} GiB",
+            f"host {self.host_bytes / 2**30:.1f} GiB" if self.host_bytes else "",
+            f"dt {self.step_s:.2f} s",
+        ]
+        return "  ".join(part for part in parts if part)
+
+
+def ring_counts(plan: StepPlan) -> dict[int, int]:
+    """Number of sequences by ring degree."""
+    return dict(sorted(Counter(plan.degrees.tolist()).items()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFlops:
+    """Floating-point operations that training a model needs, forward + backward.
+
+    6 per matmul weight and token that it works on, and 6 * attention_width * n^2 per layer for
+    causal attention: QK^T and PV at 2 * n^2 * width each, half of it masked, times 3 with backward.
+    What is computed twice to save memory is not counted; nor is the head on tokens without a label,
+    which it skips (logprobs.py).
+    """
+
+    num_params: int  # of the layers: all but embedding and head
+    head_params: int
+    num_layers: int
+    attention_width: int  # num_heads * head_dim
+
+    def of(self, seqlens: Sequence[int], num_loss_tokens: int) -> float:
+        """FLOPs of whole sequences of these lengths, of whose tokens so many have a label."""
+        tokens = math.fsum(seqlens)
+        squares = math.fsum(n * n for n in seqlens)
+        matmuls = self.num_params * tokens + self.head_params * num_loss_tokens
+        return 6.0 * (matmuls + self.num_layers * self.attention_width * squares)
+
+
+# Dense bf16 peak of a device by its name, flop/s: vendors' data sheets, without sparsity.
+_PEAK_FLOPS = {
+    "A10": 125e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "H20": 148e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "MI300X": 1307e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """bf16 flop/s of a device by the longest known name that is in its own; None if unknown.
+
+    Names are whole words: an RTX A1000 is no A100.
+    """
+    known = [name for name in _PEAK_FLOPS if re.search(rf"\b{name}\b", device_name)]
+    return _PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+class MetricsWriter:
+    """Appends each step to `metrics.jsonl` and, if asked for, to TensorBoard.
+
+    A context manager. `enabled=False` (all ranks but one) writes nothing. Steps from `first_step`
+    on that are there already were trained and lost before a resume: they are taken out.
+
+    A full disk stops no training: `say` tells of it once, rows wait in memory and are written when
+    there is room again; TensorBoard, whose writer is broken then, gets no more of this run.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        tensorboard: bool,
+        enabled: bool = True,
+        first_step: int = 1,
+        say: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self._file: FileIO | None = None
+        self._board: Any = None
+        self._say = say
+        self._unwritten = b""
+        self._is_failing = False
+        if not enabled:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        _keep_steps_before(path, first_step)
+        # without a buffer: a killed run keeps its last step, and it is known what was written
+        self._file = FileIO(path, "a")
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError(
+                    "--tensorboard needs the tensorboard package: pip install tensorboard"
+                ) from None
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def write(self, metrics: StepMetrics) -> None:
+        if self._file is None:
+            return
+        values = asdict(metrics)
+        self._unwritten += json.dumps(values).encode() + b"\n"
+        self._append()
+        if self._board is not None:
+            try:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)) and name != "step":
+                        self._board.add_scalar(name, value, metrics.step)
+            except OSError as error:
+                self._board = None
+                self._say(f"TensorBoard gets no more of this run: {error}")
+
+    def _append(self) -> None:
+        """Write what is not written yet, as far as there is room."""
+        assert self._file is not None
+        try:
+            while self._unwritten:
+                written = self._file.write(self._unwritten)
+                self._unwritten = self._unwritten[written:]
+            self._is_failing = False
+        except OSError as error:
+            if not self._is_failing:
+                self._say(f"cannot write {self._file.name}: {error}; will try again")
+            self._is_failing = True
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._append()
+            if self._unwritten:
+                self._say(f"{self._file.name} lacks the last {self._unwritten.count(10)} rows")
+            self._file.close()
+        if self._board is not None:
+            with suppress(OSError):
+                self._board.close()
+
+
+def _keep_steps_before(path: Path, first_step: int) -> None:
+    """Drop the rows of later steps, and a last one that was cut off, by one rename."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < first_step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    rest = path.with_suffix(".partial")
+    rest.write_text("".join(kept), encoding="utf-8")
+    rest.replace(path)
+
+
+def _short(value: float) -> str:
+    """3.0e-4 rather than 3.0e-04."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"

@@ -1,0 +1,243 @@
+"""AdamW on sharded parameters, and the learning rate as a pure function of the step.
+
+AdamW (Loshchilov and Hutter, arXiv 1711.05101): the decay of weights is decoupled from the gradient
+and scaled by the learning rate. Matrices decay; norms, biases and other vectors do not. The update
+is elementwise, so each rank updates its own shards and nothing is communicated.
+
+Three implementations of the same update, with the same state dict: a run may change between them.
+
+    adamw               torch's fused kernel where the device has one, else its foreach loops
+    apex                apex's multi-tensor kernel (FusedAdam's)
+    transformer_engine  Transformer Engine's (FusedAdam's)
+
+The last two are errors where the library is not installed.
+
+The schedule is a value, not an object that counts: learning rate = schedule(step). Resuming needs
+the step and nothing else.
+
+    optimizer = build_optimizer(model, lr=3e-4, weight_decay=0.1)
+    set_learning_rate(optimizer, learning_rate(config, step))
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hdp.attention.kernels.transformer_engine import load_adam as _load_transformer_engine
+
+if TYPE_CHECKING:
+    from hdp.config import TrainConfig
+
+# Tensors and numbers of one launch -> the update, in place; see KernelAdamW._step_group.
+AdamKernel = Callable[..., None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmupCosine:
+    """Linear warm-up, then half a cosine down to `min_lr`; flat from `total_steps` on.
+
+    Steps count from 0. The first step of a warm-up already learns: peak_lr / warmup_steps; step
+    `warmup_steps` has peak_lr (test_schedule_corners).
+    """
+
+    peak_lr: float
+    warmup_steps: int
+    total_steps: int
+    min_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.peak_lr > 0 and math.isfinite(self.peak_lr)):
+            raise ValueError(f"peak_lr={self.peak_lr} must be positive and finite")
+        if not 0 <= self.min_lr <= self.peak_lr:
+            raise ValueError(f"min_lr={self.min_lr} is not in 0..peak_lr={self.peak_lr}")
+        if self.total_steps < 1 or not 0 <= self.warmup_steps <= self.total_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} of total_steps={self.total_steps}: need at "
+                "least one step, and a warm-up that is no longer than the run"
+            )
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of step `step`."""
+        if step < 0:
+            raise ValueError(f"step={step} is negative; steps count from 0")
+        if step < self.warmup_steps:
+            return self.peak_lr * (step + 1) / self.warmup_steps
+        if step >= self.total_steps:
+            return self.min_lr
+        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.min_lr + (self.peak_lr - self.min_lr) * cosine
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of the run's `step`, counted from 1. A run that is shorter than its warm-up
+    stops within it."""
+    schedule = WarmupCosine(
+        peak_lr=config.lr,
+        warmup_steps=config.warmup_steps,
+        total_steps=max(config.steps, config.warmup_steps),
+        min_lr=config.lr * config.min_lr_ratio,
+    )
+    return schedule(step - 1)
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    backend: Literal["adamw", "apex", "transformer_engine"] = "adamw",
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of `model`, in a decaying and a non-decaying group.
+
+    Call it after `parallel.shard`: sharding replaces the parameters.
+
+    Raises ValueError for values out of range, a model without trainable parameters, and a back end
+    whose library or CUDA device is missing.
+    """
+    if not (weight_decay >= 0 and math.isfinite(weight_decay)):
+        raise ValueError(f"weight_decay={weight_decay} must be 0 or more")
+    groups = decay_groups(model, weight_decay)
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
+    if backend in _LIBRARIES:
+        return KernelAdamW(groups, library=backend, **options)
+    if backend != "adamw":
+        known = ", ".join(map(repr, ("adamw", *_LIBRARIES)))
+        raise ValueError(f"optimizer {backend!r} is unknown; choose one of {known}")
+    device = groups[0]["params"][0].device
+    fused = device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(groups, **options, fused=fused, foreach=not fused)
+    optimizer.register_load_state_dict_pre_hook(_keep_options)
+    return optimizer
+
+
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """What runs, for the start-up report."""
+    if isinstance(optimizer, KernelAdamW):
+        return f"AdamW ({optimizer.library})"
+    kind = "fused" if optimizer.defaults.get("fused") else "foreach"
+    return f"AdamW (torch, {kind})"
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay by `weight_decay`, norms, biases and all else 1-D do not."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError(f"{type(model).__name__} has no trainable parameters")
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Use `lr` from the next step on, in every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class KernelAdamW(torch.optim.AdamW):
+    """torch's AdamW, its state and its groups, updated by a library's multi-tensor kernel.
+
+    The libraries' own FusedAdam classes keep their step counts elsewhere, and apex's cannot update
+    DTensors. This gives the kernel the local shards and keeps the state that checkpoints know how
+    to reshard.
+    """
+
+    def __init__(self, params: Any, *, library: str, **options: Any) -> None:
+        self._kernel = _LIBRARIES[library]()
+        self.library = library
+        super().__init__(params, **options, fused=False, foreach=False)
+        device = self.param_groups[0]["params"][0].device
+        if device.type != "cuda":
+            raise ValueError(
+                f"optimizer {library!r} updates parameters on cuda, these are on {device}: "
+                "move them, or use 'adamw'"
+            )
+        self._overflow = torch.zeros(1, dtype=torch.int32, device=device)
+        self.register_load_state_dict_pre_hook(_keep_options)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        columns: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
+        self._init_group(group, *columns)
+        params, grads, averages, squares, _, steps = columns
+        by_step: dict[int, list[int]] = defaultdict(list)
+        for i, step in enumerate(steps):  # on the CPU: no wait for the GPU
+            step += 1
+            # Shards may be empty. apex's launcher drops all that it holds if the last one is.
+            if _local(params[i]).numel():
+                by_step[int(step.item())].append(i)
+        beta1, beta2 = group["betas"]
+        for count, members in by_step.items():
+            lists = [
+                [_local(tensors[i]) for i in members]
+                for tensors in (grads, params, averages, squares)
+            ]
+            self._kernel(
+                self._overflow,
+                lists,
+                float(group["lr"]),
+                beta1,
+                beta2,
+                group["eps"],
+                count,
+                1,  # decoupled decay
+                1,  # bias correction
+                group["weight_decay"],
+            )
+
+
+def _keep_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A loaded state says what was learnt, not how to go on: options and kernel are this run's.
+
+    Else a run resumed with another weight decay or beta would go on with the old one, unnoticed.
+    """
+    groups = [
+        {**saved, **{key: value for key, value in ours.items() if key != "params"}}
+        for saved, ours in zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return {**state_dict, "param_groups": groups}
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _load_apex() -> AdamKernel:
+    try:
+        import amp_C  # apex's compiled extension
+        from apex.multi_tensor_apply import multi_tensor_applier
+    except ImportError as error:
+        raise ValueError(
+            f"optimizer 'apex' was asked for but apex cannot be imported ({error}); build it with "
+            "its C++ and CUDA extensions (github.com/NVIDIA/apex), or use 'adamw'"
+        ) from error
+    return partial(multi_tensor_applier, amp_C.multi_tensor_adam)
+
+
+_LIBRARIES: dict[str, Callable[[], AdamKernel]] = {
+    "apex": _load_apex,
+    "transformer_engine": _load_transformer_engine,
+}

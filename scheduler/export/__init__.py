@@ -1,0 +1,1 @@
+"""Plans for other frameworks: schedulers with Megatron's and verl's interfaces."""

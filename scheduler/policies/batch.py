@@ -1,0 +1,167 @@
+"""Batch: the checked arguments of plan(), as columns over jobs.
+
+A job is what must be placed together: one sequence, or one unit (sequences that share a microbatch
+on the same ranks, such as the two of a DPO pair). Jobs are in the order of their first sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hdp.scheduler.costs.cost_model import CostModel
+
+# What columns and float64 hold exactly, and what a planner can be meant for.
+_MOST_RANKS, _MOST_STAGES, _MOST_TOKENS = 2**24, 1024, 2**53
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What every policy gets. Job j is `job_seqs[job_offsets[j]:job_offsets[j + 1]]`."""
+
+    seqlens: np.ndarray  # (num_seqs,) int64, tokens
+    job_offsets: np.ndarray  # (num_jobs + 1,) int64
+    job_seqs: np.ndarray  # (num_seqs,) int64
+    hdp_size: int
+    max_tokens_per_rank: int
+    cost: CostModel
+    pp_size: int = 1
+    ranks_per_node: int | None = None
+    offload: bool = False
+    equal_counts: bool = False
+
+    @property
+    def num_jobs(self) -> int:
+        return len(self.job_offsets) - 1
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.seqlens)
+
+    @property
+    def has_units(self) -> bool:
+        return self.num_jobs < self.num_seqs
+
+    @property
+    def job_tokens(self) -> np.ndarray:
+        """(num_jobs,) int64: tokens of each job."""
+        return self.job_sum(self.seqlens)
+
+    @property
+    def job_squares(self) -> np.ndarray:
+        """(num_jobs,) float64: sum of the squared lengths of each job."""
+        return self.job_sum(self.seqlens.astype(np.float64) ** 2)
+
+    def job_sum(self, per_seq: np.ndarray) -> np.ndarray:
+        """(num_jobs,): sum of a column over the sequences of each job."""
+        if not self.has_units:
+            return per_seq
+        return np.add.reduceat(per_seq[self.job_seqs], self.job_offsets[:-1])
+
+    def tokens_per_rank(self, degree: np.ndarray) -> np.ndarray:
+        """(num_jobs,) int64: tokens of the fullest rank with each job on `degree` ranks."""
+        if not self.has_units:
+            return -(-self.seqlens // degree)
+        return self.job_sum(-(-self.seqlens // self.by_seq(degree)))
+
+    def seconds(self, degree: np.ndarray) -> np.ndarray:
+        """(num_jobs,) float64: seconds of each job on each of its `degree` ranks, no fixed_s."""
+        across = degree > (self.ranks_per_node or self.hdp_size)
+        return self.cost.unit_s(self.job_squares, self.job_tokens, degree, across)
+
+    def by_seq(self, per_job: np.ndarray) -> np.ndarray:
+        """(num_seqs,): each sequence's value of a column over jobs."""
+        result = np.empty(self.num_seqs, dtype=per_job.dtype)
+        result[self.job_seqs] = np.repeat(per_job, np.diff(self.job_offsets))
+        return result
+
+    @classmethod
+    def check(
+        cls,
+        seqlens: Sequence[int] | np.ndarray,
+        *,
+        hdp_size: int,
+        max_tokens_per_rank: int,
+        cost: CostModel,
+        units: Sequence[int] | np.ndarray | None = None,
+        pp_size: int = 1,
+        ranks_per_node: int | None = None,
+        offload: bool = False,
+        equal_counts: bool = False,
+    ) -> Batch:
+        """Validate what the caller gave. Raises ValueError with the values and the remedy."""
+        _positive_integer("hdp_size", hdp_size, most=_MOST_RANKS)
+        _positive_integer("max_tokens_per_rank", max_tokens_per_rank, most=_MOST_TOKENS)
+        _positive_integer("pp_size", pp_size, most=_MOST_STAGES)
+        if not isinstance(cost, CostModel):
+            raise ValueError(f"cost must be a CostModel, not {type(cost).__name__}")
+        lengths = _integers("seqlens", seqlens)
+        if not len(lengths):
+            raise ValueError("empty batch: give at least one sequence")
+        bad = np.flatnonzero(lengths < 1)
+        if len(bad):
+            raise ValueError(
+                f"seqlens[{bad[0]}] is {lengths[bad[0]]}; drop empty sequences before planning"
+            )
+        if float(lengths.sum(dtype=np.float64)) > _MOST_TOKENS:
+            raise ValueError(
+                f"{len(lengths)} sequences of {lengths.sum(dtype=np.float64):.3g} tokens, the "
+                f"longest of {lengths.max()}: more than 2**53 cannot be counted; are these tokens?"
+            )
+        if ranks_per_node is not None:
+            _positive_integer("ranks_per_node", ranks_per_node)
+            if hdp_size % ranks_per_node and hdp_size > ranks_per_node:
+                raise ValueError(
+                    f"hdp_size={hdp_size} is not a multiple of ranks_per_node={ranks_per_node}; "
+                    "use whole nodes, or leave ranks_per_node out"
+                )
+            ranks_per_node = min(ranks_per_node, hdp_size)
+        offsets, seqs = np.arange(len(lengths) + 1), np.arange(len(lengths))
+        if units is not None:
+            offsets, seqs = _group(_integers("units", units), len(lengths))
+        return cls(
+            seqlens=lengths,
+            job_offsets=offsets,
+            job_seqs=seqs,
+            hdp_size=int(hdp_size),
+            max_tokens_per_rank=int(max_tokens_per_rank),
+            cost=cost,
+            pp_size=int(pp_size),
+            ranks_per_node=ranks_per_node,
+            offload=bool(offload),
+            equal_counts=bool(equal_counts),
+        )
+
+
+def _positive_integer(name: str, value: object, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer >= 1")
+    if most is not None and value > most:
+        raise ValueError(f"{name}={value} must be at most {most}; is it another quantity?")
+
+
+def _integers(name: str, values: Sequence[int] | np.ndarray) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"{name} must be one-dimensional, not of shape {array.shape}")
+    if not len(array):
+        return array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers, not {array.dtype}, for example {array[0]!r}")
+    if array.dtype.kind == "u" and int(array.max()) > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} has {int(array.max())}, which is no int64")
+    return array.astype(np.int64)
+
+
+def _group(units: np.ndarray, num_seqs: int) -> tuple[np.ndarray, np.ndarray]:
+    """CSR of sequences by unit, units in the order of their first sequence."""
+    if len(units) != num_seqs:
+        raise ValueError(f"{len(units)} units for {num_seqs} sequences; give one unit per sequence")
+    _, first, inverse = np.unique(units, return_index=True, return_inverse=True)
+    rank_of_unit = np.empty(len(first), dtype=np.int64)
+    rank_of_unit[np.argsort(first)] = np.arange(len(first))
+    job = rank_of_unit[inverse]
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(job))])
+    return offsets, np.argsort(job, kind="stable")

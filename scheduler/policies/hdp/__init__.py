@@ -1,0 +1,1 @@
+"""The hdp policy: list scheduling of moldable tasks. Start with search.py."""

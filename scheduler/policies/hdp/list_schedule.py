@@ -1,0 +1,229 @@
+"""One attempt of the hdp policy: given a target and limits, put every job somewhere. Columnar.
+
+The numbers of the steps are those of search.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hdp.scheduler.policies.batch import Batch
+from hdp.scheduler.policies.memory import max_pack_tokens
+from hdp.scheduler.policies.to_step_plan import assemble
+from hdp.scheduler.step_plan import StepPlan
+
+from .degrees import Degrees, Widening
+from .joins import Joins
+from .lpt import best_fit_by_rank, fill
+from .ring_placement import Columns, Ring
+
+# At least so many units make a microbatch where its time is limited.
+_FINE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What an attempt aims at, in ticks."""
+
+    target: int  # finishing time of the ranks, less what pipelines add
+    degree: int  # jobs are widened until they take no longer
+    coarse: int  # longer local jobs are placed among the rings
+    microbatch: int | None = None  # local jobs that share a microbatch take no longer
+    even: bool = False  # rings get the next degree that divides the ranks well
+    entries: int | None = None  # rings may have so many ranks in all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spans:
+    """Contiguous ranks of rings, (num_spans,) int64 each; a ring may have several spans."""
+
+    job: np.ndarray
+    first: np.ndarray  # rank
+    size: np.ndarray  # ranks
+    index: np.ndarray  # of the microbatch, on all of them
+
+    def take(self, chosen: np.ndarray) -> Spans:
+        return Spans(
+            job=self.job[chosen],
+            first=self.first[chosen],
+            size=self.size[chosen],
+            index=self.index[chosen],
+        )
+
+    def by_rank(self, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Every rank of every span, and the span's value of a column for it."""
+        along = np.arange(int(self.size.sum())) - np.repeat(
+            np.cumsum(self.size) - self.size, self.size
+        )
+        return np.repeat(self.first, self.size) + along, np.repeat(column, self.size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """How local jobs share microbatches: by size, of tokens or of time, whichever asks for more."""
+
+    capacity: int  # of a microbatch
+    token: int  # size of one token
+    size: np.ndarray  # (num_jobs,) int64, at most `capacity`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """Where everything is. `end` is the finishing time in ticks; with pipelines an estimate."""
+
+    degree: np.ndarray  # (num_jobs,) int64
+    rings: Spans
+    local: np.ndarray  # (num_local,) int64, jobs that are on one rank and not in `rings`
+    rank: np.ndarray  # (num_local,) int64
+    index: np.ndarray  # (num_local,) int64, of the microbatch on that rank
+    first_free: np.ndarray  # (hdp_size,) int64, microbatches before those of `local`
+    packing: Packing
+    end: int
+
+
+def attempt(degrees: Degrees, limits: Limits) -> Attempt | None:
+    """Steps 2 to 5 of search.py; None if rings would be on more ranks than `limits.entries`."""
+    batch = degrees.batch
+    # 2. Degrees. A local job's share of fixed_s is its share of a microbatch.
+    degree, ticks = degrees.low.copy(), degrees.low_ticks.copy()
+    packing = _packing(degrees, limits.microbatch)
+    part = degrees.fixed * (packing.size / packing.capacity)
+    share = ticks - degrees.fixed + np.rint(part).astype(np.int64)
+    jobs = np.flatnonzero((degree > 1) | (share > min(limits.degree, limits.coarse)))
+    widening = Widening(degrees, jobs)
+    degree[jobs], ticks[jobs] = widening.fit(limits.degree)
+    if limits.even:
+        degree[jobs] = widening.even(degree[jobs])
+        ticks[jobs] = degrees.ticks(jobs, degree[jobs])
+    if limits.entries is not None and int(degree[jobs].sum()) > limits.entries:
+        return None
+    work = int((np.where(degree > 1, ticks, share) * degree).sum())
+    longest = int(ticks[jobs].max()) if len(jobs) else 0
+    target = max(limits.target, -(-work // batch.hdp_size), longest)
+    # 3. Rings.
+    load, placed = _place(degrees, widening, degree[jobs], ticks[jobs], target, work)
+    degree[jobs] = [ring.degree for ring in placed]
+    ticks[jobs] = degrees.ticks(jobs, degree[jobs])
+    rings = _spans(jobs, placed)
+    first_free, loose = _loose(rings, degree, batch.hdp_size)
+    np.subtract.at(load, loose.first, ticks[loose.job] - share[loose.job])
+    # 4. Local jobs.
+    others = np.ones(batch.num_jobs, dtype=bool)
+    others[jobs] = False
+    local = np.flatnonzero(others)
+    local = local[np.argsort(-share[local], kind="stable")]
+    rank = fill(load, share[local])
+    # 5. Microbatches.
+    local, rank = np.concatenate([loose.job, local]), np.concatenate([loose.first, rank])
+    bins, num_bins = best_fit_by_rank(rank, packing.size[local], packing.capacity, batch.hdp_size)
+    np.subtract.at(load, loose.first, share[loose.job])
+    load += degrees.fixed * num_bins
+    np.add.at(load, rank, ticks[local] - degrees.fixed)
+    end = int(load.max())
+    if batch.pp_size == 1:  # the fullest last: gradients are reduced during its backward
+        bins = num_bins[rank] - 1 - bins
+    else:
+        end += (batch.pp_size - 1) * max(longest, limits.microbatch or 0)
+    others[loose.job] = True
+    return Attempt(
+        degree=degree,
+        rings=rings.take(~others[rings.job]),
+        local=local,
+        rank=rank,
+        index=first_free[rank] + bins,
+        first_free=first_free,
+        packing=packing,
+        end=end,
+    )
+
+
+def _loose(rings: Spans, degree: np.ndarray, num_ranks: int) -> tuple[np.ndarray, Spans]:
+    """Microbatches up to the last ring of each rank, and the local jobs that come after it: those
+    have a rank, and share microbatches like all others."""
+    first_free = np.zeros(num_ranks, dtype=np.int64)
+    wide = rings.take(degree[rings.job] > 1)
+    np.maximum.at(first_free, *wide.by_rank(wide.index + 1))
+    return first_free, rings.take(
+        (degree[rings.job] == 1) & (rings.index >= first_free[rings.first])
+    )
+
+
+def _packing(degrees: Degrees, longest: int | None) -> Packing:
+    """Sizes are exact in tokens; a limit on time is rounded to the safe side."""
+    tokens = max_pack_tokens(degrees.batch)
+    if longest is None:
+        return Packing(capacity=tokens, token=1, size=np.minimum(degrees.tokens, tokens))
+    token = -(-_FINE // tokens)
+    capacity = token * tokens
+    own = np.ceil((degrees.low_ticks - degrees.fixed) * (capacity / max(longest, 1)))
+    size = np.maximum(degrees.tokens * token, own.astype(np.int64))
+    return Packing(capacity=capacity, token=token, size=np.minimum(size, capacity))
+
+
+def _place(
+    degrees: Degrees,
+    widening: Widening,
+    degree: np.ndarray,
+    ticks: np.ndarray,
+    target: int,
+    work: int,
+) -> tuple[np.ndarray, list[Ring]]:
+    """Step 3: columns, then joins. Returns the load of each rank, and the rings."""
+    jobs, low, cap = widening.jobs, widening.low.tolist(), widening.cap.tolist()
+    columns = Columns(
+        num_ranks=degrees.batch.hdp_size,
+        node=degrees.node,
+        target=target,
+        cap=widening.cap,
+        ticks_at=lambda ring, width: int(degrees.ticks(jobs[ring], width)),
+    )
+    late = columns.place(degree, ticks, work - int((degree * ticks).sum()))
+    load, depth = columns.tops()
+    rings = columns.rings
+    if late:
+        joins = Joins(
+            load,
+            depth,
+            node=degrees.node,
+            ticks_at=lambda ring, widths: degrees.ticks(jobs[ring], widths),
+        )
+        size = (degree * ticks).tolist()
+        for ring in sorted(late, key=lambda r: (-size[r], r)):
+            rings[ring] = joins.place(ring, low[ring], cap[ring])
+        load = joins.load
+    return load, [rings[i] for i in range(len(degree))]
+
+
+def _spans(jobs: np.ndarray, rings: list[Ring]) -> Spans:
+    rows = [(ring.depth, first, size) for ring in rings for first, size in ring.spans]
+    index, first, size = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    job = np.repeat(jobs, [len(ring.spans) for ring in rings])
+    return Spans(job=job, first=first, size=size, index=index)
+
+
+def build(batch: Batch, made: Attempt) -> StepPlan:
+    """The plan of an attempt."""
+    ones = np.ones_like(made.rank)
+    spans = Spans(
+        job=np.concatenate([made.rings.job, made.local]),
+        first=np.concatenate([made.rings.first, made.rank]),
+        size=np.concatenate([made.rings.size, ones]),
+        index=np.concatenate([made.rings.index, made.index]),
+    )
+    spans = spans.take(np.argsort(spans.job, kind="stable"))
+    ranks, index = spans.by_rank(spans.index)
+    if batch.has_units:  # every sequence of a job has the job's ring
+        offset = np.cumsum(made.degree) - made.degree
+        count, first = batch.by_seq(made.degree), batch.by_seq(offset)
+        along = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+        take = np.repeat(first, count) + along
+        ranks, index = ranks[take], index[take]
+    return assemble(
+        batch,
+        policy="hdp",
+        degree=batch.by_seq(made.degree),
+        ring_ranks=ranks,
+        index=index,
+    )

@@ -1,0 +1,143 @@
+"""Filling ranks with local jobs: who gets which, and what shares a microbatch. Columnar.
+
+Times are integer ticks, so that sums do not depend on the order or the machine.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+
+import numpy as np
+
+from hdp.scheduler.policies.packing import best_fit
+
+# Rounds of longest_first that place fewer jobs than this go through a heap instead.
+_FEW = 24
+_HEAP_RUN = 512
+# Parts of the mean load: what LPT may leave above it, and what best fit aims at.
+_ENOUGH, _GOAL = 8192, 16384
+# Ranks with more jobs than this are packed one after the other.
+_MANY = 256
+
+
+def longest_first(load: np.ndarray, ticks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Longest job to the least loaded rank, again and again (LPT), on top of what ranks have.
+
+    load: (num_ranks,) int64, ticks; ticks: (num_jobs,) int64, falling. Returns the rank of each
+    job (num_jobs,) int64 and the new loads. Jobs are placed in rounds: the k least loaded ranks
+    take one job each, with the largest k for which plain LPT would have done the same.
+    """
+    load = load.copy()
+    ranks = np.empty(len(ticks), dtype=np.int64)
+    at = 0
+    while at < len(ticks):
+        order = np.argsort(load, kind="stable")[: len(ticks) - at]
+        low, sizes = load[order], ticks[at : at + len(order)]
+        ends = low + sizes
+        # Job k goes to a fresh rank while that is not fuller than any that got a job this round.
+        late = low[1:] > np.minimum.accumulate(ends[:-1])
+        count = int(np.argmax(late)) + 1 if late.any() else len(order)
+        if count < _FEW < len(ticks) - at:
+            stop = min(at + _HEAP_RUN, len(ticks))
+            _by_heap(load, ticks, ranks, at, stop)
+            at = stop
+            continue
+        load[order[:count]] = ends[:count]
+        ranks[at : at + count] = order[:count]
+        at += count
+    return ranks, load
+
+
+def _by_heap(load: np.ndarray, ticks: np.ndarray, ranks: np.ndarray, at: int, stop: int) -> None:
+    """Plain LPT for jobs [at, stop), in place."""
+    # Only the least loaded ranks can be reached by so few jobs.
+    order = np.argsort(load, kind="stable")[: stop - at]
+    heap = list(zip(load[order].tolist(), order.tolist(), strict=True))  # sorted is a heap
+    chosen = []
+    for size in ticks[at:stop].tolist():
+        low, rank = heap[0]
+        heapq.heapreplace(heap, (low + size, rank))
+        chosen.append(rank)
+    ranks[at:stop] = chosen
+    for end, rank in heap:
+        load[rank] = end
+
+
+def fill(load: np.ndarray, ticks: np.ndarray) -> np.ndarray:
+    """(num_jobs,) int64: the rank of each local job; arguments as in longest_first.
+
+    LPT alone leaves differences of the order of the smallest jobs. Where they matter, the last two
+    jobs per rank go by best fit instead: the longest first, to the fullest rank that stays below
+    the mean load and a little.
+    """
+    ranks, ends = longest_first(load, ticks)
+    num_ranks = len(load)
+    goal = max((int(load.sum()) + int(ticks.sum())) // num_ranks, int(load.max()))
+    goal += goal // _GOAL
+    if int(ends.max()) <= goal + goal // _ENOUGH:
+        return ranks
+    first = max(len(ticks) - 2 * num_ranks, 0)
+    fitted, low = longest_first(load, ticks[:first])
+    room = sorted(zip((goal - low).tolist(), range(num_ranks), strict=True))
+    chosen = []
+    for size in ticks[first:].tolist():
+        at = bisect_left(room, (size, -1))
+        left, rank = room.pop(min(at, len(room) - 1))  # the emptiest one where none fits
+        insort(room, (left - size, rank))
+        chosen.append(rank)
+    fullest = goal - room[0][0]
+    return np.concatenate([fitted, chosen]) if fullest < int(ends.max()) else ranks
+
+
+def best_fit_by_rank(
+    ranks: np.ndarray,
+    sizes: np.ndarray,
+    capacity: int,
+    num_ranks: int,
+    opened: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Best-fit decreasing packing, on each rank by itself and on all ranks at once.
+
+    ranks, sizes: (num_jobs,) int64 rank and size of each job, every size in [1, capacity]; opened:
+    (num_ranks, num_opened) int64 room of bins that exist already. Returns the bin of each job on
+    its rank (num_jobs,) int64, first the opened ones, then new ones in the order of opening, and
+    the number of new bins of each rank (num_ranks,) int64.
+    """
+    if opened is None:
+        opened = np.empty((num_ranks, 0), dtype=np.int64)
+    num_opened = opened.shape[1]
+    bins = np.zeros(len(sizes), dtype=np.int64)
+    num_bins = np.zeros(num_ranks, dtype=np.int64)
+    if not len(sizes):
+        return bins, num_bins
+    order = np.lexsort((-sizes, ranks))
+    count = np.bincount(ranks, minlength=num_ranks)
+    if int(count.max()) > _MANY:
+        for rank, jobs in enumerate(np.split(order, np.cumsum(count)[:-1])):
+            bins[jobs] = best_fit(sizes[jobs], capacity, opened[rank].tolist())
+        np.maximum.at(num_bins, ranks, bins + 1 - num_opened)
+        return bins, num_bins
+    first = np.cumsum(count) - count
+    busiest = np.argsort(-count, kind="stable")
+    falling = count[busiest]
+    # Rows in the order of `busiest`.
+    room = np.concatenate(
+        [opened[busiest], np.full((num_ranks, 4), capacity, dtype=np.int64)], axis=1
+    )
+    for k in range(int(falling[0])):
+        active = int(np.searchsorted(-falling, -k, side="left"))  # ranks with more than k jobs
+        jobs = order[first[busiest[:active]] + k]
+        size = sizes[jobs]
+        left = room[:active] - size[:, None]
+        chosen = np.argmin(np.where(left >= 0, left, capacity + 1), axis=1)
+        rows = np.arange(active)
+        if bool((left[rows, chosen] < 0).any()):  # some rank has no bin left: make more
+            more = np.full((num_ranks, room.shape[1]), capacity, dtype=np.int64)
+            room = np.concatenate([room, more], axis=1)
+            left = room[:active] - size[:, None]
+            chosen = np.argmin(np.where(left >= 0, left, capacity + 1), axis=1)
+        room[rows, chosen] = left[rows, chosen]
+        bins[jobs] = chosen
+    num_bins[busiest] = (room[:, num_opened:] < capacity).sum(axis=1)
+    return bins, num_bins

@@ -1,0 +1,80 @@
+"""From where pieces were put to the columns of a StepPlan.
+
+Policies decide two things, each in flat arrays: the ring of every sequence, and for every
+(sequence, rank of its ring) the index of the microbatch in that rank's list. The rest follows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hdp.scheduler.step_plan import StepPlan
+
+from .batch import Batch
+from .memory import least_ratio
+
+
+def assemble(
+    batch: Batch,
+    *,
+    policy: str,
+    degree: np.ndarray,
+    ring_ranks: np.ndarray,
+    index: np.ndarray,
+    notes: dict[str, Any] | None = None,
+) -> StepPlan:
+    """StepPlan from rings and microbatch indices.
+
+    degree (num_seqs,) and ring_ranks (sum of degree,) are the rings of the sequences in order;
+    index (sum of degree,) is for each entry of ring_ranks the local index of its microbatch on
+    that rank. An index that nothing uses is closed up; but with pp_size > 1, when a shared
+    microbatch has one index, or with equal counts, it is an empty microbatch. Microbatches that are
+    over the capacity get the smallest offload ratio with which they fit; notes["ranks_saved"] says
+    how many ranks fewer sequences have than without offload.
+    """
+    seq = np.repeat(np.arange(batch.num_seqs), degree)
+    if batch.pp_size == 1 and not batch.equal_counts:
+        index = _closed_up(ring_ranks, index, batch.hdp_size)
+    counts = np.ones(batch.hdp_size, dtype=np.int64)
+    np.maximum.at(counts, ring_ranks, index + 1)
+    if batch.equal_counts:
+        counts[:] = counts.max()
+    microbatch_offsets = np.concatenate([[0], np.cumsum(counts)])
+    microbatch = microbatch_offsets[ring_ranks] + index
+    local = np.repeat(degree == 1, degree)
+    order = np.argsort(microbatch * 2 + local, kind="stable")
+    num_pieces = np.bincount(microbatch, minlength=microbatch_offsets[-1])
+    ratio = np.zeros(microbatch_offsets[-1])
+    if batch.offload:
+        shards = -(-batch.seqlens // degree)  # of the fullest rank: all ranks of a ring agree
+        tokens = np.bincount(microbatch, weights=np.repeat(shards, degree), minlength=len(ratio))
+        ratio = least_ratio(batch, tokens)
+        alone = -(-batch.seqlens // batch.max_tokens_per_rank)
+        notes = {**(notes or {}), "ranks_saved": int(np.maximum(alone - degree, 0).sum())}
+    return StepPlan(
+        policy=policy,
+        hdp_size=batch.hdp_size,
+        max_tokens_per_rank=batch.max_tokens_per_rank,
+        pp_size=batch.pp_size,
+        ranks_per_node=batch.ranks_per_node,
+        seqlens=batch.seqlens,
+        ring_offsets=np.concatenate([[0], np.cumsum(degree)]),
+        ring_ranks=ring_ranks,
+        microbatch_offsets=microbatch_offsets,
+        piece_offsets=np.concatenate([[0], np.cumsum(num_pieces)]),
+        piece_seqs=seq[order],
+        offload_ratio=ratio,
+        offloadable=batch.cost.offloadable if batch.offload else 0.0,
+        notes=notes or {},
+    )
+
+
+def _closed_up(ranks: np.ndarray, index: np.ndarray, hdp_size: int) -> np.ndarray:
+    """The same microbatches with indices 0, 1, .. on every rank."""
+    width = int(index.max()) + 1
+    used = np.zeros(hdp_size * width, dtype=bool)
+    used[ranks * width + index] = True
+    dense = np.cumsum(used.reshape(hdp_size, width), axis=1) - 1
+    return dense[ranks, index]

@@ -1,0 +1,1 @@
+"""The simulator: when everything in a plan starts and ends."""

@@ -1,0 +1,127 @@
+"""Lengths of a batch: from a file, from a named workload; cut to a maximum where asked.
+
+    from hdp.scheduler.workloads.read import read_lengths
+    seqlens = read_lengths("lengths.txt")
+    seqlens = read_lengths("workload:github-like", num_tokens=32 * 2**20, max_length=2**20)
+
+A document is never cut silently: what happens to one longer than `max_length` is always named by
+`overlong`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from .generate import WORKLOADS, draw
+from .limit import limit_lengths
+
+
+def read_lengths(
+    source: str | Path,
+    *,
+    num_sequences: int | None = None,
+    num_tokens: int | None = None,
+    seed: int = 0,
+    max_length: int | None = None,
+    overlong: str = "truncate",
+) -> np.ndarray:
+    """(n,) int64 lengths from `workload:NAME` or from a file; of a file, the first `num_sequences`
+    (default: all).
+
+    Files: text with one length per line (`#` starts a comment), `.npy` with a one-dimensional
+    integer array, `.json` with a list of integers or an object that has one under "seqlens" or
+    "lengths" (a StepPlan in JSON will do), or the folder of a token cache (its `seqlens.npy`). With
+    `seed` a file is not shuffled: its order is kept. Raises ValueError for a source that is none of
+    these, with the line or the value at fault.
+    """
+    text = str(source)
+    if text.startswith("workload:"):
+        if num_sequences is None and num_tokens is None:
+            num_sequences = 1024
+        return draw(
+            text.removeprefix("workload:"),
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            seed=seed,
+            max_length=max_length,
+            overlong=overlong,
+        )
+    seqlens = limit_lengths(_read_file(Path(text)), max_length, overlong)
+    if num_sequences is not None:
+        if num_sequences > len(seqlens):
+            raise ValueError(f"{text} has {len(seqlens)} lengths, {num_sequences} were asked for")
+        seqlens = seqlens[:num_sequences]
+    if num_tokens is not None:
+        seqlens = seqlens[: int(np.searchsorted(np.cumsum(seqlens), num_tokens)) + 1]
+    return seqlens
+
+
+def _read_file(path: Path) -> np.ndarray:
+    if path.is_dir():
+        for name in ("seqlens.npy", "lengths.npy"):
+            if (path / name).is_file():
+                return _read_file(path / name)
+        raise ValueError(f"{path} is a folder without a length index (seqlens.npy)")
+    if not path.is_file():
+        names = ", ".join(WORKLOADS)
+        raise ValueError(f"no file {path}; named workloads are workload:NAME with NAME in {names}")
+    try:
+        if path.suffix == ".npy":
+            values = _from_npy(path)
+        elif path.suffix == ".json":
+            values = _from_json(path)
+        else:
+            values = _from_text(path)
+    except (UnicodeDecodeError, json.JSONDecodeError, OSError, EOFError, OverflowError) as error:
+        raise ValueError(f"cannot read lengths from {path}: {error}") from error
+    return _checked(values, str(path))
+
+
+def _from_npy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"cannot read lengths from {path}: not an array file ({error})") from error
+
+
+def _from_json(path: Path) -> np.ndarray:
+    data = json.loads(path.read_text(encoding="utf-8-sig"))
+    if isinstance(data, dict):
+        data = data.get("seqlens", data.get("lengths"))
+    if not isinstance(data, list):
+        raise ValueError(f'{path} holds no list of lengths (a list, or "seqlens" in an object)')
+    for i, value in enumerate(data):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{path}: length {i} is {value!r}, not an integer")
+    return np.array(data, dtype=np.int64)
+
+
+def _from_text(path: Path) -> np.ndarray:
+    values = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        line = line.partition("#")[0].strip()
+        if line:
+            try:
+                values.append(int(line))
+            except ValueError:
+                raise ValueError(f"{path}:{number}: {line!r} is not an integer") from None
+    return np.array(values, dtype=np.int64)
+
+
+def _checked(values: np.ndarray, where: str) -> np.ndarray:
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise ValueError(
+            f"{where}: expected a one-dimensional integer array, "
+            f"not {values.dtype} of shape {values.shape}"
+        )
+    if not len(values):
+        raise ValueError(f"{where} holds no lengths")
+    if values.min() < 1:
+        at = int(np.argmin(values))
+        raise ValueError(f"{where}: length {at} is {values[at]}; lengths must be at least 1 token")
+    if int(values.max()) > np.iinfo(np.int64).max:
+        raise ValueError(f"{where}: length {int(np.argmax(values))} is {values.max()}, no int64")
+    return values.astype(np.int64)

@@ -1,0 +1,193 @@
+"""The folder of checkpoints: names, order, commits and what a killed process leaves. No torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hdp.checkpoint.directory import (
+    INFO_FILE,
+    CheckpointInfo,
+    ChecksumStream,
+    FileRecord,
+    Lock,
+    checksum,
+    clean,
+    commit,
+    committed,
+    next_serial,
+    prune,
+    saving_path,
+    step_path,
+)
+
+
+def _save(directory: Path, step: int, content: bytes = b"data", start: str = "a") -> Path:
+    """What a save does, on one rank."""
+    final = step_path(directory, step)
+    path = saving_path(final, start)
+    path.mkdir(parents=True)
+    with open(path / "0.distcp", "wb") as file:
+        stream = ChecksumStream(file)
+        stream.write(content)
+        stream.flush()
+    record = FileRecord(num_bytes=stream.num_bytes, crc32=stream.crc32)
+    CheckpointInfo(
+        step=step,
+        serial=next_serial(directory),
+        world_size=1,
+        hdp_version="0",
+        torch_version="0",
+        model_config={"layers": 2},
+        extra={"tokens": 7},
+        files={"0.distcp": record},
+    ).write(path)
+    commit(path, final)
+    return final
+
+
+def _names(directory: Path) -> list[str]:
+    return [path.name for path in committed(directory)]
+
+
+def test_info_round_trip(tmp_path):
+    final = _save(tmp_path, 100, b"x" * 1000)
+    info = CheckpointInfo.read(final)
+    assert (info.step, info.serial, info.extra) == (100, 1, {"tokens": 7})
+    assert info.files == {
+        "0.distcp": FileRecord(num_bytes=1000, crc32=checksum(final / "0.distcp"))
+    }
+    info.verify(final, info.files)
+
+
+def test_order_is_that_of_commits(tmp_path):
+    assert committed(tmp_path / "nothing") == [] and next_serial(tmp_path) == 1
+    for step in (100, 200, 110):  # went back to 100
+        _save(tmp_path, step)
+    assert _names(tmp_path) == ["step-00000100", "step-00000200", "step-00000110"]
+    prune(tmp_path, 2)
+    assert _names(tmp_path) == ["step-00000200", "step-00000110"]
+    _save(tmp_path, 100_000_000)
+    assert _names(tmp_path)[-1] == "step-100000000"
+
+
+def test_other_names_are_left_alone(tmp_path):
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "step-5").mkdir()
+    (tmp_path / "step-00000007").write_text("a file")
+    clean(tmp_path)
+    assert committed(tmp_path) == [] and len(list(tmp_path.iterdir())) == 3
+
+
+def test_saving_the_same_step_again(tmp_path):
+    _save(tmp_path, 10, b"first")
+    _save(tmp_path, 20)
+    _save(tmp_path, 10, b"second")
+    assert (step_path(tmp_path, 10) / "0.distcp").read_bytes() == b"second"
+    assert _names(tmp_path) == ["step-00000020", "step-00000010"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_start_cleans_up_after_a_kill(tmp_path):
+    _save(tmp_path, 10)
+    for leftover in (
+        ".saving-step-00000020-a",
+        ".removing-step-00000005",
+        ".replaced-step-00000010",
+    ):
+        (tmp_path / leftover / "sub").mkdir(parents=True)
+    # Killed between the two renames of saving step 30 again.
+    _save(tmp_path, 30, b"old").rename(tmp_path / ".replaced-step-00000030")
+    clean(tmp_path)
+    assert _names(tmp_path) == ["step-00000010", "step-00000030"]
+    assert (step_path(tmp_path, 30) / "0.distcp").read_bytes() == b"old"
+    assert not list(tmp_path.glob(".*"))
+
+
+def _damage(path: Path, text: str | bytes | None) -> None:
+    if text is None:
+        path.unlink()
+    else:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "has no hdp.json"),
+        ('{"format": "hdp-che', "hdp.json is truncated or damaged"),
+        ("", "hdp.json is truncated or damaged"),
+        (b"\xff\xfe\x00", "hdp.json was not written by hdp"),
+        ("[1, 2]", "hdp.json was not written by hdp"),
+        ('{"format": "other"}', "hdp.json was not written by hdp"),
+        ('{"format": "hdp-checkpoint", "version": 1}', "hdp.json was not written by hdp"),
+        (
+            '{"format": "hdp-checkpoint", "version": 9, "hdp_version": "3.0"}',
+            "has format version 9, this hdp reads 1 .*by hdp 3.0",
+        ),
+    ],
+)
+def test_damaged_or_foreign_info(tmp_path, text, message):
+    _save(tmp_path, 10)
+    final = _save(tmp_path, 20)
+    _damage(final / INFO_FILE, text)
+    # It stays the latest: going on silently from step 10 would lose work.
+    assert _names(tmp_path)[-1] == "step-00000020" and next_serial(tmp_path) == 2
+    with pytest.raises(ValueError, match=message) as info:
+        CheckpointInfo.read(final)
+    if "version" not in str(info.value):
+        assert "remove it to resume from step-00000010" in str(info.value)
+
+
+def test_checkpoint_that_is_not_there(tmp_path):
+    _save(tmp_path, 10)
+    with pytest.raises(ValueError, match=r"nothing does not exist; .* folder: step-00000010"):
+        CheckpointInfo.read(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "0.distcp is missing"),
+        (b"dat", "0.distcp is truncated or foreign: 3 bytes, 4 were written"),
+        (b"dota", "0.distcp is damaged: its checksum differs"),
+    ],
+)
+def test_damaged_file(tmp_path, content, message):
+    final = _save(tmp_path, 10)
+    info = CheckpointInfo.read(final)
+    _damage(final / "0.distcp", content)
+    with pytest.raises(ValueError, match=f"{message}.*; remove it to start anew"):
+        info.verify(final, info.files)
+
+
+def test_extra_that_json_changes_is_kept_as_json(tmp_path):
+    final = _save(tmp_path, 10)
+    assert json.loads((final / INFO_FILE).read_text())["format"] == "hdp-checkpoint"
+
+
+_HOLD = """
+import sys
+from pathlib import Path
+from hdp.checkpoint.directory import Lock
+lock = Lock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_lock_is_held_by_one_process_and_dies_with_it(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(ValueError, match=rf"in use by another run \(.* pid {holder.pid}\)"):
+        Lock(tmp_path)
+    holder.kill()
+    holder.wait()
+    Lock(tmp_path).close()
+    Lock(tmp_path).close()

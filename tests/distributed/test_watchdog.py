@@ -1,0 +1,291 @@
+"""The watchdog on real processes: kill -9, kill -STOP, hangs, exceptions, slow ranks, torchrun."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hdp.distributed.agree import is_collective_error
+from hdp.distributed.mesh import HDPMesh
+from hdp.distributed.watchdog import EXIT_CODE, RankFailure, Watchdog
+from tests.run_ranks import RankError, run_ranks
+
+TIMEOUT_S = 1.5  # a busy machine may keep a rank from running for a second
+FIRM_S = 60.0  # run_ranks's own limit and gloo's: nothing here may come near to it
+
+
+def _watched(rank, world_size, scene, directory, *args):
+    """Run `scene` under a watchdog; what the rank prints on stderr goes to a file."""
+    log = os.open(Path(directory) / f"stderr{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 2)
+    mesh = HDPMesh.create(device="cpu")
+    with Watchdog.start(mesh, timeout_s=TIMEOUT_S) as watchdog:
+        return scene(rank, mesh, watchdog, *args)
+
+
+@pytest.fixture(autouse=True)
+def _short_grace(monkeypatch):
+    monkeypatch.setattr("tests.run_ranks.GRACE_S", 4.0)
+
+
+def _run(scene, world_size, directory, *args):
+    """(results by rank or None, what went wrong in each rank)."""
+    failures: dict[int, str] = {}
+    try:
+        results = run_ranks(_watched, world_size, scene, str(directory), *args, timeout_s=FIRM_S)
+    except RankError as error:
+        results = None
+        parts = re.split(r"\n\nrank (\d+) (?:failed|hung|was left)", str(error))
+        failures = {int(rank): text for rank, text in zip(parts[1::2], parts[2::2], strict=True)}
+    for rank in range(world_size):
+        path = Path(directory) / f"stderr{rank}"
+        if path.exists() and rank in failures:
+            failures[rank] += "\n" + path.read_text()
+    return results, failures
+
+
+def _reduce():
+    dist.all_reduce(torch.ones(4))
+
+
+def _train(rank, mesh, watchdog, culprit, fault, mark=True):
+    """Steps of one all-reduce each; in step 3 `fault` happens to rank `culprit`."""
+    for step in range(1000):
+        watchdog.progress(step=step, microbatch=0)
+        if step == 3 and rank == culprit:
+            time.sleep(0.3 * TIMEOUT_S)  # long enough to be told of
+            fault()
+        if mark:
+            with watchdog.waiting(what="the reduction"):
+                _reduce()
+        else:
+            _reduce()
+        time.sleep(0.01)
+
+
+def _die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _freeze():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _hang():
+    time.sleep(1000)
+
+
+def _hang_with_interpreter_lock():
+    ctypes.PyDLL(None).sleep(1000)
+
+
+def _raise():
+    raise ValueError("document 17 of\nshard 3 is empty")
+
+
+# ---- faults ----
+
+
+def test_dead_rank_is_named(tmp_path):
+    _, failures = _run(_train, 3, tmp_path, 2, _die)
+    assert "SIGKILL" in failures[2]
+    for rank in (0, 1):
+        assert "rank 2 stopped answering: last seen" in failures[rank]
+        assert "in step 3 microbatch 0" in failures[rank]
+        assert f"stopping rank {rank} in step 3 microbatch 0 (the reduction" in failures[rank]
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_stopped_rank_is_named(tmp_path, culprit):
+    _, failures = _run(_train, 3, tmp_path, culprit, _freeze)
+    for rank in {0, 1, 2} - {culprit}:
+        assert f"rank {culprit} stopped answering" in failures[rank], failures[rank]
+        # The second one to go may see the first one's connection close before its own verdict.
+        assert f"exit code {EXIT_CODE}" in failures[rank] or "RankFailure" in failures[rank]
+    assert f"exit code {EXIT_CODE}" in str(failures)
+
+
+@pytest.mark.parametrize("mark", [True, False], ids=["marked", "unmarked"])
+def test_hanging_rank_is_named(tmp_path, mark):
+    _, failures = _run(_train, 2, tmp_path, 1, _hang, mark)
+    for rank in (0, 1):
+        named = re.search(r"ranks? (.*) makes? no progress", failures[rank])
+        assert named, failures[rank]
+        assert named[1] == "1" and "in step 3 microbatch 0" in failures[rank]
+        assert re.search(r" at test_watchdog.py:\d+ _hang, ", failures[rank])
+    # The one that hangs shows where.
+    assert "in _hang" in failures[1]
+
+
+def test_hang_that_holds_the_interpreter_lock_is_named(tmp_path):
+    _, failures = _run(_train, 2, tmp_path, 1, _hang_with_interpreter_lock)
+    assert "rank 1 stopped answering" in failures[0]
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_failing_rank_is_quoted(tmp_path, culprit):
+    _, failures = _run(_train, 3, tmp_path, culprit, _raise)
+    assert "ValueError: document 17 of\nshard 3 is empty" in failures[culprit]
+    quoted = f"rank {culprit} failed in step 3 microbatch 0, "
+    for rank in {0, 1, 2} - {culprit}:
+        assert quoted in failures[rank], failures[rank]
+        assert "ValueError: document 17 of shard 3 is empty; stopping rank" in failures[rank]
+
+
+def _fail_together(rank, mesh, watchdog):
+    watchdog.progress(step=1)
+    _reduce()
+    raise ValueError(f"non-finite loss, says rank {rank}")
+
+
+def test_error_on_all_ranks_keeps_each_ones_traceback(tmp_path):
+    _, failures = _run(_fail_together, 3, tmp_path)
+    for rank in range(3):
+        assert f"ValueError: non-finite loss, says rank {rank}" in failures[rank]
+        assert "in _fail_together" in failures[rank]
+
+
+# The store in rank 0's process, as without torchrun: it goes when rank 0 goes.
+
+
+def _store_in_rank_0(rank, world_size, port, directory, fault):
+    dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
+    )
+    return _watched(rank, world_size, _train, directory, 0, fault)
+
+
+@pytest.mark.parametrize("fault", [_die, _freeze, _raise])
+def test_rank_that_hosts_the_store_is_named(tmp_path, fault):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with pytest.raises(RankError) as info:
+        run_ranks(_store_in_rank_0, 2, port, str(tmp_path), fault, timeout_s=FIRM_S)
+    text = str(info.value) + (tmp_path / "stderr1").read_text()
+    told = "rank 0 failed in step 3" if fault is _raise else "rank 0 (or its node )?stopped"
+    assert re.search(told, text), text
+
+
+# ---- no faults ----
+
+
+def _slow(rank, mesh, watchdog):
+    with watchdog.allow(30, "tokenising"):
+        if rank == 0:
+            ctypes.PyDLL(None).usleep(int(1.6 * TIMEOUT_S * 1e6))  # holds the interpreter lock
+    _reduce()  # the others have been in here, unmarked
+    if rank == 1:
+        for _ in range(16):
+            time.sleep(0.1 * TIMEOUT_S)
+            watchdog.touch()
+    _reduce()
+    return True
+
+
+def test_allowed_phase_is_no_hang_and_slow_rank_is_no_hang(tmp_path):
+    results, failures = _run(_slow, 3, tmp_path)
+    assert results == [True] * 3, failures
+
+
+def _finish_apart(rank, mesh, watchdog):
+    last = rank == mesh.hdp_size - 1
+    for _ in range(20 if last else 1):
+        time.sleep(0.1 * TIMEOUT_S)
+        watchdog.touch()
+    return True
+
+
+def test_finishing_apart_is_no_alarm(tmp_path):
+    results, failures = _run(_finish_apart, 3, tmp_path)
+    assert results == [True] * 3, failures
+
+
+def _all_frozen(rank, mesh, watchdog):
+    pids = [torch.zeros(1, dtype=torch.int64) for _ in range(mesh.hdp_size)]
+    dist.all_gather(pids, torch.tensor([os.getpid()]))
+    everyone = " ".join(str(int(pid)) for pid in pids)
+    if rank == 0:
+        script = f"sleep 0.3; kill -STOP {everyone}; sleep {2.5 * TIMEOUT_S}; kill -CONT {everyone}"
+        subprocess.Popen(["sh", "-c", script])
+    began = time.monotonic()
+    while time.monotonic() < began + 3.5 * TIMEOUT_S:
+        time.sleep(0.05)
+        watchdog.touch()
+    return True
+
+
+def test_frozen_job_is_no_alarm(tmp_path):
+    results, failures = _run(_all_frozen, 2, tmp_path)
+    assert results == [True] * 2, failures
+
+
+def test_one_rank_needs_no_watchdog():
+    with HDPMesh.create(device="cpu") as mesh:
+        with Watchdog.start(mesh) as watchdog:
+            watchdog.progress(step=1)
+            with watchdog.waiting((0,)), watchdog.allow(1, "this"):
+                watchdog.touch()
+        with pytest.raises(KeyError), Watchdog.start(mesh):
+            raise KeyError("mine")
+        with pytest.raises(ValueError, match="timeout_s=0"):
+            Watchdog.start(mesh, timeout_s=0)
+
+
+def test_which_errors_are_collective():
+    broken = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:7")
+    assert is_collective_error(broken)
+    assert is_collective_error(dist.DistNetworkError("socket"))
+    wrapped = RuntimeError("saving step 3 failed")
+    wrapped.__cause__ = broken
+    assert is_collective_error(wrapped)
+    assert not is_collective_error(ValueError("gloo"))
+    assert not is_collective_error(RuntimeError("shape mismatch"))
+    assert RankFailure("x", (2,)).ranks == (2,)
+
+
+# ---- under torchrun ----
+
+_SCRIPT = """
+import os, signal
+from pathlib import Path
+import torch, torch.distributed as dist
+from hdp.distributed.agree import is_collective_error
+from hdp.distributed.mesh import HDPMesh
+from hdp.distributed.watchdog import Watchdog
+
+first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+with HDPMesh.create(device="cpu") as mesh, Watchdog.start(mesh, timeout_s=5) as watchdog:
+    for step in range(20):
+        watchdog.progress(step=step)
+        if first and step == 5 and mesh.hdp_rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(1))
+    Path(f"finished-{mesh.hdp_rank}").touch()
+"""
+
+
+def test_torchrun_restarts_after_kill_9(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(_SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "--max-restarts=1", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=90,  # far below the collectives' own half hour: the survivor was told
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.name for file in tmp_path.glob("finished-*")) == ["finished-0", "finished-1"]

@@ -1,0 +1,121 @@
+"""Offload on a GPU, over both links: gradients, memory, two streams. What the twin cannot show."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hdp.offloading.context import open_engine
+from hdp.offloading.engine import OffloadEngine
+from hdp.offloading.forward import Treatment, Windows
+from hdp.offloading.native import native_available
+from tests.offloading.offload_engines import (
+    assert_same,
+    check_idle,
+    every_treatment,
+    forward_of,
+    gradients,
+    loss_of,
+    make_input,
+    make_model,
+)
+
+pytestmark = pytest.mark.gpu
+by_link = pytest.mark.parametrize("link", ["torch", "native"])
+TIGHT = Windows(window_bytes=0, keep_bytes=0, prefetch_bytes=1 << 20)
+SIZE, TOKENS = 256, 2048
+
+
+@contextmanager
+def gpu_engine(link: str, windows: Windows = TIGHT) -> Iterator[OffloadEngine]:
+    device = torch.device("cuda", torch.cuda.current_device())
+    if link == "native" and not native_available(device):
+        pytest.skip("csrc is not built for CUDA")
+    engine = open_engine(device, max_bytes=1 << 30, link=link, windows=windows)  # type: ignore[arg-type]
+    yield engine
+    gc.collect()
+    check_idle(engine)
+    engine.close()
+
+
+def on_gpu(num_layers=4):
+    return make_model(num_layers, SIZE).cuda(), make_input(TOKENS, SIZE).cuda()
+
+
+@by_link
+@every_treatment
+def test_gradients_are_bitwise_equal(link, treatment):
+    model, x = on_gpu()
+    with sdpa_kernel(SDPBackend.MATH):  # deterministic
+        want = gradients(model, x)
+        with gpu_engine(link) as engine:
+            for _ in range(5):
+                assert_same(gradients(model, x, forward_of(engine, treatment)), want)
+
+
+@by_link
+@pytest.mark.parametrize("pointwise", [0.0, 1.0])
+def test_memory_leaves_the_device(link, pointwise):
+    """What a forward of many layers leaves behind is little beside what it would."""
+    model, x = on_gpu(12)
+
+    def left(forward=None):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        if forward is None:
+            loss = loss_of(model(x))
+        else:
+            with forward:
+                loss = loss_of(model(x))
+        after = torch.cuda.memory_allocated()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        return after - before
+
+    everything = left()
+    with gpu_engine(link) as engine:
+        for _ in range(2):
+            some = left(forward_of(engine, Treatment(pointwise=pointwise)))
+    assert some < 0.15 * everything, (some, everything)
+
+
+@by_link
+def test_a_model_with_two_streams(link):
+    """Branches on streams of their own; their saved tensors come back for the right one."""
+    side = torch.cuda.Stream()
+    torch.manual_seed(0)
+    left, right = (nn.Linear(1024, 1024, device="cuda") for _ in range(2))
+
+    def model(x):
+        for _ in range(8):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                a = torch.tanh(left(x))
+            b = torch.sigmoid(right(x))
+            torch.cuda.current_stream().wait_stream(side)
+            a.record_stream(torch.cuda.current_stream())
+            x = a * b
+        return x.square().sum()
+
+    x = torch.randn(2048, 1024, device="cuda")
+
+    def run(engine=None):
+        left.zero_grad(), right.zero_grad()
+        if engine is None:
+            loss = model(x)
+        else:
+            with forward_of(engine, Treatment(pointwise=0.5)):
+                loss = model(x)
+        loss.backward()
+        return {"left": left.weight.grad.clone(), "right": right.weight.grad.clone()}
+
+    want = run()
+    with gpu_engine(link) as engine:
+        for _ in range(5):
+            assert_same(run(engine), want)

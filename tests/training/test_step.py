@@ -1,0 +1,206 @@
+"""One training step under any plan equals dense training on one process: loss and gradients."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hdp.attention.comm import RingComm
+from hdp.data.feed import StepBatch
+from hdp.data.pack import pack_rank
+from hdp.distributed.fsdp import NonFiniteError, shard
+from hdp.distributed.mesh import HDPMesh
+from hdp.scheduler import CostModel, StepPlan, plan
+from hdp.training.recorder import StepRecorder
+from hdp.training.step import StepContext, train_step
+from tests.random_plans import random_plan
+from tests.run_ranks import run_ranks
+from tests.tiny_models import (
+    keep_norms_exact,
+    plain_logprobs,
+    plain_model,
+    random_samples,
+    tiny_model,
+)
+
+COST = CostModel.from_coefficients(quadratic_s=1e-6, linear_s=1e-4, fixed_s=1e-4)
+# odd lengths, length 1, lengths below the ring size, one that needs every rank
+SEQLENS = [97, 1, 3, 40, 2, 17, 64, 1, 33, 5]
+
+
+class TakeGradients(torch.optim.Optimizer):
+    """An optimizer that keeps the whole gradients instead of applying them."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), {})
+        self._model, self.gradients = model, None
+
+    def step(self, closure=None):
+        self.gradients = {name: p.grad.full_tensor() for name, p in self._model.named_parameters()}
+
+
+def _num_loss_tokens(samples):
+    return sum(int((s.labels(0, len(s.input_ids)) >= 0).sum()) for s in samples)
+
+
+def dense_step(dtype, **overrides):
+    """(loss, {name: gradient}) of the plain transformers model, one sequence at a time, in fp64."""
+    plain = keep_norms_exact(plain_model(tiny_model(dtype=dtype, **overrides).double()))
+    samples = random_samples(SEQLENS)
+    count = _num_loss_tokens(samples)
+    loss = 0.0
+    for logprobs in plain_logprobs(plain, samples):
+        share = -logprobs.sum() / count
+        if share.requires_grad:
+            share.backward()
+        loss += share.item()
+    return loss, {f"model.{name}": p.grad for name, p in plain.named_parameters()}
+
+
+def make_plan(policy, seqlens, hdp_size) -> StepPlan:
+    if policy.startswith("random"):
+        return random_plan(seqlens, hdp_size, seed=int(policy.removeprefix("random")))
+    if policy == "local":
+        ranks = [seq % hdp_size for seq in range(len(seqlens))]
+        mine = [[[s] for s, owner in enumerate(ranks) if owner == r] for r in range(hdp_size)]
+        return StepPlan.from_lists(seqlens, [[r] for r in ranks], mine, max_tokens_per_rank=128)
+    capacity = max(16, -(-max(seqlens) // hdp_size))
+    cp_size = hdp_size if policy == "static" else None
+    return plan(
+        seqlens,
+        hdp_size=hdp_size,
+        max_tokens_per_rank=capacity,
+        cost=COST,
+        policy=policy,
+        cp_size=cp_size,
+    )
+
+
+def make_context(dtype, **options):
+    mesh = HDPMesh.create(device="cpu")
+    model = keep_norms_exact(tiny_model(dtype=dtype))
+    shard(model, mesh.device_mesh)
+    comm = RingComm(mesh.hdp_group)
+    return StepContext(
+        mesh=mesh,
+        model=model,
+        optimizer=TakeGradients(model),
+        comm=comm,
+        recorder=StepRecorder(mesh.hdp_rank, comm),
+        **options,
+    )
+
+
+def make_batch(plan_, rank, samples) -> StepBatch:
+    return StepBatch(
+        plan=plan_,
+        batches=pack_rank(plan_, rank, samples),
+        seq_ids=np.arange(len(samples)) + 1000,
+        num_loss_tokens=_num_loss_tokens(samples),
+        next_position=(0,),
+    )
+
+
+def _step_grads(rank, world, policies, dtype, options):
+    context = make_context(dtype, **options)
+    samples = random_samples(SEQLENS)
+    results = {}
+    for policy in policies:
+        step = make_batch(make_plan(policy, SEQLENS, world), rank, samples)
+        result = train_step(context, step)
+        assert all(p.grad is None for p in context.model.parameters())
+        results[policy] = result, context.optimizer.gradients
+    return results if rank == 0 else None
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_step_equals_dense(world, dtype, tolerance):
+    policies = ["hdp", "static", "bytescale", "random1", "random2", "random3"]
+    results = run_ranks(_step_grads, world, policies, dtype, {})[0]
+    loss, grads = dense_step(dtype)
+    for policy in policies:
+        result, got = results[policy]
+        assert result.loss == pytest.approx(loss, rel=tolerance), policy
+        assert got.keys() == grads.keys()
+        for name, want in grads.items():
+            error = (got[name].double() - want).norm() / want.norm()
+            assert error < tolerance, f"{policy}, {name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_overlapped_reduction_changes_nothing(world):
+    policies = ["hdp", "random1", "random4", "local"]
+    assert {make_plan(policy, SEQLENS, world).ends_together for policy in policies} == {True, False}
+    plain = run_ranks(_step_grads, world, policies, torch.float64, {})[0]
+    overlapped = run_ranks(_step_grads, world, policies, torch.float64, {"overlap_reduce": True})[0]
+    for policy in policies:
+        for name, want in plain[policy][1].items():
+            torch.testing.assert_close(overlapped[policy][1][name], want, rtol=1e-12, atol=1e-14)
+
+
+def _idle_rank(rank, world):
+    """A valid plan may give a rank no microbatch at all: it has to reduce with the others."""
+    context = make_context(torch.float64)
+    lists = [[[0], [1]], [], [[2]]]
+    idle = StepPlan.from_lists([5, 3, 9], [[0], [0], [2]], lists, max_tokens_per_rank=16)
+    assert [len(idle.microbatches(r)) for r in range(3)] == [2, 0, 1]
+    samples = random_samples([5, 3, 9])
+    result = train_step(context, make_batch(idle, rank, samples))
+    other = train_step(context, make_batch(make_plan("hdp", [5, 3, 9], world), rank, samples))
+    return result, other
+
+
+def test_rank_without_microbatches_takes_part():
+    for result, other in run_ranks(_idle_rank, 3, timeout_s=60.0):
+        assert result.loss == pytest.approx(other.loss, rel=1e-12)
+        assert result.grad_norm == pytest.approx(other.grad_norm, rel=1e-12)
+
+
+def _clipped(rank, world):
+    context = make_context(torch.float64, grad_clip=0.01)
+    step = make_batch(make_plan("random1", SEQLENS, world), rank, random_samples(SEQLENS))
+    result = train_step(context, step)
+    gradients = context.optimizer.gradients
+    return result.grad_norm, math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
+
+
+def test_gradients_are_clipped_to_the_global_norm():
+    before, after = run_ranks(_clipped, 2)[0]
+    assert before > 0.1
+    assert after == pytest.approx(0.01)
+
+
+def _non_finite(rank, world):
+    context = make_context(torch.float32)
+    step = make_batch(make_plan("random1", SEQLENS, world), rank, random_samples(SEQLENS))
+    poisoned = 6
+    inner = context.model.forward
+
+    def forward(batch, comm):
+        out = inner(batch, comm)
+        return out * float("nan") if poisoned in batch.seqs else out
+
+    context.model.forward = forward
+    with pytest.raises(NonFiniteError, match=r"sequences \[[^]]*\b1006\b"):
+        train_step(context, step)
+    assert context.optimizer.gradients is None
+
+
+def test_non_finite_loss_raises_everywhere_before_the_optimizer():
+    run_ranks(_non_finite, 3)
+
+
+def _disagree(rank, world):
+    context = make_context(torch.float32)
+    samples = random_samples(SEQLENS)
+    step = make_batch(make_plan(f"random{1 + (rank == 2)}", SEQLENS, world), rank, samples)
+    with pytest.raises(ValueError, match=r"rank.* 2\b"):
+        train_step(context, step)
+
+
+def test_ranks_that_disagree_on_the_plan_stop_before_they_can_hang():
+    run_ranks(_disagree, 3, timeout_s=60)
