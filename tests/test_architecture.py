@@ -44,7 +44,7 @@ ROOMS: dict[str, set[str]] = {
     "console": set(),
     "data": {"attention", "console", "models", "scheduler"},
     # many ranks
-    "distributed": {"attention"},
+    "distributed": set(),
     "checkpoint": {"distributed"},
     # a run: its parts connected, watched, walked
     "config": set(),
@@ -60,7 +60,7 @@ ROOMS: dict[str, set[str]] = {
 
 # Each foreign library is imported in one file, inside functions: the rest works without it.
 FOREIGN = {
-    "transformers": "hdp/models/causal_lm.py",
+    "transformers": "hdp/models/huggingface.py",
     "datasets": "hdp/data/prepare/sources.py",
     "tokenizers": "hdp/data/prepare/tokenizer.py",
     "matplotlib": "hdp/scheduler/render/figure.py",

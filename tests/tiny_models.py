@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hdp.data.pack import PackedBatch, Sample, pack
-from hdp.models.causal_lm import CausalLM, build_model
+from hdp.models.causal_lm import CausalLM
+from hdp.models.loading import build_model
 from hdp.scheduler import StepPlan
 
 VOCAB = 61

@@ -34,18 +34,3 @@ class Clock:
             return end - start
         end.synchronize()
         return start.elapsed_time(end) * 1e-3
-
-
-class TickClock:
-    """Seconds between ticks, but never more than `most_s`.
-
-    A process that was itself frozen (a debugger, a scheduler that suspends jobs) must not take its
-    own absence for the silence of others.
-    """
-
-    def __init__(self, most_s: float) -> None:
-        self._most_s, self._last = most_s, time.monotonic()
-
-    def tick_s(self) -> float:
-        last, self._last = self._last, time.monotonic()
-        return min(self._last - last, self._most_s)

@@ -47,11 +47,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hdp.attention.clock import TickClock
-
 from .agree import is_collective_error
 from .mesh import HDPMesh
 from .monitor import Monitor, Report, Verdict, spans
+from .tick_clock import TickClock
 
 EXIT_CODE = 75  # EX_TEMPFAIL: worth another try
 TIMEOUT_S = 120.0

@@ -9,7 +9,7 @@ Two nets, because a wrong answer here is a model that trains and is wrong:
    window, sinks, soft-capping, non-causal attention, attention dropout, mixture of experts, and
    RoPE whose frequencies depend on the longest sequence of a batch.
 
-A third net is at run time: `hf.hdp_attention` refuses keywords that ask for such a feature.
+A third net is at run time: `causal_lm.hdp_attention` refuses keywords that ask for such a feature.
 Messages name the command's flag, `--config-overrides`; in Python it is an argument of `build_model`
 and `load_model`.
 

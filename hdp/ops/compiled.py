@@ -1,24 +1,17 @@
-"""torch.compile for small things: one function (`Compiled`), and what lies between rings.
+"""Compiled: one small function under torch.compile, which must not be able to stop a run.
 
-`Compiled` must not be able to stop a run: Triton needs a C compiler at run time, and clusters exist
-without one. The first failure to compile is said once, and from then on the function runs as it is
-written. Out of memory is no such failure and is raised.
-
-`compile_layers` is asked for (`--compile`), so its failures are errors. It compiles each decoder
-layer with the attention left out: torch.compile stops where causal_lm.py says that a ring begins,
-and goes on behind it. So norms, projections and RoPE before it are graphs, and the output
-projection, residuals, norm and MLP behind it, whatever the model calls them. The layers share the
-graphs, and so do all lengths: tests/models/test_compiled_layers.py counts them.
+Triton needs a C compiler at run time, and clusters exist without one. The first failure to compile
+is said once, and from then on the function runs as it is written. Out of memory is no such failure
+and is raised.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Compiled:
@@ -51,13 +44,3 @@ class Compiled:
                 f"{self._function.__name__} is not compiled: {self.failure}", stacklevel=2
             )
             return self._function(*tensors)
-
-
-def compile_layers(layers: Iterable[nn.Module], backend: Any = "inductor") -> None:
-    """Let each layer's forward be compiled when it is first called.
-
-    Before `parallel.shard`: its hooks, and activation checkpointing, stay outside of the graphs.
-    backend: torch.compile's.
-    """
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)

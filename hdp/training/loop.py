@@ -22,8 +22,7 @@ from hdp.distributed.agree import on_all_ranks, on_rank_0
 from hdp.distributed.fsdp import full_state_dict
 from hdp.distributed.mesh import HDPMesh
 from hdp.distributed.watchdog import Watchdog
-from hdp.models.causal_lm import export_model
-from hdp.models.export_folder import check_target
+from hdp.models.export import check_target, export_model
 
 from .metrics import MetricsWriter, StepMetrics
 from .observe import Observer, write_trace

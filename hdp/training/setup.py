@@ -22,13 +22,14 @@ from hdp.distributed.fsdp import shard
 from hdp.distributed.mesh import HDPMesh
 from hdp.distributed.rng import seed_rng
 from hdp.distributed.watchdog import Watchdog
-from hdp.models.causal_lm import CausalLM, build_model, load_model, transformer_shape
+from hdp.models.causal_lm import CausalLM, transformer_shape
+from hdp.models.compiled import compile_layers
 from hdp.models.liger import use_liger
+from hdp.models.loading import build_model, load_model
 from hdp.offloading.context import open_engine
 from hdp.offloading.engine import OffloadEngine
 from hdp.offloading.memory import host_bytes_per_rank
 from hdp.offloading.planned import PlannedOffload
-from hdp.ops.compiled import compile_layers
 from hdp.ops.native import describe
 from hdp.scheduler import CostModel, StepPlan, plan
 from hdp.scheduler.costs.activation_plan import decoder_classes, scaled

@@ -306,7 +306,7 @@ def test_workers_with_hugging_face_parts(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
     monkeypatch.setattr("hdp.data.prepare.build._MIN_SHARD_BYTES", 5_000)
     from hdp.data.prepare.tokenizer import HFTokenizer
-    from hdp.models.causal_lm import load_tokenizer
+    from hdp.models.huggingface import load_tokenizer
 
     ByteTokenizer().save_pretrained(tmp_path / "tokenizer")
     tokenizer = HFTokenizer(load_tokenizer(tmp_path / "tokenizer"))

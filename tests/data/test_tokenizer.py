@@ -60,7 +60,7 @@ def saved(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def hf(saved):
     pytest.importorskip("transformers")
-    from hdp.models.causal_lm import load_tokenizer
+    from hdp.models.huggingface import load_tokenizer
 
     return load_tokenizer(saved)
 
@@ -165,7 +165,7 @@ def test_messages_in_parts_and_what_text_tokenizers_refuse(tokenizer):
 def test_hf_chats_by_the_oracle(bpe, tmp_path, name):
     """Token masks of real tokenizers over templates of several kinds."""
     pytest.importorskip("transformers")
-    from hdp.models.causal_lm import load_tokenizer
+    from hdp.models.huggingface import load_tokenizer
 
     kind = KINDS[name]
     bpe.save_pretrained(tmp_path)
@@ -193,7 +193,7 @@ def test_hf_texts_keep_what_the_tokenizer_adds(bpe, tmp_path):
     pytest.importorskip("transformers")
     from tokenizers import processors
 
-    from hdp.models.causal_lm import load_tokenizer
+    from hdp.models.huggingface import load_tokenizer
 
     bpe.save_pretrained(tmp_path)
     hf = load_tokenizer(tmp_path)

@@ -20,7 +20,7 @@ from hdp.distributed.fsdp import (
     shard,
     unshard_all,
 )
-from hdp.models.causal_lm import build_model
+from hdp.models.loading import build_model
 from hdp.models.logprobs import token_cross_entropy
 from hdp.scheduler import StepPlan
 from tests.run_ranks import run_ranks

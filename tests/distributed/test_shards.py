@@ -18,7 +18,9 @@ from hdp.distributed.fsdp import (
     shard,
     unshard_all,
 )
-from hdp.models.causal_lm import CausalLM, build_model, export_model, load_model
+from hdp.models.causal_lm import CausalLM
+from hdp.models.export import export_model
+from hdp.models.loading import build_model, load_model
 from tests.run_ranks import RankError, run_ranks
 from tests.tiny_models import tiny_config, tiny_model
 

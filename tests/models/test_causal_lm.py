@@ -12,13 +12,10 @@ import hdp.data.pack
 import hdp.models.logprobs
 from hdp.attention.comm import RingComm
 from hdp.data.pack import pack
-from hdp.models.causal_lm import (
-    build_model,
-    export_model,
-    load_model,
-    load_tokenizer,
-    transformer_shape,
-)
+from hdp.models.causal_lm import transformer_shape
+from hdp.models.export import export_model
+from hdp.models.huggingface import load_tokenizer
+from hdp.models.loading import build_model, load_model
 from hdp.models.support import SUPPORTED_MODELS
 from hdp.scheduler import StepPlan
 from tests.run_ranks import run_ranks

@@ -18,10 +18,10 @@ from hdp.distributed.fsdp import (
     unshard_all,
 )
 from hdp.distributed.mesh import HDPMesh
+from hdp.models.compiled import compile_layers
 from hdp.offloading.context import offload, open_engine
 from hdp.offloading.forward import Windows
 from hdp.offloading.tensors import is_parameter
-from hdp.ops.compiled import compile_layers
 from hdp.scheduler import StepPlan
 from tests.run_ranks import run_ranks
 from tests.tiny_models import local_batch, random_samples, tiny_model

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from hdp.attention.kernels import KernelPicker
 from hdp.attention.layout import RingLayout
-from hdp.models.causal_lm import AttnInputs, CausalLM, build_model, hdp_attention
+from hdp.models.causal_lm import AttnInputs, CausalLM, hdp_attention
+from hdp.models.loading import build_model
 from hdp.models.support import SUPPORTED_MODELS, check_supported
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -106,7 +108,7 @@ def test_refused_at_run_time_too(keyword):
     module = nn.Module()
     module.layer_idx = 3
     q = torch.zeros(1, 2, 4, 8)
-    inputs = AttnInputs(RingLayout(local_seqlens=(4,)), None, None)
+    inputs = AttnInputs(RingLayout(local_seqlens=(4,)), None, KernelPicker())
     hdp_attention(module, q, q, q, None, hdp_batch=inputs, **{keyword: None})
     with pytest.raises(ValueError, match="layer 3 asks for"):
         hdp_attention(module, q, q, q, None, hdp_batch=inputs, **{keyword: 5})

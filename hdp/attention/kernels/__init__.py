@@ -20,12 +20,13 @@ the same tests against the oracle: tests/attention/test_kernels.py, on a GPU whe
 """
 
 from .base import BlockKernel, backward_block, forward_block, lse_dtype
-from .select import KERNELS, Choice, choose_kernel, select_kernel
+from .select import KERNELS, Choice, KernelPicker, choose_kernel, select_kernel
 
 __all__ = [
     "KERNELS",
     "BlockKernel",
     "Choice",
+    "KernelPicker",
     "backward_block",
     "choose_kernel",
     "forward_block",

@@ -92,6 +92,26 @@ def select_kernel(
     return choose_kernel(device, dtype, name, head_dim=head_dim).kernel
 
 
+class KernelPicker:
+    """`select_kernel` for the queries of one model: once per device, dtype and head size.
+
+    name: of the kernel; None: the best one.
+    """
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name
+        self._picked: dict[tuple[torch.device, torch.dtype, int], BlockKernel] = {}
+
+    def __call__(self, q: torch.Tensor) -> BlockKernel:
+        """The kernel for queries like `q`, (total_tokens, num_heads, head_dim)."""
+        key = (q.device, q.dtype, q.shape[-1])
+        kernel = self._picked.get(key)
+        if kernel is None:
+            kernel = select_kernel(q.device, q.dtype, self.name, head_dim=q.shape[-1])
+            self._picked[key] = kernel
+        return kernel
+
+
 @lru_cache  # imports are tried once; what is installed does not change under a run
 def _choose(need: Need, name: str | None) -> Choice:
     if name is not None and name not in KERNELS:

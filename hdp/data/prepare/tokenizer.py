@@ -8,7 +8,7 @@ The first two write chats in ChatML and treat special tokens that occur in a doc
 that they are; they are saved as files that transformers loads, template included. A Hugging Face
 tokenizer does what it does elsewhere: it adds its BOS and reads special tokens in the text as such.
 
-Only this file imports `tokenizers`; transformers is reached through `hdp.models.causal_lm`.
+Only this file imports `tokenizers`; transformers is reached through `hdp.models.huggingface`.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class HFTokenizer(Tokenizer):
     """A tokenizer of transformers, as it is."""
 
     def __init__(self, tokenizer: Any, name: str | None = None) -> None:
-        """`tokenizer`: what `hdp.models.causal_lm.load_tokenizer` returned."""
+        """`tokenizer`: what `hdp.models.huggingface.load_tokenizer` returned."""
         self.hf = tokenizer
         self.name = name or str(getattr(tokenizer, "name_or_path", "") or "hf")
         self.eos_id = tokenizer.eos_token_id
@@ -309,10 +309,10 @@ def load_tokenizer(path: str) -> Tokenizer:
         return ByteTokenizer()
     if config.get("hdp") == "bpe":
         return BpeTokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    from hdp.models import causal_lm as hf
+    from hdp.models import huggingface
 
     name = str(folder) if folder.exists() else path
-    return HFTokenizer(hf.load_tokenizer(name), name)
+    return HFTokenizer(huggingface.load_tokenizer(name), name)
 
 
 def _tokenizers() -> Any:
