@@ -17,8 +17,9 @@ _EXPORTS = {
     "HDPMesh": "hdp.distributed.mesh",
     "PackedBatch": "hdp.data.pack",
     "Sample": "hdp.data.pack",
-    "pack": "hdp.data.pack",
+    "pack_rank": "hdp.data.pack",
     "ring_attn_varlen_func": "hdp.attention.ring",
+    "forward_step": "hdp.training.step",
     "train_step": "hdp.training.step",
     "offload": "hdp.offloading.context",
 }

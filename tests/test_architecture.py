@@ -48,9 +48,10 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"distributed"},
     # a run: its parts connected, watched, walked
     "config": set(),
+    "objectives": set(),
     "training": {
         *("attention", "checkpoint", "config", "console", "data", "distributed", "models"),
-        *("offloading", "ops", "scheduler", "scheduler.costs", "scheduler.policies"),
+        *("objectives", "offloading", "ops", "scheduler", "scheduler.costs", "scheduler.policies"),
         *("scheduler.render", "scheduler.simulation"),
     },
     # the command line

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hdp.data.pack import PackedBatch, Sample, pack
+from hdp.data.pack import PackedBatch, Sample, pack_rank
 from hdp.models.causal_lm import CausalLM
 from hdp.models.loading import build_model
 from hdp.scheduler import StepPlan
@@ -80,7 +80,7 @@ def random_samples(seqlens, *, vocab: int = VOCAB, masked: float = 0.2, seed: in
 def local_batch(samples) -> PackedBatch:
     """All samples in one microbatch of one rank."""
     seqlens = [len(sample.input_ids) for sample in samples]
-    return pack(local_plan(seqlens), 0, 0, samples)
+    return pack_rank(local_plan(seqlens), 0, samples)[0]
 
 
 def local_plan(seqlens) -> StepPlan:

@@ -136,7 +136,12 @@ def bench(run: Run, args: argparse.Namespace) -> dict[str, list[Row]]:
         )
         planner = dataclasses.replace(run, config=options)
         feeds[policy] = StepFeed(
-            run.dataset, sampler, planner.plan, rank=run.mesh.hdp_rank, position=(0, 0)
+            run.dataset,
+            sampler,
+            planner.plan,
+            rank=run.mesh.hdp_rank,
+            position=(0, 0),
+            device=run.mesh.device,
         )
     observer = Observer(run)
     rows: dict[str, list[Row]] = {policy: [] for policy in policies}

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from hdp.attention.layout import RingLayout
 from hdp.data.pack import PackedBatch
 from hdp.distributed.fsdp import reduce_gradients, set_microbatch, unshard_all
-from hdp.models.logprobs import token_cross_entropy
+from hdp.objectives import token_cross_entropy
 from hdp.scheduler.costs.fit import fit_line
 from hdp.training.setup import Run
 
@@ -142,7 +142,7 @@ def _measure(run: Run, tokens: int, seqlen: int, repeats: int) -> Row:
         "peak_bytes": peak,
     }
     reduce_gradients(model)
-    run.context.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)
     return row
 
 

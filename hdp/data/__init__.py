@@ -11,7 +11,9 @@ from typing import Any
 
 _EXPORTS = {
     "DataReport": "dataset",
-    "Sample": "pack",
+    "Sample": "sample",
+    "SampleList": "sample",
+    "SampleSource": "sample",
     "Sampler": "sampler",
     "TokenDataset": "dataset",
     "Tokenizer": "prepare.tokenizer",

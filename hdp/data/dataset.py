@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,10 +27,8 @@ from hdp.data.prepare.documents import DAMAGE
 from hdp.data.prepare.sealed import read_seal
 from hdp.data.prepare.tokenizer import Tokenizer
 
+from .sample import Sample
 from .views import Overlong, Sequences, choose
-
-if TYPE_CHECKING:
-    from .pack import Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +126,6 @@ class TokenDataset:
 
         Raises IndexError outside of [-len, len).
         """
-        from .pack import Sample  # it imports torch, which planning from lengths does not need
-
         start = int(self._sequences.starts[index])
         stop = start + int(self.seqlens[index])
         mask = None if self._loss_mask is None else self._loss_mask[start:stop]

@@ -1,11 +1,12 @@
-"""StepFeed: plans and packs step t + 1 while step t runs.
+"""StepFeed: plans, packs and uploads step t + 1 while step t runs.
 
-Every rank computes the same plan from the same lengths (design.md, decision 1), so there is no
-scheduler process and nothing is broadcast. One background thread does, per step:
+Every rank computes the same plan from the same lengths, so there is no scheduler process and
+nothing is broadcast. One background thread does, per step:
 
   1. take the step's sequence ids from the sampler, a function of the position and not of the past
   2. plan from their lengths
   3. read this rank's tokens and pack its microbatches
+  4. copy them to the device, on a stream of its own
 
 The sampler's position travels with the step: a checkpoint stores the position *after* the step that
 was trained, however far the thread has run ahead.
@@ -20,12 +21,61 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from hdp.scheduler import StepPlan
 
-from .dataset import TokenDataset
-from .pack import PackedBatch, Sample, pack_rank
+from .pack import PackedBatch, pack_rank
+from .sample import Sample, SampleSource
 from .sampler import Position
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """One rank's work of one step."""
+
+    plan: StepPlan
+    batches: tuple[PackedBatch, ...]  # this rank's microbatches, in order; at least one
+    seq_ids: np.ndarray  # (num_seqs,) int64: ids, in the source, of the plan's sequences
+    num_loss_tokens: int  # over all ranks: what the loss is divided by
+    next_position: Position | None = None  # of the sampler, after this step
+    wait_s: float = 0.0  # time that the caller waited for this step
+
+    def to(self, device: torch.device) -> StepBatch:
+        """The same step with its microbatches on `device`."""
+        return replace(self, batches=tuple(batch.to(device) for batch in self.batches))
+
+
+def make_step(
+    source: SampleSource,
+    seq_ids: np.ndarray,
+    plan: StepPlan,
+    rank: int,
+    *,
+    next_position: Position | None = None,
+) -> StepBatch:
+    """Rank `rank`'s work of a planned step, on the CPU.
+
+    source: where the samples are. seq_ids: (num_seqs,) their ids there, in the order in which the
+    plan got the lengths. Raises ValueError if plan and samples are of different batches.
+    """
+    return StepBatch(
+        plan=plan,
+        batches=pack_rank(plan, rank, _Chosen(source, seq_ids)),
+        seq_ids=np.asarray(seq_ids),
+        num_loss_tokens=int(source.num_loss_tokens[seq_ids].sum()),
+        next_position=next_position,
+    )
+
+
+class _Chosen:
+    """samples[s] of a plan: a source's sample by its place in the batch."""
+
+    def __init__(self, source: SampleSource, seq_ids: np.ndarray) -> None:
+        self._source, self._seq_ids = source, seq_ids
+
+    def __getitem__(self, index: int, /) -> Sample:
+        return self._source[int(self._seq_ids[index])]
 
 
 class Batches(Protocol):
@@ -36,56 +86,40 @@ class Batches(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepBatch:
-    """One rank's work of one step."""
-
-    plan: StepPlan
-    batches: tuple[PackedBatch, ...]  # this rank's microbatches, in order; at least one
-    seq_ids: np.ndarray  # (num_seqs,) int64: dataset ids of the plan's sequences
-    num_loss_tokens: int  # over all ranks: what the loss is divided by
-    next_position: Position  # of the sampler, after this step
-    wait_s: float = 0.0  # time that the caller waited for this step
-
-
 class StepFeed:
-    """Iterates over StepBatches for ever. Use as a context manager: it owns a thread."""
+    """Iterates over StepBatches on `device` for ever. A context manager: it owns a thread."""
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        source: SampleSource,
         sampler: Batches,
         make_plan: Callable[[np.ndarray], StepPlan],
         *,
         rank: int,
         position: Position,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
     ) -> None:
-        self._dataset, self._sampler, self._make_plan = dataset, sampler, make_plan
+        self._source, self._sampler, self._make_plan = source, sampler, make_plan
         self._rank, self._position = rank, position
+        self._upload = _Upload(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hdp-feed")
 
     def make(self, position: Position) -> StepBatch:
         """The step at `position`, made in the calling thread."""
         seq_ids, next_position = self._sampler.batch_at(position)  # 1
-        plan = self._make_plan(self._dataset.seqlens[seq_ids])  # 2
-        samples = _LazySamples(self._dataset, seq_ids)
-        batches = pack_rank(plan, self._rank, samples)  # 3
-        return StepBatch(
-            plan=plan,
-            batches=batches,
-            seq_ids=seq_ids,
-            num_loss_tokens=int(self._dataset.num_loss_tokens[seq_ids].sum()),
-            next_position=next_position,
-        )
+        plan = self._make_plan(self._source.seqlens[seq_ids])  # 2
+        step = make_step(self._source, seq_ids, plan, self._rank, next_position=next_position)  # 3
+        return self._upload(step)  # 4
 
     def __iter__(self) -> Iterator[StepBatch]:
         pending: Future[StepBatch] = self._thread.submit(self.make, self._position)
         while True:
             start = time.perf_counter()
-            batch = pending.result()
+            step = pending.result()
             wait_s = time.perf_counter() - start
-            pending = self._thread.submit(self.make, batch.next_position)
-            yield replace(batch, wait_s=wait_s)
+            assert step.next_position is not None
+            pending = self._thread.submit(self.make, step.next_position)
+            yield replace(step, wait_s=wait_s)
 
     def __enter__(self) -> StepFeed:
         return self
@@ -94,11 +128,29 @@ class StepFeed:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 
-class _LazySamples:
-    """samples[s] of a plan: only sequences that this rank holds are touched."""
+class _Upload:
+    """Copies a step to a device, so that neither the training thread nor its stream waits for it.
 
-    def __init__(self, dataset: TokenDataset, seq_ids: np.ndarray) -> None:
-        self._dataset, self._seq_ids = dataset, seq_ids
+    The feed's thread pins, copies on a stream of its own, and waits until the copies have arrived.
+    The tensors are used on the stream that was current when the feed was made: `record_stream`
+    keeps their memory from being given to the next copies while that stream still reads them.
+    """
 
-    def __getitem__(self, index: int) -> Sample:
-        return self._dataset[int(self._seq_ids[index])]
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._consumer = torch.cuda.current_stream(device)
+
+    def __call__(self, step: StepBatch) -> StepBatch:
+        if self._stream is None:
+            return step.to(self._device)
+        with torch.cuda.stream(self._stream):
+            batches = tuple(batch.to(self._device, non_blocking=True) for batch in step.batches)
+        self._stream.synchronize()
+        for batch in batches:
+            for tensor in (batch.input_ids, batch.position_ids, batch.labels):
+                tensor.record_stream(self._consumer)
+            for column in batch.columns.values():
+                column.record_stream(self._consumer)
+        return replace(step, batches=batches)

@@ -1,15 +1,16 @@
-"""pack(): one rank's microbatch of a StepPlan becomes one row of tokens.
+"""pack_rank(): a rank's part of a StepPlan becomes rows of tokens, one row per microbatch.
 
 Only this rank's tokens are read: the samples' arrays may be memory maps over terabytes. Position
-ids are positions in the whole sequence and labels are shifted before anything is cut, so a chunk
-boundary changes neither (the label of a chunk's last token is the first token of the next chunk,
-which lives on another rank).
+ids are positions in the whole sequence, and labels and columns are shifted before anything is cut,
+so a chunk boundary changes neither (the label of a chunk's last token is the first token of the
+next chunk, which lives on another rank).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,28 +18,10 @@ import torch
 from hdp.attention.layout import RingLayout
 from hdp.scheduler import Microbatch, StepPlan
 
-IGNORE_INDEX = -100
+from .sample import IGNORE_INDEX, Sample
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One sequence. Arrays may be memory maps: nothing is read until it is sliced."""
-
-    input_ids: np.ndarray  # (seqlen,) any integer dtype
-    loss_mask: np.ndarray | None = None  # (seqlen,) bool: tokens to learn to predict; None: all
-
-    def labels(self, start: int, stop: int) -> np.ndarray:
-        """(stop - start,) int64: what positions start..stop-1 predict; IGNORE_INDEX for nothing.
-
-        Position p predicts token p + 1; the last position predicts nothing.
-        """
-        labels = np.full(stop - start, IGNORE_INDEX, dtype=np.int64)
-        targets = self.input_ids[start + 1 : stop + 1]
-        labels[: len(targets)] = targets
-        if self.loss_mask is not None:
-            masked = ~np.asarray(self.loss_mask[start + 1 : stop + 1], dtype=bool)
-            labels[: len(targets)][masked] = IGNORE_INDEX
-        return labels
+# name -> shape of one token's entry, and dtype
+_Columns = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,26 +34,27 @@ class PackedBatch:
     seqs: tuple[int, ...]  # indices into StepPlan.seqlens, in packing order; () when empty
     layout: RingLayout
     offload_ratio: float = 0.0
+    # (total_tokens, ...) each, shifted as labels are: row by row, of the token in `labels`
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def total_tokens(self) -> int:
         return len(self.input_ids)
 
-    def to(self, device: torch.device) -> PackedBatch:
-        """A copy on `device`; from pinned memory and without waiting where that is possible."""
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> PackedBatch:
+        """A copy on `device`. non_blocking: from pinned memory, without waiting for it."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
-            if device.type == "cuda":
+            if non_blocking:
                 tensor = tensor.pin_memory()
-            return tensor.to(device, non_blocking=True)
+            return tensor.to(device, non_blocking=non_blocking)
 
-        return PackedBatch(
+        return replace(
+            self,
             input_ids=move(self.input_ids),
             position_ids=move(self.position_ids),
             labels=move(self.labels),
-            seqs=self.seqs,
-            layout=self.layout,
-            offload_ratio=self.offload_ratio,
+            columns={name: move(column) for name, column in self.columns.items()},
         )
 
 
@@ -80,68 +64,94 @@ class Samples(Protocol):
     def __getitem__(self, index: int, /) -> Sample: ...
 
 
-def pack(plan: StepPlan, rank: int, index: int, samples: Samples) -> PackedBatch:
-    """Rank `rank`'s `index`-th microbatch of the plan, on the CPU.
-
-    samples[s] is sequence s of the plan. Raises ValueError if its length is not plan.seqlens[s].
-    """
-    return pack_microbatch(plan.microbatches(rank)[index], rank, samples)
-
-
 def pack_rank(plan: StepPlan, rank: int, samples: Samples) -> tuple[PackedBatch, ...]:
-    """All of rank `rank`'s microbatches of the plan, in order: at least one.
+    """All of rank `rank`'s microbatches of the plan, in order, on the CPU: at least one.
 
-    A plan may give a rank none, but gradients are reduced by all ranks, after a backward.
+    samples[s] is sequence s of the plan; only those of this rank are asked for, once each. A plan
+    may give a rank no microbatch, but gradients are reduced by all ranks, after a backward: it gets
+    an empty one, with the same columns.
+
+    Raises ValueError if a sample has another length than the plan says, or other columns than the
+    rest.
     """
-    microbatches = plan.microbatches(rank) or (Microbatch(),)
-    return tuple(pack_microbatch(microbatch, rank, samples) for microbatch in microbatches)
-
-
-def pack_microbatch(microbatch: Microbatch, rank: int, samples: Samples) -> PackedBatch:
-    """`pack()` for a microbatch already taken from the plan."""
-    for piece in microbatch.pieces:
-        if len(samples[piece.seq].input_ids) != piece.seqlen:
+    microbatches = plan.microbatches(rank) or [Microbatch()]
+    seqs = sorted({piece.seq for microbatch in microbatches for piece in microbatch.pieces})
+    mine = {seq: samples[seq] for seq in seqs or [0]}
+    for seq, sample in mine.items():
+        if len(sample.input_ids) != plan.seqlens[seq]:
             raise ValueError(
-                f"sequence {piece.seq} has {len(samples[piece.seq].input_ids)} tokens, the plan "
-                f"was made for {piece.seqlen}: plan and data are from different batches"
+                f"sequence {seq} has {len(sample.input_ids)} tokens, the plan was made for "
+                f"{plan.seqlens[seq]}: plan and data are from different batches"
             )
+    columns = _columns_of(mine)
+    return tuple(_pack(microbatch, rank, mine, columns) for microbatch in microbatches)
+
+
+def _columns_of(samples: Mapping[int, Sample]) -> _Columns:
+    """The columns that all of these samples have."""
+    (first, sample), *others = samples.items()
+    columns = {name: (x.shape[1:], x.dtype) for name, x in sorted(sample.columns.items())}
+    for seq, other in others:
+        if {name: (x.shape[1:], x.dtype) for name, x in other.columns.items()} != columns:
+            raise ValueError(
+                f"sequence {first} has columns {_described(sample)} and sequence {seq} has "
+                f"{_described(other)}; give all samples of a step the same names and dtypes"
+            )
+    return columns
+
+
+def _described(sample: Sample) -> str:
+    return ", ".join(f"{name} ({x.dtype})" for name, x in sample.columns.items()) or "none"
+
+
+def _pack(
+    microbatch: Microbatch, rank: int, samples: Mapping[int, Sample], columns: _Columns
+) -> PackedBatch:
     layout = RingLayout.from_microbatch(microbatch, rank)
+    about: dict[str, Any] = {
+        "seqs": tuple(piece.seq for piece in microbatch.pieces),
+        "offload_ratio": microbatch.offload_ratio,
+    }
     if not layout.total_tokens:
-        return _empty(microbatch, layout)
+        return _padding(layout, columns, about)
     input_ids = np.empty(layout.total_tokens, dtype=np.int64)
     position_ids = np.empty_like(input_ids)
     labels = np.empty_like(input_ids)
+    packed = {
+        name: np.empty((len(input_ids), *shape), dtype=dtype)
+        for name, (shape, dtype) in columns.items()
+    }
     row = 0
     for i, start, stop in layout.spans():
-        sample, rows = samples[microbatch.pieces[i].seq], slice(row, row + stop - start)
+        sample, rows = samples[about["seqs"][i]], slice(row, row + stop - start)
         input_ids[rows] = sample.input_ids[start:stop]
         position_ids[rows] = np.arange(start, stop)
         labels[rows] = sample.labels(start, stop)
+        for name, column in packed.items():
+            column[rows] = sample.shifted(name, start, stop)
         row = rows.stop
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         labels=torch.from_numpy(labels),
-        seqs=tuple(piece.seq for piece in microbatch.pieces),
+        columns={name: torch.from_numpy(column) for name, column in packed.items()},
         layout=layout,
-        offload_ratio=microbatch.offload_ratio,
+        **about,
     )
 
 
-def _empty(microbatch: Microbatch, layout: RingLayout) -> PackedBatch:
+def _padding(layout: RingLayout, columns: _Columns, about: dict[str, Any]) -> PackedBatch:
     """A rank without tokens runs one padding token without a label: it takes part in its ring, in
     every layer, and in the gradient reduction, and adds exactly zero."""
-    padding = torch.zeros(1, dtype=torch.int64)
+    token = torch.zeros(1, dtype=torch.int64)
     return PackedBatch(
-        input_ids=padding,
-        position_ids=padding.clone(),
+        input_ids=token,
+        position_ids=token.clone(),
         labels=torch.full((1,), IGNORE_INDEX),
-        seqs=tuple(piece.seq for piece in microbatch.pieces),
-        layout=RingLayout(
-            ring=layout.ring,
-            ring_rank=layout.ring_rank,
-            ring_seqlens=layout.ring_seqlens,
-            local_seqlens=(1,),
-        ),
-        offload_ratio=microbatch.offload_ratio,
+        columns={
+            name: torch.from_numpy(np.zeros((1, *shape), dtype=dtype))
+            for name, (shape, dtype) in columns.items()
+        },
+        layout=replace(layout, local_seqlens=(1,)),
+        **about,
     )

@@ -19,9 +19,6 @@ Invariants (each has a test of the same name in tests/models/test_logprobs.py):
 * no_full_logits         no tensor is larger than chunk_tokens x vocab_size or the weight
 * ignored_cost_nothing   a label of -100 has logprob 0, no gradient, and takes no part in a matmul
 * one_weight_rounding    the weight gradient of bf16 runs is summed in fp32 and rounded once
-
-Losses are sums (design.md, decision 6): a shard's loss is -sum(w * logprob) / global_count with a
-count that is known before the first forward, so that it does not matter how the batch was cut.
 """
 
 from __future__ import annotations
@@ -70,32 +67,6 @@ def chunked_logprobs(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens}: at least one token per chunk")
     return _ChunkedLogprobs.apply(hidden, weight, bias, labels, chunk_tokens, softcap)
-
-
-def token_cross_entropy(
-    logprobs: Tensor, *, global_count: int, weights: Tensor | None = None
-) -> Tensor:
-    """A shard's part of the loss: -sum(weights * logprobs) / global_count.
-
-    Summed over the microbatches and the ranks of a step it is the mean cross-entropy of the step's
-    label tokens, however the step was cut.
-
-    Args:
-        logprobs: (total_tokens,) of this microbatch; 0 where there is no label.
-        global_count: label tokens of the whole step, over all ranks and microbatches.
-        weights: (total_tokens,) detached per-token weights, or None for 1.
-
-    Returns:
-        Scalar, in the dtype of `logprobs`. It depends on `logprobs` even when it is zero, so that
-        its backward reaches every parameter of the model.
-    """
-    if global_count < 1:
-        raise ValueError(
-            f"global_count={global_count}: a step needs at least one label token; "
-            "check loss_mask and the labels of this batch"
-        )
-    total = logprobs.sum() if weights is None else (weights * logprobs).sum()
-    return -total / global_count
 
 
 def _check_inputs(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:

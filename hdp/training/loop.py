@@ -17,7 +17,6 @@ from pathlib import Path
 
 from hdp.checkpoint.checkpointer import Checkpointer, CheckpointError
 from hdp.config import TrainConfig
-from hdp.data.feed import StepFeed
 from hdp.distributed.agree import on_all_ranks, on_rank_0
 from hdp.distributed.fsdp import full_state_dict
 from hdp.distributed.mesh import HDPMesh
@@ -98,7 +97,7 @@ def _steps(
 
     total_tokens: tokens that the run has trained on before.
     """
-    config, watchdog, sampler = run.config, run.watchdog, run.sampler
+    config, watchdog, sampler = run.config, run.context.watchdog, run.sampler
     observer = Observer(run)
     with (
         MetricsWriter(
@@ -108,21 +107,16 @@ def _steps(
             first_step=first_step,
             say=run.say,
         ) as writer,
-        StepFeed(
-            run.dataset,
-            sampler,
-            run.plan,
-            rank=run.mesh.hdp_rank,
-            position=sampler.position,
-        ) as feed,
+        run.feed() as feed,
     ):
         batches, began = iter(feed), time.perf_counter()
         for step in range(first_step, config.steps + 1):
             watchdog.progress(step=step, what="waiting for its plan and tokens")
             batch = next(batches)
             lr = learning_rate(config, step)
-            set_learning_rate(run.context.optimizer, lr)
+            set_learning_rate(run.optimizer, lr)
             result = train_step(run.context, batch)
+            assert batch.next_position is not None
             sampler.position = batch.next_position
             total_tokens += int(batch.plan.seqlens.sum())
             ended = time.perf_counter()
@@ -155,7 +149,7 @@ def _resume(run: Run, checkpointer: Checkpointer) -> tuple[int, int]:
         raise ValueError(
             f"{newest} exists and --no-resume was given: choose another --run-dir, or remove it"
         )
-    restored = checkpointer.load(model=run.model, optimizer=run.context.optimizer)
+    restored = checkpointer.load(model=run.model, optimizer=run.optimizer)
     assert restored is not None
     run.sampler.load_state_dict(restored.extra["sampler"])
     run.say(
@@ -184,7 +178,7 @@ def _save(run: Run, checkpointer: Checkpointer, step: int, total_tokens: int) ->
     checkpointer.save(
         step,
         model=run.model,
-        optimizer=run.context.optimizer,
+        optimizer=run.optimizer,
         extra={
             "sampler": run.sampler.state_dict(),
             "total_tokens": total_tokens,

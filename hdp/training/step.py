@@ -1,4 +1,4 @@
-"""train_step: one plan, executed by this rank.
+"""train_step and forward_step: one plan, executed by this rank.
 
   1. agree        all ranks hold the same plan, or all stop here
   2. gather       parameters, once, before any rank enters a ring
@@ -7,8 +7,9 @@
   5. stop before harm: a non-finite loss or gradient norm raises on all ranks
   6. optimizer
 
-Nothing is divided by a number of microbatches or ranks: each microbatch adds
--sum(logprobs) / num_loss_tokens, with the count of the whole step, known from the lengths.
+Nothing is divided by a number of microbatches or ranks: each microbatch adds its share of the loss,
+by default -sum(logprobs) / num_loss_tokens, with the count of the whole step, known from the
+lengths. What is minimized is an argument: any function of hdp/objectives' form.
 
 No collective runs between 2 and 4: a rank in its third ring would wait for one that reaches the
 collective later, and that one may wait for its part of the ring. Where every ring's microbatch is
@@ -35,12 +36,13 @@ from hdp.distributed.fsdp import (
     NonFiniteError,
     clip_grad_norm,
     reduce_gradients,
+    reshard_all,
     set_microbatch,
     unshard_all,
 )
 from hdp.distributed.mesh import HDPMesh, agree_on_plan
 from hdp.distributed.watchdog import Watchdog
-from hdp.models.logprobs import token_cross_entropy
+from hdp.objectives import Objective, Share, cross_entropy
 
 from .recorder import StepRecorder
 
@@ -60,73 +62,150 @@ class StepContext:
     """What stays the same from step to step."""
 
     mesh: HDPMesh
-    model: nn.Module  # sharded; model(batch, comm) -> logprobs (total_tokens,)
-    optimizer: torch.optim.Optimizer
+    model: nn.Module  # sharded; model(batch, comm) -> what the objective takes: logprobs
     comm: RingComm
     recorder: StepRecorder
+    optimizer: torch.optim.Optimizer | None = None  # forward_step needs none
     grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
     overlap_reduce: bool = False  # reduce inside the last backward where the plan allows it
     watchdog: Watchdog = field(default_factory=Watchdog.off)
     # Around each forward, with the microbatch's layout and its offload ratio: a PlannedOffload.
     offload: Callable[[RingLayout, float], AbstractContextManager[Any]] = keep_everything
 
+    @classmethod
+    def create(
+        cls,
+        mesh: HDPMesh,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        watchdog: Watchdog | None = None,
+        **options: Any,
+    ) -> StepContext:
+        """The context of a sharded model on a mesh, with a communicator of its own.
+
+        watchdog: told of every sign of life; None: nobody watches. options: the other fields.
+        """
+        watchdog = Watchdog.off() if watchdog is None else watchdog
+        comm = RingComm(mesh.hdp_group, mesh.device, on_exchange=watchdog.touch)
+        options = {"overlap_reduce": mesh.device.type == "cuda", **options}
+        return cls(
+            mesh=mesh,
+            model=model,
+            optimizer=optimizer,
+            comm=comm,
+            recorder=StepRecorder(mesh.hdp_rank, comm),
+            watchdog=watchdog,
+            **options,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """The same on all ranks."""
 
-    loss: float  # mean over the step's loss tokens
+    loss: float  # the objective's; by default the mean over the step's label tokens, nats
     grad_norm: float  # before clipping
+    metrics: dict[str, float] = field(default_factory=dict)  # the objective's sums
 
 
-def train_step(context: StepContext, step: StepBatch) -> StepResult:
+def train_step(
+    context: StepContext, step: StepBatch, objective: Objective = cross_entropy
+) -> StepResult:
     """Run one step. Collective over the HDP axis.
+
+    step: on the mesh's device. objective: what is minimized, the same on all ranks.
 
     Raises ValueError if ranks disagree on the plan and NonFiniteError before the optimizer could do
     harm, both on all ranks.
     """
     mesh, model, recorder = context.mesh, context.model, context.recorder
+    if context.optimizer is None:
+        raise ValueError("this StepContext has no optimizer: give it one, or call forward_step")
+    _check_device(step, mesh)
     agree_on_plan(mesh, step.plan)  # 1
-    assert step.batches, f"no microbatch for rank {mesh.hdp_rank}: make batches by pack_rank()"
     recorder.start()
     model.train()
     with recorder.span("reduce", "gather parameters"):
         unshard_all(model)  # 2
     overlap = context.overlap_reduce and step.plan.ends_together
-    losses = []
+    shares: list[Share] = []
     for i, batch in enumerate(step.batches):  # 3
         context.watchdog.progress(microbatch=i, ring=batch.layout.ring)
         with recorder.span("compute", str(i)):
             set_microbatch(model, reduce=overlap and i == len(step.batches) - 1)
             with context.offload(batch.layout, batch.offload_ratio):
-                logprobs = model(batch.to(mesh.device), context.comm)
-            loss = token_cross_entropy(logprobs, global_count=step.num_loss_tokens)
+                output = model(batch, context.comm)
+            loss, sums = objective(output, batch, step)
             loss.backward()
-            losses.append(loss.detach())
+            shares.append((loss.detach(), sums))
     with context.watchdog.waiting(what="gradients and loss of all ranks"):
         if not overlap:
             with recorder.span("reduce", "reduce gradients"):
                 reduce_gradients(model)  # 4
-        total = _sum_losses(context, step, torch.stack(losses))  # 5
+        loss_value, metrics = _add_shares(context, step, shares)  # 5
         try:
             grad_norm = clip_grad_norm(model, context.grad_clip or None)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}; sequences {_some(step.seq_ids.tolist())}") from None
     context.optimizer.step()  # 6
     context.optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss=total, grad_norm=grad_norm)
+    return StepResult(loss=loss_value, grad_norm=grad_norm, metrics=metrics)
 
 
-def _sum_losses(context: StepContext, step: StepBatch, losses: Tensor) -> float:
-    """The step's loss from each rank's (num_microbatches,) shares. Collective.
+@torch.no_grad()
+def forward_step(context: StepContext, step: StepBatch) -> list[Tensor]:
+    """What the model returns for each of this rank's microbatches, without gradients. Collective.
 
-    Raises NonFiniteError on all ranks if it is not finite, naming the microbatches and sequences.
+    The rows are those of `step.batches`, so results of one model (log-probabilities of a reference,
+    values of a critic) are columns for a `train_step` of another on the same plan. Parameters are
+    gathered once and freed at the end; the model computes in evaluation mode and is returned to the
+    mode that it was in. Raises ValueError on all ranks if they disagree on the plan.
     """
-    total = losses.sum().double()
+    mesh, model = context.mesh, context.model
+    _check_device(step, mesh)
+    agree_on_plan(mesh, step.plan)
+    was_training = model.training
+    model.eval()
+    unshard_all(model)
+    outputs = []
+    for i, batch in enumerate(step.batches):
+        context.watchdog.progress(microbatch=i, ring=batch.layout.ring)
+        set_microbatch(model, reduce=False)
+        outputs.append(model(batch, context.comm))
+    reshard_all(model)
+    model.train(was_training)
+    return outputs
+
+
+def _check_device(step: StepBatch, mesh: HDPMesh) -> None:
+    assert step.batches, f"no microbatch for rank {mesh.hdp_rank}: make batches by pack_rank()"
+    device = step.batches[0].input_ids.device
+    if device != mesh.device:
+        raise ValueError(
+            f"the step's tokens are on {device} and the mesh on {mesh.device}: call "
+            "step.to(mesh.device), or let a StepFeed do it ahead of time"
+        )
+
+
+def _add_shares(
+    context: StepContext, step: StepBatch, shares: list[Share]
+) -> tuple[float, dict[str, float]]:
+    """The step's loss and sums from each rank's microbatches, by one all-reduce. Collective.
+
+    Raises NonFiniteError on all ranks if the loss is not finite, naming microbatches and sequences.
+    """
+    names = sorted(shares[0][1])
+    for i, (_, sums) in enumerate(shares):
+        assert sorted(sums) == names, f"microbatch {i} reports {sorted(sums)}, others {names}"
+    losses = torch.stack([loss for loss, _ in shares]).double()
+    totals = [losses.sum()]
+    totals += [torch.stack([sums[name] for _, sums in shares]).double().sum() for name in names]
+    total = torch.stack(totals).detach()
     dist.all_reduce(total, group=context.mesh.hdp_group)
-    loss = float(total)
+    loss, *values = total.tolist()
     if math.isfinite(loss):
-        return loss
+        return loss, dict(zip(names, values, strict=True))
     mine = [
         f"rank {context.mesh.hdp_rank} microbatch {i} with sequences "
         f"{_some(step.seq_ids[list(step.batches[i].seqs)].tolist())}"

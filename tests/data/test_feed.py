@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
+import torch
 
-from hdp.data.feed import StepFeed
-from hdp.data.pack import Sample
+from hdp.data.feed import StepFeed, make_step
+from hdp.data.sample import Sample, SampleList
 from hdp.data.sampler import Sampler
 from tests.random_plans import random_plan
 
@@ -46,6 +49,39 @@ def test_count_is_that_of_the_labels_of_all_ranks():
             assert {step.num_loss_tokens for step in ranks} == {count}
             assert len({step.plan.digest for step in ranks}) == 1
             assert len({step.next_position for step in ranks}) == 1
+
+
+def test_tokens_are_on_the_device_before_the_caller_asks():
+    """Packed, pinned and copied in the feed's thread, columns too."""
+    threads = set()
+
+    def make_plan(seqlens):
+        threads.add(threading.current_thread().name.partition("_")[0])
+        return random_plan(seqlens, 1, 0)
+
+    source = SampleList(
+        [Sample(input_ids=np.arange(n), columns={"weights": np.ones(n)}) for n in SEQLENS]
+    )
+    sampler = Sampler(SEQLENS, seed=1, batch_tokens=60)
+    meta = torch.device("meta")
+    with StepFeed(source, sampler, make_plan, rank=0, position=(0, 0), device=meta) as feed:
+        step = next(iter(feed))
+    assert threads == {"hdp-feed"}
+    for batch in step.batches:
+        tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.columns["weights"])
+        assert {x.device.type for x in tensors} == {"meta"}
+
+
+def test_a_list_of_samples_has_lengths():
+    data = Data()
+    source = SampleList(data.samples)
+    assert (source.seqlens == data.seqlens).all()
+    assert (source.num_loss_tokens == data.num_loss_tokens).all()
+    ids = np.array([6, 0, 3])
+    plan = random_plan(SEQLENS[ids], 2, 3)
+    steps = [make_step(source, ids, plan, rank) for rank in range(2)]
+    labels = sum(int((x.labels >= 0).sum()) for step in steps for x in step.batches)
+    assert labels == steps[0].num_loss_tokens == data.num_loss_tokens[ids].sum()
 
 
 def test_an_error_of_the_thread_reaches_the_caller():

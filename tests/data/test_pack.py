@@ -1,13 +1,14 @@
-"""pack(): labels and positions are those of the whole sequence, whatever the cut."""
+"""pack_rank(): labels and positions are those of the whole sequence, whatever the cut."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdp.data.pack import IGNORE_INDEX, Sample, pack
+from hdp.data.pack import IGNORE_INDEX, Sample, pack_rank
 from hdp.scheduler import StepPlan
 from tests.random_plans import random_plan
 
@@ -36,7 +37,7 @@ def test_every_token_has_its_place_and_label(seqlens, hdp_size, seed):
     got = {}
     for rank in range(hdp_size):
         for index, microbatch in enumerate(plan.microbatches(rank)):
-            batch = pack(plan, rank, index, samples)
+            batch = pack_rank(plan, rank, samples)[index]
             assert batch.seqs == tuple(piece.seq for piece in microbatch.pieces)
             if not microbatch.num_tokens(rank):  # padding
                 assert batch.labels.tolist() == [IGNORE_INDEX]
@@ -63,11 +64,98 @@ def test_every_token_has_its_place_and_label(seqlens, hdp_size, seed):
     assert not got
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 5), st.integers(0, 99))
+def test_columns_are_shifted_as_labels_are(seqlens, hdp_size, seed):
+    """A row has the entry of the token that it predicts, whatever the cut; 0 where it has none."""
+    rng = np.random.default_rng(seed)
+    samples = [
+        Sample(
+            input_ids=rng.integers(0, 9, n),
+            columns={
+                "advantages": rng.random(n).astype(np.float32),
+                "teacher": rng.random((n, 3)),
+                "is_tool": rng.random(n) < 0.5,
+            },
+        )
+        for n in seqlens
+    ]
+    plan = random_plan(seqlens, hdp_size, seed)
+    seen = 0
+    for rank in range(hdp_size):
+        batches = pack_rank(plan, rank, samples)
+        for batch, microbatch in zip(batches, plan.microbatches(rank), strict=True):
+            assert {name: x.dtype for name, x in batch.columns.items()} == {
+                "advantages": torch.float32,
+                "teacher": torch.float64,
+                "is_tool": torch.bool,
+            }
+            assert {len(x) for x in batch.columns.values()} == {batch.total_tokens}
+            if not microbatch.num_tokens(rank):  # padding
+                continue
+            rows = [(batch.seqs[i], p) for i, a, b in batch.layout.spans() for p in range(a, b)]
+            for row, (seq, p) in enumerate(rows):
+                for name, column in samples[seq].columns.items():
+                    want = column[p + 1] if p + 1 < seqlens[seq] else np.zeros_like(column[0])
+                    assert np.array_equal(batch.columns[name][row], want)
+                seen += 1
+    assert seen == sum(seqlens)
+
+
+def test_ranks_without_tokens_have_the_same_columns():
+    columns = {"advantages": np.ones(2, np.float32), "teacher": np.ones((2, 4))}
+    samples = [Sample(input_ids=np.arange(2), columns=columns)]
+    # rank 1 of the ring holds no token, rank 2 no microbatch, rank 3 an empty one
+    ring = StepPlan.from_lists([2], [[0, 1]], [[[0]], [[0]], [], [[]]], max_tokens_per_rank=2)
+    shapes = {
+        rank: {name: (x.shape[1:], x.dtype) for name, x in batch.columns.items()}
+        for rank in range(4)
+        for batch in pack_rank(ring, rank, samples)
+    }
+    assert len(shapes) == 4 and all(shape == shapes[0] for shape in shapes.values())
+    for rank in (2, 3):
+        (batch,) = pack_rank(ring, rank, samples)
+        assert batch.total_tokens == 1 and not batch.columns["teacher"].any()
+
+
+def test_each_sample_is_asked_for_once():
+    asked = []
+
+    class Source:
+        def __getitem__(self, index):
+            asked.append(index)
+            return Sample(input_ids=np.arange(40 + index))
+
+    seqlens = [40 + index for index in range(5)]
+    plan = StepPlan.from_lists(
+        seqlens,
+        [[0, 1], [0], [1], [0], [0]],
+        [[[0, 1], [3], [4]], [[0], [2]]],
+        max_tokens_per_rank=100,
+    )
+    pack_rank(plan, 0, Source())
+    assert asked == [0, 1, 3, 4]
+
+
+def test_columns_of_another_length_or_name_are_refused():
+    ids = np.arange(4)
+    with pytest.raises(ValueError, match="advantages has 3 entries for 4 tokens"):
+        Sample(input_ids=ids, columns={"advantages": np.zeros(3)})
+    with pytest.raises(ValueError, match="loss_mask has 5 entries for 4 tokens"):
+        Sample(input_ids=ids, loss_mask=np.zeros(5, bool))
+    samples = [
+        Sample(input_ids=ids, columns={"advantages": np.zeros(4)}),
+        Sample(input_ids=ids, columns={"weights": np.zeros(4)}),
+    ]
+    plan = StepPlan.from_lists([4, 4], [[0], [0]], [[[0, 1]]], max_tokens_per_rank=8)
+    with pytest.raises(ValueError, match=r"sequence 0 has columns advantages .* sequence 1 has we"):
+        pack_rank(plan, 0, samples)
+
+
 def test_only_own_tokens_are_read():
     ids = np.arange(1000).view(Recorded)
     ids.reads = []
     plan = StepPlan.from_lists([1000], [[0, 1, 2, 3]], [[[0]]] * 4, max_tokens_per_rank=250)
-    batch = pack(plan, 1, 0, [Sample(input_ids=ids)])
+    batch = pack_rank(plan, 1, [Sample(input_ids=ids)])[0]
     assert batch.input_ids.tolist() == [*range(125, 250), *range(750, 875)]
     # own chunks, and shifted by one for the labels
     assert set(ids.reads) == {*range(125, 251), *range(750, 876)}
@@ -76,4 +164,4 @@ def test_only_own_tokens_are_read():
 def test_a_plan_for_other_data_is_refused():
     plan = StepPlan.from_lists([5], [[0]], [[[0]]], max_tokens_per_rank=8)
     with pytest.raises(ValueError, match="has 6 tokens, the plan was made for 5"):
-        pack(plan, 0, 0, [Sample(input_ids=np.arange(6))])
+        pack_rank(plan, 0, [Sample(input_ids=np.arange(6))])

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hdp.attention.comm import RingComm
-from hdp.data.pack import pack
+from hdp.data.pack import pack_rank
 from hdp.distributed.fsdp import (
     check_sharded,
     reduce_gradients,
@@ -21,7 +21,7 @@ from hdp.distributed.fsdp import (
     unshard_all,
 )
 from hdp.models.loading import build_model
-from hdp.models.logprobs import token_cross_entropy
+from hdp.objectives import token_cross_entropy
 from hdp.scheduler import StepPlan
 from tests.run_ranks import run_ranks
 from tests.tiny_models import (
@@ -107,7 +107,7 @@ def _backward_all(model, plan, rank, samples, global_count, comm, overlap=True):
     loss_sum, seen = torch.zeros((), dtype=torch.float64), []
     num_microbatches = int(plan.num_microbatches[rank])
     for index in range(num_microbatches):
-        batch = pack(plan, rank, index, samples)
+        batch = pack_rank(plan, rank, samples)[index]
         set_microbatch(model, reduce=overlap and index == num_microbatches - 1)
         with _Collectives() as collectives:
             loss = token_cross_entropy(model(batch, comm), global_count=global_count)
@@ -247,7 +247,7 @@ def _frozen_and_forward_only(rank, world_size, frozen):
     unshard_all(model)
     with torch.no_grad(), _Collectives() as collectives:
         for index in range(2):
-            model(pack(plan, rank, index, samples), RingComm())
+            model(pack_rank(plan, rank, samples)[index], RingComm())
     assert collectives.names == []
     reshard_all(model)
     unshard_all(model)

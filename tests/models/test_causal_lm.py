@@ -11,7 +11,7 @@ from torch import nn
 import hdp.data.pack
 import hdp.models.logprobs
 from hdp.attention.comm import RingComm
-from hdp.data.pack import pack
+from hdp.data.pack import pack_rank
 from hdp.models.causal_lm import transformer_shape
 from hdp.models.export import export_model
 from hdp.models.huggingface import load_tokenizer
@@ -136,7 +136,7 @@ def _run_on_ring(rank, world_size, model_type, seqlens, rings, microbatches):
     comm = RingComm()
     expected = plain_logprobs(keep_norms_exact(plain_model(model)), samples)
     for index, microbatch in enumerate(plan.microbatches(rank)):
-        batch = pack(plan, rank, index, samples)
+        batch = pack_rank(plan, rank, samples)[index]
         with torch.no_grad():
             logprobs = model(batch, comm)
         row = 0

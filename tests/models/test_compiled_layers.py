@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 from hdp.attention.comm import RingComm
-from hdp.data.pack import pack
+from hdp.data.pack import pack_rank
 from hdp.distributed.fsdp import (
     full_state_dict,
     reduce_gradients,
@@ -147,7 +147,7 @@ def _train_step(rank, world_size, compiled, checkpointing):
         unshard_all(model)
         for i in range(len(plan.microbatches(rank))):
             set_microbatch(model, reduce=False)
-            model(pack(plan, rank, i, samples), comm).sum().backward()
+            model(pack_rank(plan, rank, samples)[i], comm).sum().backward()
         reduce_gradients(model)
         for parameter in model.parameters():
             parameter.data.copy_(parameter.grad)

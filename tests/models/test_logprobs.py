@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hdp.models.logprobs import IGNORE_INDEX, chunked_logprobs, token_cross_entropy
+from hdp.models.logprobs import IGNORE_INDEX, chunked_logprobs
+from hdp.objectives import token_cross_entropy
 
 
 def _inputs(tokens, hidden_size, vocab, *, dtype=torch.float64, bias=False, ignored=0.3, seed=0):

@@ -8,7 +8,7 @@ import torch
 
 from hdp.attention.comm import RingComm
 from hdp.attention.layout import RingLayout
-from hdp.data.pack import Sample, pack
+from hdp.data.pack import Sample, pack_rank
 from hdp.distributed.fsdp import shard
 from hdp.distributed.mesh import HDPMesh
 from hdp.models.causal_lm import transformer_shape
@@ -82,7 +82,7 @@ def test_the_device_keeps_what_the_plan_says(ratio, host_bytes_per_s):
     model = tiny_model(dtype=torch.float32, num_hidden_layers=8)
     offload = planned_offload(model, host_bytes_per_s=host_bytes_per_s)
     made = StepPlan.from_lists([256], [[0]], [[[0]]], max_tokens_per_rank=256)
-    batch = pack(made, 0, 0, [Sample(input_ids=np.arange(256) % 61)])
+    batch = pack_rank(made, 0, [Sample(input_ids=np.arange(256) % 61)])[0]
     with offload(batch.layout, ratio):
         loss = model(batch, RingComm()).sum()
     counts = offload.engine.counts

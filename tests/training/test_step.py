@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from hdp.attention.comm import RingComm
 from hdp.data.feed import StepBatch
 from hdp.data.pack import pack_rank
 from hdp.distributed.fsdp import NonFiniteError, shard
 from hdp.distributed.mesh import HDPMesh
 from hdp.scheduler import CostModel, StepPlan, plan
-from hdp.training.recorder import StepRecorder
-from hdp.training.step import StepContext, train_step
+from hdp.training.step import StepContext, forward_step, train_step
 from tests.random_plans import random_plan
 from tests.run_ranks import run_ranks
 from tests.tiny_models import (
@@ -83,15 +82,7 @@ def make_context(dtype, **options):
     mesh = HDPMesh.create(device="cpu")
     model = keep_norms_exact(tiny_model(dtype=dtype))
     shard(model, mesh.device_mesh)
-    comm = RingComm(mesh.hdp_group)
-    return StepContext(
-        mesh=mesh,
-        model=model,
-        optimizer=TakeGradients(model),
-        comm=comm,
-        recorder=StepRecorder(mesh.hdp_rank, comm),
-        **options,
-    )
+    return StepContext.create(mesh, model, TakeGradients(model), **options)
 
 
 def make_batch(plan_, rank, samples) -> StepBatch:
@@ -140,6 +131,106 @@ def test_overlapped_reduction_changes_nothing(world):
     for policy in policies:
         for name, want in plain[policy][1].items():
             torch.testing.assert_close(overlapped[policy][1][name], want, rtol=1e-12, atol=1e-14)
+
+
+def _weighted(logprobs, batch, step):
+    """An objective with a column, a normalization of its own, and two sums."""
+    weights = batch.columns["weights"]
+    labels = batch.labels >= 0
+    loss = -(weights * logprobs).sum() / step.plan.num_seqs
+    return loss, {"weight": weights[labels].sum(), "labels": labels.sum()}
+
+
+def _samples_with_weights():
+    rng = np.random.default_rng(5)
+    return [
+        dataclasses.replace(sample, columns={"weights": rng.normal(size=len(sample.input_ids))})
+        for sample in random_samples(SEQLENS)
+    ]
+
+
+def _weighted_step(rank, world, policies):
+    context = make_context(torch.float64)
+    samples = _samples_with_weights()
+    results = {}
+    for policy in policies:
+        step = make_batch(make_plan(policy, SEQLENS, world), rank, samples)
+        result = train_step(context, step, _weighted)
+        results[policy] = result, context.optimizer.gradients
+    return results
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_an_objective_of_ones_own_equals_dense(world):
+    """Loss, gradients and sums, on every rank, however the plan cuts the batch."""
+    plain = keep_norms_exact(plain_model(tiny_model(dtype=torch.float64)))
+    samples = _samples_with_weights()
+    loss = weight = labels = 0.0
+    for sample, logprobs in zip(samples, plain_logprobs(plain, samples), strict=True):
+        seqlen = len(sample.input_ids)
+        weights = torch.from_numpy(sample.shifted("weights", 0, seqlen))
+        has_label = torch.from_numpy(sample.labels(0, seqlen) >= 0)
+        loss = loss - (weights * logprobs).sum() / len(samples)
+        weight, labels = weight + float(weights[has_label].sum()), labels + int(has_label.sum())
+    loss.backward()
+    want = {f"model.{name}": p.grad for name, p in plain.named_parameters()}
+    by_rank = run_ranks(_weighted_step, world, ["hdp", "random1", "random2"])
+    for policy in by_rank[0]:
+        results = [by_rank[rank][policy][0] for rank in range(world)]
+        assert all(result == results[0] for result in results)
+        assert results[0].loss == pytest.approx(loss.item(), rel=1e-12)
+        assert results[0].metrics == pytest.approx({"weight": weight, "labels": labels}, rel=1e-12)
+        for name, got in by_rank[0][policy][1].items():
+            error = (got - want[name]).norm() / want[name].norm()
+            assert error < 1e-10, f"{policy}, {name}: relative error {error:.2e}"
+
+
+def _forward(rank, world, policies):
+    context = make_context(torch.float64)
+    samples = random_samples(SEQLENS)
+    rows = []
+    for policy in policies:
+        step = make_batch(make_plan(policy, SEQLENS, world), rank, samples)
+        outputs = forward_step(context, step)
+        assert context.model.training and not any(x.requires_grad for x in outputs)
+        for batch, logprobs in zip(step.batches, outputs, strict=True):
+            # a rank without tokens has one row, of no sequence
+            spans = [span for span in batch.layout.spans() if span[0] < len(batch.seqs)]
+            places = [(batch.seqs[i], p) for i, a, b in spans for p in range(a, b)]
+            rows += zip([policy] * len(places), places, logprobs.tolist(), strict=False)
+        train_step(context, step)  # the same plan, after the parameters were freed
+    return rows, context.optimizer.gradients
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_forward_step_gives_each_token_its_logprob(world):
+    policies = ["hdp", "random1", "random4"]
+    samples = random_samples(SEQLENS)
+    with torch.no_grad():
+        model = keep_norms_exact(plain_model(tiny_model(dtype=torch.float64)))
+        plain = plain_logprobs(model, samples)
+    want = {(s, p): float(x) for s, row in enumerate(plain) for p, x in enumerate(row)}
+    results = run_ranks(_forward, world, policies)
+    for policy in policies:
+        got = {place: x for rows, _ in results for name, place, x in rows if name == policy}
+        assert got.keys() == want.keys()
+        for place, value in want.items():
+            assert got[place] == pytest.approx(value, rel=1e-10, abs=1e-12), (policy, place)
+    _, dense = dense_step(torch.float64)
+    for name, got in results[0][1].items():
+        assert (got - dense[name]).norm() / dense[name].norm() < 1e-10, name
+
+
+def test_a_context_without_an_optimizer_cannot_train():
+    mesh = HDPMesh.create(device="cpu")
+    context = StepContext.create(mesh, shard(tiny_model(), mesh.device_mesh))
+    step = make_batch(make_plan("hdp", [5, 3], 1), 0, random_samples([5, 3]))
+    with pytest.raises(ValueError, match="no optimizer"):
+        train_step(context, step)
+    with pytest.raises(ValueError, match=r"tokens are on meta .* call step\.to\(mesh\.device\)"):
+        forward_step(context, step.to(torch.device("meta")))
+    assert len(forward_step(context, step)) == 1
+    mesh.close()
 
 
 def _idle_rank(rank, world):

@@ -1,0 +1,105 @@
+"""Sample: one sequence of tokens, and what is known about each of them. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+IGNORE_INDEX = -100  # a label that has no loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One sequence. Arrays may be memory maps: nothing is read until it is sliced.
+
+    columns: what an objective needs to know about each token, by name: weights, advantages, log
+        probabilities of an earlier policy. Entry p belongs to token p, as `input_ids[p]` does.
+        (seqlen, ...) arrays of numbers or booleans; all samples of a step have the same names.
+
+    Raises ValueError if an array has another length than `input_ids`.
+    """
+
+    input_ids: np.ndarray  # (seqlen,) any integer dtype
+    loss_mask: np.ndarray | None = None  # (seqlen,) bool: tokens to learn to predict; None: all
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, array in [("loss_mask", self.loss_mask), *self.columns.items()]:
+            if array is not None and len(array) != len(self.input_ids):
+                raise ValueError(
+                    f"{name} has {len(array)} entries for {len(self.input_ids)} tokens; "
+                    "give one per token"
+                )
+
+    def labels(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start,) int64: what positions start..stop-1 predict; IGNORE_INDEX for nothing.
+
+        Position p predicts token p + 1; the last position predicts nothing.
+        """
+        labels = np.full(stop - start, IGNORE_INDEX, dtype=np.int64)
+        targets = self.input_ids[start + 1 : stop + 1]
+        labels[: len(targets)] = targets
+        if self.loss_mask is not None:
+            masked = ~np.asarray(self.loss_mask[start + 1 : stop + 1], dtype=bool)
+            labels[: len(targets)][masked] = IGNORE_INDEX
+        return labels
+
+    def shifted(self, name: str, start: int, stop: int) -> np.ndarray:
+        """(stop - start, ...): column `name` of the tokens that positions start..stop-1 predict,
+        as `labels` has them; 0 where nothing is predicted."""
+        column = self.columns[name]
+        entries = column[start + 1 : stop + 1]
+        values = np.zeros((stop - start, *column.shape[1:]), dtype=column.dtype)
+        values[: len(entries)] = entries
+        return values
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Labels of the whole sequence. Reads the loss mask."""
+        if self.loss_mask is None:
+            return max(len(self.input_ids) - 1, 0)
+        return int(np.count_nonzero(self.loss_mask[1:]))
+
+
+class SampleSource(Protocol):
+    """Whatever has lengths: a `TokenDataset`, a `SampleList`, or a class of your own.
+
+    Batches are planned from the lengths; a rank reads only the samples that it runs.
+    """
+
+    @property
+    def seqlens(self) -> np.ndarray:
+        """(num_samples,) int64, tokens of each."""
+        ...
+
+    @property
+    def num_loss_tokens(self) -> np.ndarray:
+        """(num_samples,) int64, labels of each."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+class SampleList:
+    """Samples in memory, such as the rollouts of a step, as a `SampleSource`."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = list(samples)
+
+    @cached_property
+    def seqlens(self) -> np.ndarray:
+        return np.array([len(sample.input_ids) for sample in self.samples], dtype=np.int64)
+
+    @cached_property
+    def num_loss_tokens(self) -> np.ndarray:
+        return np.array([sample.num_loss_tokens for sample in self.samples], dtype=np.int64)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        return self.samples[index]
+
+    def __len__(self) -> int:
+        return len(self.samples)

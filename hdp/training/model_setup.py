@@ -1,0 +1,155 @@
+"""A model made ready to train: built or loaded, priced, its layers replaced, sharded.
+
+Nothing here knows the data but the size of its vocabulary: a reference model or a critic is set up
+by the same call as the policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hdp.attention.kernels import Choice, choose_kernel
+from hdp.config import DEMO_MODEL, TrainConfig
+from hdp.distributed.agree import on_all_ranks
+from hdp.distributed.fsdp import shard
+from hdp.distributed.mesh import HDPMesh
+from hdp.models.causal_lm import CausalLM, transformer_shape
+from hdp.models.compiled import compile_layers
+from hdp.models.liger import use_liger
+from hdp.models.loading import build_model, load_model
+from hdp.offloading.context import open_engine
+from hdp.offloading.engine import OffloadEngine
+from hdp.offloading.memory import host_bytes_per_rank
+from hdp.offloading.planned import PlannedOffload
+from hdp.scheduler import CostModel
+from hdp.scheduler.costs.activation_plan import decoder_classes, scaled
+from hdp.scheduler.costs.estimate import HOST_BYTES_PER_S, estimate_cost
+
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+_HOST_SHARE = 0.9  # of the offload pool that plans count on: layers are not all the same
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSetup:
+    """A sharded model and what was found out while it was made ready."""
+
+    model: CausalLM
+    dtype: torch.dtype  # that it computes in
+    cost: CostModel
+    offload: PlannedOffload | None  # what executes the plans' offload ratios; None: no host memory
+    layers: str  # whose kernels its layers use, for people
+    attention: Choice  # the block kernel, and why
+
+
+def set_up_model(
+    config: TrainConfig, mesh: HDPMesh, *, vocab_size: int, seed: int | None = None
+) -> ModelSetup:
+    """Build or load the model that `config` names, and shard it over the mesh. Collective.
+
+    vocab_size: ids are below it. seed: of random weights; None: the config's. Raises ValueError for
+    a model or options that cannot be trained.
+    """
+    dtype = _compute_dtype(config, mesh.device)
+    model = _open_model(config, mesh, dtype, vocab_size, config.seed if seed is None else seed)
+    shape = transformer_shape(model)
+    if config.cost:
+        cost = CostModel.load(config.cost)
+    else:
+        cost = estimate_cost(shape, device_type=mesh.device.type, bytes_per_element=dtype.itemsize)
+    offload: PlannedOffload | None = None
+    if config.offload_gib:
+        offload = _open_offload(config, model, mesh, dtype, cost)
+        cost = offload.cost
+    layers = use_liger(
+        model.model, config.liger, device=mesh.device, dtype=dtype, compiled=config.compile
+    )
+    if config.compile:
+        compile_layers(model.layers)
+    shard(
+        model,
+        mesh.device_mesh,
+        param_dtype=dtype if dtype == torch.bfloat16 else None,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+    return ModelSetup(
+        model=model,
+        dtype=dtype,
+        cost=cost,
+        offload=offload,
+        layers=layers + ("; under torch.compile" if config.compile else ""),
+        attention=choose_kernel(mesh.device, dtype, config.attention, head_dim=shape["head_dim"]),
+    )
+
+
+def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[config.dtype]
+
+
+def _open_model(
+    config: TrainConfig, mesh: HDPMesh, dtype: torch.dtype, vocab_size: int, seed: int
+) -> CausalLM:
+    """The model with fp32 (fp64) weights on rank 0; others get theirs when it is sharded."""
+    options: dict[str, Any] = {
+        "dtype": torch.float64 if dtype == torch.float64 else torch.float32,
+        "skeleton": mesh.hdp_rank != 0,
+        "attn_backend": config.attention,
+        "config_overrides": config.model_entries,
+    }
+    if config.model == "demo":
+        shape = {**DEMO_MODEL, "vocab_size": vocab_size}
+        return build_model(shape, seed=seed, **options)
+    if config.random_init:
+        model = build_model(config.model, seed=seed, **options)
+    else:
+        model = load_model(config.model, **options)
+    if vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer makes ids up to {vocab_size - 1}, model {config.model!r} has "
+            f"a vocabulary of {model.config.vocab_size}; use the model's own tokenizer"
+        )
+    return model
+
+
+def _open_offload(
+    config: TrainConfig, model: CausalLM, mesh: HDPMesh, dtype: torch.dtype, cost: CostModel
+) -> PlannedOffload:
+    """The engine that executes the plan's offload ratios. Collective.
+
+    Its `cost` is the given one with what was not measured: the host link, and the bytes that the
+    model saves. Raises ValueError on all ranks if host memory is missing on any.
+    """
+    shape: dict[str, Any] = transformer_shape(model)
+    host_bytes = int(config.offload_gib * 2**30)
+    classes = decoder_classes(cost, **shape, bytes_per_element=dtype.itemsize)
+    if config.cost and cost.activation_bytes_per_token:
+        classes = scaled(classes, cost.activation_bytes_per_token)
+    cost = replace(
+        cost,
+        activation_bytes_per_token=sum(c.bytes_per_token for c in classes),
+        host_bytes_per_s=cost.host_bytes_per_s or HOST_BYTES_PER_S[mesh.device.type],
+        host_memory_bytes=_HOST_SHARE * host_bytes,
+    )
+    if not cost.offloadable:
+        raise ValueError(
+            f"--offload-gib {config.offload_gib}: two layers are always at work, and the model has "
+            f"{cost.num_layers}: nothing could be offloaded"
+        )
+
+    def open_it() -> OffloadEngine:
+        most = host_bytes_per_rank()
+        if host_bytes > most:
+            raise ValueError(
+                f"--offload-gib {config.offload_gib}: a rank's part of this machine's memory is "
+                f"{most / 2**30:.1f} GiB; give less, or start fewer ranks on it"
+            )
+        is_cuda = mesh.device.type == "cuda"
+        return open_engine(mesh.device, max_bytes=host_bytes, prefill=is_cuda)
+
+    engine = on_all_ranks(open_it, mesh.hdp_group)
+    min_bytes = 1 << (20 if mesh.device.type == "cuda" else 12)
+    return PlannedOffload(engine, cost=cost, classes=classes, min_bytes=min_bytes)

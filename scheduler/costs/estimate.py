@@ -1,0 +1,44 @@
+"""A cost model where nothing was measured: from a model's shape and the kind of device.
+
+It makes the first plans reasonable. Relative sizes matter, as they decide how wide rings get;
+`hdp profile` measures the machine, and its file replaces this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .cost_model import CostModel
+
+# What one rank sustains. On a CPU: one thread of a server core, gloo over loopback, and 1.5 ms for
+# each of a ring step's three transfers per layer.
+_CPU_FLOPS_PER_S = 30e9
+_CPU_BYTES_PER_S = 1e9
+_CPU_TRANSFER_S = 1.5e-3
+_GPU_FLOPS_PER_S = 400e12
+# One host link, one direction, while both run: PCIe 5 x16; memcpy.
+HOST_BYTES_PER_S = {"cuda": 50e9, "cpu": 5e9}
+
+
+def estimate_cost(
+    shape: Mapping[str, int], *, device_type: str, bytes_per_element: int
+) -> CostModel:
+    """CostModel of a decoder on one kind of device, from arithmetic alone.
+
+    shape: num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim and
+        vocab_size (`hdp.models.causal_lm.transformer_shape`)
+    device_type: "cuda" or "cpu"
+    bytes_per_element: of activations
+    """
+    if device_type == "cuda":
+        return CostModel.from_transformer(
+            **shape, flops_per_s=_GPU_FLOPS_PER_S, bytes_per_element=bytes_per_element
+        )
+    return CostModel.from_transformer(
+        **shape,
+        flops_per_s=_CPU_FLOPS_PER_S,
+        intra_node_bytes_per_s=_CPU_BYTES_PER_S,
+        inter_node_bytes_per_s=_CPU_BYTES_PER_S,
+        bytes_per_element=bytes_per_element,
+        ring_step_s=3 * _CPU_TRANSFER_S * shape["num_layers"],
+    )
