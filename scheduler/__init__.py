@@ -1,6 +1,7 @@
 """The balance scheduler: sequence lengths in, a StepPlan out. No torch, no clock, no RNG."""
 
 from hdp.scheduler.costs.cost_model import CostModel
+from hdp.scheduler.costs.estimate import estimate_cost
 from hdp.scheduler.simulation.simulator import finish_s, simulate
 from hdp.scheduler.simulation.timeline import Span, Timeline
 
@@ -16,6 +17,7 @@ __all__ = [
     "Span",
     "StepPlan",
     "Timeline",
+    "estimate_cost",
     "finish_s",
     "plan",
     "simulate",
