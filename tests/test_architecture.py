@@ -56,6 +56,10 @@ ROOMS: dict[str, set[str]] = {
     },
     # the command line
     "doctor": {"attention", "ops"},
+    "profile": {
+        *("attention", "config", "console", "data", "distributed", "doctor", "models"),
+        *("offloading", "ops", "scheduler", "scheduler.costs", "scheduler.render", "training"),
+    },
     "cli": {"checkpoint", "config", "doctor", "scheduler.cli", "training"},
 }
 

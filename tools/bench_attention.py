@@ -40,11 +40,11 @@ from hdp.attention.kernels import choose_kernel
 from hdp.attention.layout import RingLayout
 from hdp.attention.ring import ring_attn_varlen_func
 from hdp.ops import native as ops
+from hdp.profile.provenance import commit
 
 sys.path.insert(0, str(Path(__file__).parent))
 from emulated_ring import EmulatedComm, Sequence, ring_layout
 from peer_attention import Attend, direct_attention
-from provenance import commit
 
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
 LARGEST_ERROR = 1e-2  # relative, of bf16 results against each other

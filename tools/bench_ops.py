@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,10 +35,8 @@ from hdp import console
 from hdp.doctor.machine import cpu_name
 from hdp.models.logprobs import chunked_logprobs
 from hdp.ops import native as ops
+from hdp.profile.provenance import commit
 from hdp.scheduler.render.text import markdown
-
-sys.path.insert(0, str(Path(__file__).parent))
-from provenance import commit
 
 Run = Callable[[], Any]
 WARM_UP = 3  # repetitions that do not count

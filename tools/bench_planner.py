@@ -40,9 +40,9 @@ from typing import Any
 
 import numpy as np
 from peer_planners import Case, Planner, planners
-from provenance import commit
 
 from hdp.doctor.machine import cpu_name
+from hdp.profile.provenance import commit
 from hdp.scheduler import CostModel, plan
 from hdp.scheduler.render.text import align, bytes_text, markdown, seconds_text
 from hdp.scheduler.workloads.generate import BENCHMARK_SETS, BenchmarkSet, draw

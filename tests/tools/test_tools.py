@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def _torchrun(folder: Path, tool: str, *flags: str) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    what = [str(ROOT / "tools" / tool)] if tool.endswith(".py") else ["-m", tool]
     done = subprocess.run(
-        [*command, str(ROOT / "tools" / tool), *flags],
+        [*command, *what, *flags],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -64,7 +65,7 @@ def test_profile_and_bench_step(tmp_path):
     data = ["--data", "text", "--device", "cpu"]
     table = _torchrun(
         tmp_path,
-        "profile_machine.py",
+        "hdp.profile.measure",
         *data,
         *("--max-tokens-per-rank", "256", "--repeats", "1"),
         *("--link-bytes", "65536", "--plot", "cost.png"),

@@ -14,11 +14,9 @@ The last two are slopes over tokens, so what does not grow with them falls out.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -33,8 +31,7 @@ from hdp.objectives import token_cross_entropy
 from hdp.scheduler.costs.fit import fit_line
 from hdp.training.setup import Run
 
-sys.path.insert(0, str(Path(__file__).parent))
-from stopwatch import median_s
+from .stopwatch import median_s
 
 Row = dict[str, Any]  # tokens, seqlen, forward_s, seconds, saved_bytes, peak_bytes (None on a CPU)
 

@@ -1,6 +1,6 @@
 """The report of a measured cost model as a picture: what the model says, and how far it is off.
 
-    python tools/profile_picture.py cost.json cost.png
+    python -m hdp.profile.picture cost.json cost.png
 
     top left      microbatches of one long sequence: measured (dots) on the model's lines
     top right     attention of one layer alone: speed by shard, relative to the fastest
@@ -32,7 +32,7 @@ _COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#7a4b94", "#3f9b57", "#
 
 
 def draw_profile(cost: CostModel, report: dict[str, Any], path: str | Path) -> None:
-    """Draw `report`, as tools/profile_machine.py writes it, to `path` (.png, .svg or .pdf).
+    """Draw `report`, as hdp/profile/measure.py writes it, to `path` (.png, .svg or .pdf).
 
     Raises ValueError for another kind of file, or for a report with nothing to draw.
     """
@@ -236,7 +236,7 @@ def _bytes_text(num_bytes: int) -> str:
 
 def main() -> None:
     if len(sys.argv) != 3:
-        raise SystemExit("usage: python tools/profile_picture.py COST.json PICTURE.png")
+        raise SystemExit("usage: python -m hdp.profile.picture COST.json PICTURE.png")
     text = Path(sys.argv[1]).read_text(encoding="ascii")
     try:
         draw_profile(CostModel.from_json(text), json.loads(text).get("report", {}), sys.argv[2])

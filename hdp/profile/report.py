@@ -1,12 +1,12 @@
 """From measurements to a cost model with a report: the fit, the provenance, the tables, the file.
 
-tools/profile_machine.py measures and calls this. The report is JSON in the file of the cost model:
+hdp/profile/measure.py measures and calls this. The report is JSON in the file of the cost model:
 
     provenance       machine, versions, commit, date, command, model
     sources          where each field of the cost model comes from
     errors           mean and largest: fitted and only predicted microbatches, whole steps
     microbatches     each with measured and predicted seconds
-    kernels, links, model   rows of measure_kernels.py, measure_links.py, measure_model.py
+    kernels, links, model   rows of kernels.py, links.py, model.py
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ from hdp.scheduler import CostModel
 from hdp.scheduler.costs.fit import Fit, Observation, fit_cost
 from hdp.training.setup import Run
 
-sys.path.insert(0, str(Path(__file__).parent))
-import measure_kernels
-import measure_links
-import measure_model
-from profile_picture import ATTENTION_FIELDS, GOAL, draw_profile
-from provenance import commit
+from .kernels import KERNEL_COLUMNS, Heads, attention_fit, kernels_table, with_predictions
+from .links import ACROSS, INSIDE, LINK_COLUMNS, coefficients, links_table
+from .model import model_costs
+from .picture import ATTENTION_FIELDS, GOAL, draw_profile
+from .provenance import commit
 
 Shape = tuple[int, tuple[int, ...]]  # (degree, lengths of the whole sequences)
 
@@ -52,10 +51,10 @@ class Measured:
     wall_s: float
 
 
-def heads_of(run: Run, repeats: int) -> measure_kernels.Heads:
+def heads_of(run: Run, repeats: int) -> Heads:
     shape = transformer_shape(run.model)
     cuda = run.mesh.device.type == "cuda"
-    return measure_kernels.Heads(
+    return Heads(
         heads=shape["num_heads"],
         kv_heads=shape["num_kv_heads"],
         head_dim=shape["head_dim"],
@@ -72,14 +71,14 @@ def heads_of(run: Run, repeats: int) -> measure_kernels.Heads:
 def fit_all(run: Run, measured: Measured) -> Fit:
     """Fields that were measured directly first, then the times of microbatches beside them."""
     mesh = run.mesh
-    layer = measure_kernels.attention_fit(measured.kernels)
-    model = measure_model.model_costs(measured.model)
+    layer = attention_fit(measured.kernels)
+    model = model_costs(measured.model)
     changes: dict[str, Any] = {
         "forward_share": model.forward_share,
         "activation_bytes_per_token": model.activation_bytes_per_token,
         "reduce_s": median(out for _, out in [*measured.fitted.values()]),
         "host_memory_bytes": float(host_bytes_per_rank()),
-        **measure_links.coefficients(measured.links),
+        **coefficients(measured.links),
     }
     if layer is not None:
         changes["small_shard_tokens"] = layer.cost.small_shard_tokens
@@ -113,7 +112,7 @@ def sources(run: Run, measured: Measured) -> dict[str, str]:
     ring = "microbatches on rings" if on_rings else "attention alone, without transfers"
     host = "pinned copies" if cuda else "memory copies, no device"
     estimate = "NOT measured: an estimate"
-    inside, across = measure_links.INSIDE in names, measure_links.ACROSS in names
+    inside, across = INSIDE in names, ACROSS in names
     return {
         "quadratic_s": "measured: microbatches",
         "linear_s": "measured: microbatches",
@@ -163,8 +162,8 @@ def microbatch_rows(run: Run, measured: Measured, cost: CostModel) -> list[dict[
 
 def make_report(run: Run, measured: Measured, cost: CostModel) -> dict[str, Any]:
     """What goes into the file beside the coefficients."""
-    attention = measure_kernels.attention_fit(measured.kernels)
-    model = measure_model.model_costs(measured.model)
+    attention = attention_fit(measured.kernels)
+    model = model_costs(measured.model)
     rows = microbatch_rows(run, measured, cost)
     errors = {}
     for name, key, fitted in (
@@ -182,7 +181,7 @@ def make_report(run: Run, measured: Measured, cost: CostModel) -> dict[str, Any]
         "attention_of_one_layer": attention
         and {name: getattr(attention.cost, name) for name in ATTENTION_FIELDS},
         "without_attention": {"linear_s": model.linear_s, "fixed_s": model.fixed_s},
-        "kernels": measure_kernels.with_predictions(measured.kernels, attention),
+        "kernels": with_predictions(measured.kernels, attention),
         "links": measured.links,
         "model": measured.model,
     }
@@ -216,11 +215,11 @@ def show_and_save(run: Run, measured: Measured, fit: Fit, *, out: str, plot: str
     """Tables, the file, the picture."""
     cost = fit.cost
     report = make_report(run, measured, cost)
-    links, kernels = measure_links.links_table(report["links"]), report["kernels"]
-    console.print_table(measure_links.LINK_COLUMNS, links, title="links")
+    links, kernels = links_table(report["links"]), report["kernels"]
+    console.print_table(LINK_COLUMNS, links, title="links")
     console.print_table(
-        measure_kernels.KERNEL_COLUMNS,
-        measure_kernels.kernels_table(kernels),
+        KERNEL_COLUMNS,
+        kernels_table(kernels),
         title=f"\nattention: {report['provenance']['attention']}",
     )
     columns = ["sequences", "ranks", "measured s", "model s", "fit error", "prediction error"]

@@ -1,7 +1,7 @@
 """Attention and merges of one layer alone, by length, degree and block: no peers needed.
 
-    OMP_NUM_THREADS=1 python tools/measure_kernels.py            # the demo model's heads on a CPU
-    python tools/measure_kernels.py --tokens 32768 --heads 32 --kv-heads 8 --head-dim 128
+    OMP_NUM_THREADS=1 python -m hdp.profile.kernels            # the demo model's heads on a CPU
+    python -m hdp.profile.kernels --tokens 32768 --heads 32 --kv-heads 8 --head-dim 128
 
     ring     one rank's attention of a sequence of L tokens on d ranks, forward + backward, by the
              runtime's own `ring_attn_varlen_func`; what the others would send is at hand, so
@@ -18,10 +18,8 @@ coefficients, less the transfers.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,8 +35,7 @@ from hdp.ops.native import merge_lse_
 from hdp.scheduler import CostModel
 from hdp.scheduler.costs.fit import Fit, Observation, fit_cost
 
-sys.path.insert(0, str(Path(__file__).parent))
-from stopwatch import median_s
+from .stopwatch import median_s
 
 Row = dict[str, Any]  # kind, its sizes, forward_s, seconds (forward + backward)
 

@@ -1,14 +1,14 @@
 """Measure this machine with this model, and fit the cost model that the planner takes.
 
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tools/profile_machine.py
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m hdp.profile.measure
     torchrun --standalone --nproc-per-node 8 examples/sft.py --cost cost.json ...
 
 Five measurements, a few minutes in all, each in a file that also runs alone where that makes sense:
 
-  1. kernels       attention of one layer by length, degree and block; merges (measure_kernels.py)
-  2. links         P2P, all-reduce, host link, alone and shared (measure_links.py)
+  1. kernels       attention of one layer by length, degree and block; merges (kernels.py)
+  2. links         P2P, all-reduce, host link, alone and shared (links.py)
   3. model         seconds and bytes of a token without attention, forward's part
-                   (measure_model.py)
+                   (model.py)
   4. microbatches  real training steps of one microbatch: one long sequence, several, many short
                    ones, on one rank and on rings of 2, 4, ... ranks
   5. the step      what is outside of microbatches (gathering parameters, reducing gradients, the
@@ -19,15 +19,13 @@ what the planner wants to know. On one rank there is no ring to fit, and its coe
 1. Some microbatches are not fitted but only predicted: their errors say how good the model is.
 
 The JSON is a cost model with a `report`: provenance, the source of each field, every measured row
-beside what the model says. `--plot` draws it, tools/profile_picture.py draws it again later.
+beside what the model says. `--plot` draws it, hdp/profile/picture.py draws it again later.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -43,11 +41,10 @@ from hdp.scheduler import StepPlan
 from hdp.training.setup import Run, set_up
 from hdp.training.step import train_step
 
-sys.path.insert(0, str(Path(__file__).parent))
-import measure_kernels
-import measure_links
-import measure_model
-from profile_report import Measured, Shape, fit_all, heads_of, show_and_save
+from .kernels import measure_kernels
+from .links import measure_links
+from .model import measure_model
+from .report import Measured, Shape, fit_all, heads_of, show_and_save
 
 
 def parse_args() -> argparse.Namespace:
@@ -96,11 +93,11 @@ def measure(run: Run, args: argparse.Namespace) -> Measured:
     began, capacity = time.perf_counter(), args.max_tokens_per_rank
     run.say("measuring attention and merges")
     degrees = sorted({1, 2, 4, 8, *degrees_of(run.mesh.hdp_size)})
-    kernels = measure_kernels.measure_kernels(heads_of(run, args.repeats), capacity, degrees)
+    kernels = measure_kernels(heads_of(run, args.repeats), capacity, degrees)
     run.say("measuring links")
-    links = measure_links.measure_links(run.mesh, repeats=args.repeats, most_bytes=args.link_bytes)
+    links = measure_links(run.mesh, repeats=args.repeats, most_bytes=args.link_bytes)
     run.say("measuring the model without attention")
-    model = measure_model.measure_model(run, capacity, repeats=args.repeats)
+    model = measure_model(run, capacity, repeats=args.repeats)
     run.say("measuring microbatches")
     fitted, held_out = shapes(capacity, run.mesh.hdp_size)
     steps = {shape: make_step(run, shape) for shape in fitted + held_out}

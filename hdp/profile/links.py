@@ -1,6 +1,6 @@
 """Links of a machine: between neighbours of a ring, all ranks together, device and host.
 
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tools/measure_links.py
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m hdp.profile.links
 
 Everything goes the way that training goes: P2P through `RingComm` (one batched send and receive per
 rank, all ranks at once, so shared links are shared), host copies through the offload engine's
@@ -18,9 +18,7 @@ A link is then a line: seconds = latency + bytes / rate (`fit_line`).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,8 +31,7 @@ from hdp.distributed.mesh import HDPMesh
 from hdp.offloading.streams import IN, OUT, CudaStreams, Streams
 from hdp.scheduler.costs.fit import fit_line
 
-sys.path.insert(0, str(Path(__file__).parent))
-from stopwatch import median_s
+from .stopwatch import median_s
 
 Row = dict[str, Any]  # link, bytes, seconds, bytes_per_s
 

@@ -1,4 +1,4 @@
-"""The parts of tools/profile_machine.py: what they measure is there, and what they fit is right."""
+"""The parts of hdp/profile: what they measure is there, and what they fit is right."""
 
 from __future__ import annotations
 
@@ -19,16 +19,9 @@ from hdp.offloading.twin import TwinStreams
 from hdp.scheduler import CostModel
 from tests.run_ranks import run_ranks
 
-TOOLS = Path(__file__).parents[2] / "tools"
-
 
 def load(name: str) -> ModuleType:
-    """A module of tools/, which import each other."""
-    sys.path.insert(0, str(TOOLS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(TOOLS))
+    return importlib.import_module(f"hdp.profile.{name}")
 
 
 # ---- links ----
@@ -38,12 +31,12 @@ def links_of_two_ranks(rank: int, world_size: int, ranks_per_node: int) -> list[
     mesh = HDPMesh.from_group(
         torch.distributed.group.WORLD, device="cpu", ranks_per_node=ranks_per_node
     )
-    return load("measure_links").measure_links(mesh, repeats=1, most_bytes=1 << 18)
+    return load("links").measure_links(mesh, repeats=1, most_bytes=1 << 18)
 
 
 @pytest.mark.parametrize("ranks_per_node", [1, 2])
 def test_links_of_two_ranks(ranks_per_node: int) -> None:
-    links = load("measure_links")
+    links = load("links")
     rows, other = run_ranks(links_of_two_ranks, 2, ranks_per_node)
     assert rows == other, "ranks disagree: the slowest one counts on all"
     hop = links.INSIDE if ranks_per_node == 2 else links.ACROSS
@@ -58,7 +51,7 @@ def test_links_of_two_ranks(ranks_per_node: int) -> None:
 
 
 def test_links_become_coefficients() -> None:
-    links = load("measure_links")
+    links = load("links")
 
     def row(link: str, num_bytes: int, seconds: float, **more: str) -> dict:
         rate = num_bytes / seconds
@@ -77,7 +70,7 @@ def test_links_become_coefficients() -> None:
 
 
 def test_host_copies_arrive() -> None:
-    links = load("measure_links")
+    links = load("links")
     host = links.HostCopies(torch.device("cpu"), 64)
     host._locals[0].fill_(7)
     host._hosts[1].fill_(9)
@@ -89,7 +82,7 @@ def test_host_copies_arrive() -> None:
 
 def test_host_copies_run_both_ways_at_once_and_are_waited_for() -> None:
     """On the offload engine's simulated device: no access is out of order, and time says so."""
-    links, size = load("measure_links"), 1 << 12
+    links, size = load("links"), 1 << 12
     streams = TwinStreams(bytes_per_s=float(size))
     host = links.HostCopies(torch.device("cpu"), size, streams)
     for call, seconds in ((links.HOST_OUT, 1), (links.HOST_BACK, 1), (links.HOST_BOTH, 1)):
@@ -104,7 +97,7 @@ def test_host_copies_run_both_ways_at_once_and_are_waited_for() -> None:
 
 
 def test_kernels_alone() -> None:
-    kernels = load("measure_kernels")
+    kernels = load("kernels")
     heads = kernels.Heads(
         heads=2, kv_heads=1, head_dim=8, dtype=torch.float32, device=torch.device("cpu"), repeats=1
     )
@@ -116,7 +109,7 @@ def test_kernels_alone() -> None:
 
 
 def test_attention_alone_is_fitted() -> None:
-    kernels = load("measure_kernels")
+    kernels = load("kernels")
     true = CostModel.from_coefficients(
         quadratic_s=3e-9, linear_s=2e-6, small_shard_tokens=700.0, ring_step_s=1e-4
     )
@@ -133,7 +126,7 @@ def test_attention_alone_is_fitted() -> None:
     ]
     rows.append({"kind": "merge", "rows": 5, "forward_s": 1.0, "seconds": 1.0})
     fit = kernels.attention_fit(rows)
-    for field in load("profile_picture").ATTENTION_FIELDS:
+    for field in load("picture").ATTENTION_FIELDS:
         assert getattr(fit.cost, field) == pytest.approx(getattr(true, field), rel=1e-6)
     told = kernels.with_predictions(rows, fit)
     assert max(abs(row["error"]) for row in told[:-1]) < 1e-9
@@ -162,7 +155,7 @@ class Layer(nn.Module):
 def test_saved_bytes_are_storages_once_without_parameters(tokens: int) -> None:
     model = nn.Sequential(Layer(), Layer())
     x = torch.randn(tokens, 6, requires_grad=True)
-    with load("measure_model").counting_saved(model, []) as count:
+    with load("model").counting_saved(model, []) as count:
         out = model(x)
         saved = count()
     out.sum().backward()
@@ -176,13 +169,13 @@ def test_checkpointed_layers_keep_their_inputs() -> None:
         inner = layer.forward
         layer.forward = lambda x, inner=inner: checkpoint(inner, x, use_reentrant=False)
     model = nn.Sequential(*layers)
-    with load("measure_model").counting_saved(model, layers) as count:
+    with load("model").counting_saved(model, layers) as count:
         model(x).sum().backward()
         assert count() == 2 * 5 * 6 * 4
 
 
 def test_model_costs_are_slopes() -> None:
-    module = load("measure_model")
+    module = load("model")
 
     def row(tokens: int, peak: int | None) -> dict:
         return {
@@ -246,7 +239,7 @@ def report(*parts: str) -> dict:
 def test_the_picture_is_drawn(tmp_path: Path, parts: tuple[str, ...], suffix: str) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / f"cost.{suffix}"
-    load("profile_picture").draw_profile(COST, report(*parts), path)
+    load("picture").draw_profile(COST, report(*parts), path)
     assert path.stat().st_size > 3000
     if suffix == "svg":
         assert path.read_text().lstrip().startswith("<?xml")
@@ -254,7 +247,7 @@ def test_the_picture_is_drawn(tmp_path: Path, parts: tuple[str, ...], suffix: st
 
 def test_the_picture_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    picture, path = load("profile_picture"), tmp_path / "cost.json"
+    picture, path = load("picture"), tmp_path / "cost.json"
     replace(COST, name="saved").save(path, report())
     assert json.loads(path.read_text())["report"].keys() == report().keys()
     monkeypatch.setattr(sys, "argv", ["profile_picture.py", str(path), str(tmp_path / "a.png")])
@@ -264,7 +257,7 @@ def test_the_picture_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    draw = load("profile_picture").draw_profile
+    draw = load("picture").draw_profile
     with pytest.raises(ValueError, match="cannot draw to"):
         draw(COST, report(), tmp_path / "cost.gif")
     with pytest.raises(ValueError, match="no measurements"):
