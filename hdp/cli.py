@@ -2,6 +2,7 @@
 
     hdp plan lengths.txt --hdp-size 64 --max-tokens-per-rank 32768     no torch
     hdp doctor                                                         no torch needed
+    torchrun --nproc-per-node 8 -m hdp profile --out cost.json
     torchrun --nproc-per-node 8 -m hdp train --data ./docs --model Qwen/Qwen3-0.6B
 
 `train` turns the run's configuration (frozen dataclasses of `hdp/config.py`) into flags by tyro,
@@ -30,6 +31,7 @@ usage: hdp COMMAND [options]
 
   train      train a model; on many ranks: torchrun --nproc-per-node 8 -m hdp train ...
   doctor     what this machine offers and which back ends would be used
+  profile    measure this machine: the cost model that --cost takes
   plan       plan one batch of sequence lengths
   simulate   run a plan in the simulator
   compare    policies side by side on the same batches
@@ -54,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from hdp.doctor import report as doctor
 
         return doctor.main(arguments[1:])
+    if command == "profile":
+        from hdp.profile import cli as profile
+
+        return profile.main(arguments[1:])
     if command in ("plan", "simulate", "compare"):
         from hdp.scheduler import cli
 

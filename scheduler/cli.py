@@ -117,11 +117,11 @@ def _add_batch(command: argparse.ArgumentParser) -> None:
         help="text (a length per line), .npy, .json, a token cache's folder, or workload:NAME",
     )
     group.add_argument(
-        "--num-sequences", type=_count, metavar="N", help="default for a workload: 1024"
+        "--num-sequences", type=count, metavar="N", help="default for a workload: 1024"
     )
-    group.add_argument("--num-tokens", type=_count, metavar="N", help="as many as make N tokens")
+    group.add_argument("--num-tokens", type=count, metavar="N", help="as many as make N tokens")
     group.add_argument("--seed", type=int, default=0, help="of a named workload")
-    group.add_argument("--max-length", type=_count, metavar="N", help="longest sequence, tokens")
+    group.add_argument("--max-length", type=count, metavar="N", help="longest sequence, tokens")
     group.add_argument(
         "--overlong", choices=OVERLONG, default="error", help="what happens to longer ones"
     )
@@ -129,19 +129,17 @@ def _add_batch(command: argparse.ArgumentParser) -> None:
 
 def _add_cluster(command: argparse.ArgumentParser, *, required: bool) -> None:
     group = command.add_argument_group("the cluster")
-    group.add_argument("--hdp-size", type=_count, required=required, metavar="N", help="ranks")
+    group.add_argument("--hdp-size", type=count, required=required, metavar="N", help="ranks")
     group.add_argument(
         "--max-tokens-per-rank",
-        type=_count,
+        type=count,
         required=required,
         metavar="N",
         help="tokens that a rank holds in one microbatch (32768 or 32K)",
     )
-    group.add_argument(
-        "--cp-size", type=_count, metavar="N", help="ranks per ring of policy static"
-    )
-    group.add_argument("--pp-size", type=_count, metavar="N", help="pipeline stages (1)")
-    group.add_argument("--ranks-per-node", type=_count, metavar="N", help="default: one big node")
+    group.add_argument("--cp-size", type=count, metavar="N", help="ranks per ring of policy static")
+    group.add_argument("--pp-size", type=count, metavar="N", help="pipeline stages (1)")
+    group.add_argument("--ranks-per-node", type=count, metavar="N", help="default: one big node")
     group.add_argument("--offload", action="store_true", help="let activations move to the host")
     group.add_argument(
         "--equal-counts", action="store_true", help="the same number of microbatches everywhere"
@@ -168,13 +166,11 @@ def _add_output(command: argparse.ArgumentParser) -> None:
     group.add_argument("--plot", metavar="FILE", help="draw the plans: .png, .svg or .pdf")
     group.add_argument("--trace", metavar="FILE", help="write the timelines as Perfetto JSON")
     group.add_argument("--json", action="store_true", help="print JSON instead of text")
-    group.add_argument(
-        "--width", type=_count, metavar="N", help="columns (default: the terminal's)"
-    )
+    group.add_argument("--width", type=count, metavar="N", help="columns (default: the terminal's)")
     group.add_argument("--no-timeline", action="store_true", help="print the table only")
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     """A positive integer, also 32K or 2M (times 1024)."""
     scale = {"K": 1024, "M": 1024**2}.get(text[-1:].upper(), 1)
     digits = text[:-1] if scale > 1 else text

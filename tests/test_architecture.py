@@ -58,9 +58,10 @@ ROOMS: dict[str, set[str]] = {
     "doctor": {"attention", "ops"},
     "profile": {
         *("attention", "config", "console", "data", "distributed", "doctor", "models"),
-        *("offloading", "ops", "scheduler", "scheduler.costs", "scheduler.render", "training"),
+        *("offloading", "ops", "scheduler", "scheduler.cli", "scheduler.costs", "scheduler.render"),
+        "training",
     },
-    "cli": {"checkpoint", "config", "doctor", "scheduler.cli", "training"},
+    "cli": {"checkpoint", "config", "doctor", "profile", "scheduler.cli", "training"},
 }
 
 # Each foreign library is imported in one file, inside functions: the rest works without it.
@@ -211,6 +212,7 @@ def test_modules_and_functions_have_names_of_their_own() -> None:
         "from hdp.cli import main; main(['--version'])",
         "from hdp.cli import main; main(['doctor', '--help'])",
         "from hdp.cli import main; main(['plan', '--help'])",
+        "from hdp.cli import main; main(['profile', '--help'])",
     ],
 )
 def test_loads_no_torch(code: str) -> None:

@@ -40,7 +40,7 @@ from hdp.attention.kernels import choose_kernel
 from hdp.attention.layout import RingLayout
 from hdp.attention.ring import ring_attn_varlen_func
 from hdp.ops import native as ops
-from hdp.profile.provenance import commit
+from hdp.profile.provenance import code_version
 
 sys.path.insert(0, str(Path(__file__).parent))
 from emulated_ring import EmulatedComm, Sequence, ring_layout
@@ -291,7 +291,7 @@ def header(device: torch.device) -> str:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return (
         f"{where}, torch {torch.__version__}, merges by {ops.describe(device.type)[0]}, "
-        f"commit {commit('describe', '--always', '--dirty')}"
+        f"{code_version()}"
     )
 
 

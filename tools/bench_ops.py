@@ -35,7 +35,7 @@ from hdp import console
 from hdp.doctor.machine import cpu_name
 from hdp.models.logprobs import chunked_logprobs
 from hdp.ops import native as ops
-from hdp.profile.provenance import commit
+from hdp.profile.provenance import code_version
 from hdp.scheduler.render.text import markdown
 
 Run = Callable[[], Any]
@@ -340,8 +340,7 @@ def environment(device: torch.device) -> str:
     else:
         hardware = f"{cpu_name()}, {torch.get_num_threads()} thread"
     command = " ".join(["python", "tools/bench_ops.py", *sys.argv[1:]])
-    here = commit("describe", "--always", "--dirty")
-    return f"{command}\n{hardware}; torch {torch.__version__}; commit {here}"
+    return f"{command}\n{hardware}; torch {torch.__version__}; {code_version()}"
 
 
 if __name__ == "__main__":

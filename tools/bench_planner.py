@@ -42,7 +42,7 @@ import numpy as np
 from peer_planners import Case, Planner, planners
 
 from hdp.doctor.machine import cpu_name
-from hdp.profile.provenance import commit
+from hdp.profile.provenance import code_version
 from hdp.scheduler import CostModel, plan
 from hdp.scheduler.render.text import align, bytes_text, markdown, seconds_text
 from hdp.scheduler.workloads.generate import BENCHMARK_SETS, BenchmarkSet, draw
@@ -221,10 +221,9 @@ def draw_scale(rows: list[dict[str, Any]], path: str) -> None:
 
 def environment(script: str = "tools/bench_planner.py") -> str:
     """Command, hardware, versions and commit of this run."""
-    here = commit("rev-parse", "--short", "HEAD")
     arguments = " ".join(["python", script, *sys.argv[1:]])
     versions = f"Python {platform.python_version()}, numpy {np.__version__}"
-    return f"{arguments}\n{cpu_name()}, one core; {versions}; commit {here}"
+    return f"{arguments}\n{cpu_name()}, one core; {versions}; {code_version()}"
 
 
 def main() -> int:

@@ -1,30 +1,28 @@
-"""Measure this machine with this model, and fit the cost model that the planner takes.
+"""What `hdp profile` measures: this machine with this model, until a cost model can be fitted.
 
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m hdp.profile.measure
-    torchrun --standalone --nproc-per-node 8 examples/sft.py --cost cost.json ...
-
-Five measurements, a few minutes in all, each in a file that also runs alone where that makes sense:
+Five measurements, a few minutes in all:
 
   1. kernels       attention of one layer by length, degree and block; merges (kernels.py)
   2. links         P2P, all-reduce, host link, alone and shared (links.py)
-  3. model         seconds and bytes of a token without attention, forward's part
-                   (model.py)
+  3. model         seconds and bytes of a token without attention, forward's part (model.py)
   4. microbatches  real training steps of one microbatch: one long sequence, several, many short
                    ones, on one rank and on rings of 2, 4, ... ranks
   5. the step      what is outside of microbatches (gathering parameters, reducing gradients, the
                    optimizer) becomes `reduce_s`
 
-Times are fitted to 4 (scheduler/costs/fit.py), beside the links of 2: what a training step takes is
-what the planner wants to know. On one rank there is no ring to fit, and its coefficients come from
-1. Some microbatches are not fitted but only predicted: their errors say how good the model is.
+1 and 2 also run alone: `python -m hdp.profile.kernels`, `torchrun ... -m hdp.profile.links`.
+
+Times are fitted to 4 (scheduler/costs/fit.py), with the links of 2 as they were measured: what the
+planner wants to know is how long a training step takes. On one rank there is no ring to fit, and
+its coefficients come from 1. Some microbatches are not fitted but only predicted: their errors say
+how good the model is.
 
 The JSON is a cost model with a `report`: provenance, the source of each field, every measured row
-beside what the model says. `--plot` draws it, hdp/profile/picture.py draws it again later.
+with what the model says of it (report.py). picture.py draws it.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from statistics import median
 
@@ -47,62 +45,43 @@ from .model import measure_model
 from .report import Measured, Shape, fit_all, heads_of, show_and_save
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="cost.json", help="where the cost model goes")
-    parser.add_argument("--plot", help="draw the report: .png, .svg or .pdf")
-    parser.add_argument("--model", default="demo", help="as for training")
-    parser.add_argument("--data", default="stdlib", help="for the tokenizer of the demo model")
-    parser.add_argument("--max-tokens-per-rank", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--link-bytes", type=int, help="largest message; default by device")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--activation-checkpointing", action="store_true")
-    return parser.parse_args()
+def profile(
+    config: TrainConfig, *, out: str, plot: str | None, repeats: int, link_bytes: int | None
+) -> None:
+    """Measure, fit, and on rank 0 print, save to `out` and draw to `plot`. Collective.
 
-
-def main() -> None:
-    args = parse_args()
-    if int(torch.get_num_threads()) > 1 and args.device != "cuda":
+    repeats: how often each thing is measured (the median counts); link_bytes: the largest message,
+    None: by device. Raises ValueError for a model or lengths that do not fit.
+    """
+    if config.device != "cuda":
         torch.set_num_threads(1)
-    capacity = args.max_tokens_per_rank
-    config = TrainConfig(
-        model=args.model,
-        random_init=args.model != "demo",
-        data=args.data,
-        max_length=capacity,
-        overlong="truncate",
-        max_tokens_per_rank=capacity,
-        device=args.device,
-        activation_checkpointing=args.activation_checkpointing,
-    )
-    device = None if args.device == "auto" else args.device
+    device = None if config.device == "auto" else config.device
     with HDPMesh.create(device=device) as mesh, Watchdog.start(mesh, timeout_s=3600) as watchdog:
         run = set_up(config, mesh, watchdog)
-        measured = measure(run, args)
+        measured = measure(run, repeats=repeats, link_bytes=link_bytes)
         fit = fit_all(run, measured)
         if run.is_main:
-            show_and_save(run, measured, fit, out=args.out, plot=args.plot)
+            show_and_save(run, measured, fit, out=out, plot=plot)
 
 
 # ---- measuring ----
 
 
-def measure(run: Run, args: argparse.Namespace) -> Measured:
+def measure(run: Run, *, repeats: int, link_bytes: int | None = None) -> Measured:
     """Collective. Microbatches are measured in turn, so that noise hits all shapes alike."""
-    began, capacity = time.perf_counter(), args.max_tokens_per_rank
+    began, capacity = time.perf_counter(), run.config.max_tokens_per_rank
     run.say("measuring attention and merges")
     degrees = sorted({1, 2, 4, 8, *degrees_of(run.mesh.hdp_size)})
-    kernels = measure_kernels(heads_of(run, args.repeats), capacity, degrees)
+    kernels = measure_kernels(heads_of(run, repeats), capacity, degrees)
     run.say("measuring links")
-    links = measure_links(run.mesh, repeats=args.repeats, most_bytes=args.link_bytes)
+    links = measure_links(run.mesh, repeats=repeats, most_bytes=link_bytes)
     run.say("measuring the model without attention")
-    model = measure_model(run, capacity, repeats=args.repeats)
+    model = measure_model(run, capacity, repeats=repeats)
     run.say("measuring microbatches")
     fitted, held_out = shapes(capacity, run.mesh.hdp_size)
     steps = {shape: make_step(run, shape) for shape in fitted + held_out}
     rows: dict[Shape, list[tuple[float, float]]] = {shape: [] for shape in steps}
-    for turn in range(args.repeats + 1):
+    for turn in range(repeats + 1):
         for shape, step in steps.items():
             row = measure_step(run, step)
             if turn:  # the first one warms up
@@ -198,10 +177,3 @@ def make_step(run: Run, shape: Shape) -> StepBatch:
         num_loss_tokens=sum(seqlens) - len(seqlens),
         next_position=(0, 0),
     )
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:  # a model, data or lengths that do not fit
-        raise SystemExit(f"profile_machine: {error}") from None

@@ -1,6 +1,6 @@
 """The report of a measured cost model as a picture: what the model says, and how far it is off.
 
-    python -m hdp.profile.picture cost.json cost.png
+    hdp profile --redraw cost.json --plot cost.png
 
     top left      microbatches of one long sequence: measured (dots) on the model's lines
     top right     attention of one layer alone: speed by shard, relative to the fastest
@@ -12,8 +12,6 @@ Parts that were not measured are left out: without other ranks there is no P2P.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,17 +26,22 @@ GOAL = 0.08  # the error that a prediction should stay below
 ATTENTION_FIELDS = ("quadratic_s", "small_shard_tokens", "linear_s", "ring_step_s")
 
 _INK, _SOFT, _GRID, _BAND = "#202124", "#5f6368", "#e8eaed", "#e6f4ea"
-_COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#7a4b94", "#3f9b57", "#e07a3f", "#8d6e63")
+_COLORS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#7a4b94", "#3f9b57", "#e07a3f", "#8d6e63")
+
+
+def check_drawable(path: str | Path) -> None:
+    """Raises ValueError if there is no drawing to `path`: its suffix, or no matplotlib."""
+    if Path(path).suffix.lower() not in FORMATS:
+        raise ValueError(f"cannot draw to {path}: use one of {', '.join(FORMATS)}")
+    figure_class()
 
 
 def draw_profile(cost: CostModel, report: dict[str, Any], path: str | Path) -> None:
-    """Draw `report`, as hdp/profile/measure.py writes it, to `path` (.png, .svg or .pdf).
+    """Draw `report`, as hdp/profile/report.py writes it, to `path` (.png, .svg or .pdf).
 
     Raises ValueError for another kind of file, or for a report with nothing to draw.
     """
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"cannot draw to {path}: use one of {', '.join(FORMATS)}")
+    check_drawable(path)
     steps = report.get("microbatches", [])
     attention = [row for row in report.get("kernels", []) if row["kind"] == "ring"]
     links = report.get("links", [])
@@ -58,7 +61,14 @@ def draw_profile(cost: CostModel, report: dict[str, Any], path: str | Path) -> N
     figure.text(0.065, 1 - 0.16 / figure.get_figheight(), cost.name, ha="left", va="top",
                 fontsize=13, fontweight="bold", color=_INK)  # fmt: skip
     known = report.get("provenance", {})
-    words = {"machine": "", "torch": "torch ", "attention": "", "date": "", "commit": "commit "}
+    words = {
+        "machine": "",
+        "torch": "torch ",
+        "attention": "",
+        "date": "",
+        "hdp": "hdp ",
+        "commit": "commit ",
+    }
     facts = [f"{word}{known[name]}" for name, word in words.items() if name in known]
     figure.text(0.065, 1 - 0.44 / figure.get_figheight(), ",  ".join(facts), ha="left", va="top",
                 fontsize=9, color=_SOFT)  # fmt: skip
@@ -135,7 +145,7 @@ def _draw_errors(axes: Any, steps: Sequence[dict[str, Any]]) -> None:
 def _draw_links(axes: Any, links: Sequence[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(_link_name(row) for row in links))
     most = max(row["bytes"] for row in links)
-    for name, colour in zip(names, _COLOURS * len(names), strict=False):
+    for name, colour in zip(names, _COLORS * len(names), strict=False):
         mine = [row for row in links if _link_name(row) == name]
         rates = [row["bytes_per_s"] / 1e9 for row in mine]
         axes.plot([row["bytes"] for row in mine], rates, "o-", color=colour, markersize=4,
@@ -152,7 +162,7 @@ def _draw_links(axes: Any, links: Sequence[dict[str, Any]]) -> None:
 def _label_ends(axes: Any, links: Sequence[dict[str, Any]], names: list[str], most: int) -> None:
     """Names beside the last points, pushed apart where they would overlap (log scale)."""
     ends = []
-    for name, colour in zip(names, _COLOURS * len(names), strict=False):
+    for name, colour in zip(names, _COLORS * len(names), strict=False):
         last = [row for row in links if _link_name(row) == name][-1]
         ends.append((np.log10(last["bytes_per_s"] / 1e9), name, colour))
     ends.sort()
@@ -174,7 +184,7 @@ def _label_ends(axes: Any, links: Sequence[dict[str, Any]], names: list[str], mo
 
 def _by_degree(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
     degrees = sorted({row["degree"] for row in rows})
-    return list(zip(degrees, _COLOURS * len(degrees), strict=False))
+    return list(zip(degrees, _COLORS * len(degrees), strict=False))
 
 
 def _dots(
@@ -232,17 +242,3 @@ def _link_name(row: dict[str, Any]) -> str:
 def _bytes_text(num_bytes: int) -> str:
     power = min(int(np.log2(num_bytes) // 10), 3)
     return f"{num_bytes >> 10 * power}{'BKMG'[power]}"
-
-
-def main() -> None:
-    if len(sys.argv) != 3:
-        raise SystemExit("usage: python -m hdp.profile.picture COST.json PICTURE.png")
-    text = Path(sys.argv[1]).read_text(encoding="ascii")
-    try:
-        draw_profile(CostModel.from_json(text), json.loads(text).get("report", {}), sys.argv[2])
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-
-
-if __name__ == "__main__":
-    main()

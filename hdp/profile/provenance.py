@@ -1,17 +1,40 @@
-"""Which commit a figure was measured at: what the benchmarks print above their tables."""
+"""Which code measured something: a commit in a checkout, the version where hdp is installed."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
 
+from hdp import __version__
 
-def commit(*git: str) -> str:
-    """What such a git command says of the checkout that this file is in; "unknown" without one."""
+
+def commit() -> str | None:
+    """The checkout's commit, with "-dirty" if it has changes; None outside a checkout of hdp.
+
+    An installed hdp may lie inside a repository of its user, whose commit says nothing: only one
+    that tracks this file counts.
+    """
+    if _git("ls-files", Path(__file__).name) is None:
+        return None
+    return _git("describe", "--always", "--dirty", "--exclude", "*")
+
+
+def code_version() -> str:
+    """For the header of a table: "commit 1a2b3c4", or "hdp 0.1.0" outside a checkout."""
+    known = commit()
+    return f"commit {known}" if known else f"hdp {__version__}"
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints; None if that is nothing, or git fails or is missing."""
     try:
         done = subprocess.run(
-            ["git", *git], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+            ["git", *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent,
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
+        return None
+    return done.stdout.strip() or None

@@ -1,8 +1,8 @@
 """From measurements to a cost model with a report: the fit, the provenance, the tables, the file.
 
-hdp/profile/measure.py measures and calls this. The report is JSON in the file of the cost model:
+measure.py measures and calls this. The report is JSON in the file of the cost model:
 
-    provenance       machine, versions, commit, date, command, model
+    provenance       machine, versions, commit (of a checkout), date, command, model
     sources          where each field of the cost model comes from
     errors           mean and largest: fitted and only predicted microbatches, whole steps
     microbatches     each with measured and predicted seconds
@@ -15,13 +15,12 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
 
-from hdp import console
+from hdp import __version__, console
 from hdp.doctor.machine import cpu_name
 from hdp.models.causal_lm import transformer_shape
 from hdp.offloading.memory import host_bytes_per_rank
@@ -190,7 +189,7 @@ def make_report(run: Run, measured: Measured, cost: CostModel) -> dict[str, Any]
 def provenance(run: Run, measured: Measured) -> dict[str, Any]:
     mesh, device = run.mesh, run.mesh.device
     heads = heads_of(run, 1)
-    cuda = device.type == "cuda"
+    cuda, known = device.type == "cuda", commit()
     return {
         "machine": torch.cuda.get_device_name()
         if cuda
@@ -205,8 +204,9 @@ def provenance(run: Run, measured: Measured) -> dict[str, Any]:
         "dtype": str(heads.dtype).removeprefix("torch."),
         "activation_checkpointing": run.config.activation_checkpointing,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": commit("rev-parse", "--short", "HEAD"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "hdp": __version__,
+        **({"commit": known} if known else {}),
+        "command": " ".join(["hdp", *sys.argv[1:]]),
         "measured_in_s": round(measured.wall_s),
     }
 

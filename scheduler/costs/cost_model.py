@@ -21,7 +21,7 @@ reduction of gradients. Bytes: see `offloadable`, `hidden_ratio` (ByteScale Eq. 
     cost.save("h200.json"); CostModel.load("h200.json")
 
 A file may have a `report` beside the coefficients: where they come from, what was measured, how far
-the fit is off (tools/profile_machine.py writes it). It is for people; a CostModel does not keep it.
+the fit is off (`hdp profile` writes it). It is for people; a CostModel does not keep it.
 """
 
 from __future__ import annotations
@@ -286,5 +286,5 @@ class CostModel:
         except (OSError, ValueError) as error:
             told = getattr(error, "strerror", None) or error
             raise ValueError(
-                f"no cost model in {path}: {told}; tools/profile_machine.py writes one"
+                f"no cost model in {path}: {told}; `hdp profile` writes one"
             ) from error

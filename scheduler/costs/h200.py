@@ -6,7 +6,7 @@
 A cost model is a fit to measured numbers, and here they stand: attention kernels, steps of a few
 layers, the host link. What one GPU cannot show (links between GPUs, the reduction of gradients) is
 assumed, and `report()` says which field is which, with measured beside predicted times. On GPUs of
-your own measure all of it: tools/profile_machine.py.
+your own `hdp profile` measures all of it.
 
   1. attention   five measurements give quadratic_s, small_shard_tokens and ring_step_s
   2. the rest    steps of two and three layers, less their attention, give linear_s

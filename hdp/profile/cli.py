@@ -1,0 +1,132 @@
+"""`hdp profile`: flags in, a cost model out. Loads torch only when it measures.
+
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m hdp profile --plot cost.png
+    hdp plan lengths.txt --cost cost.json ...
+    hdp profile --redraw cost.json --plot cost.png     # a profile from before; measures nothing
+
+What is measured, and how: hdp/profile/measure.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from hdp.config import TrainConfig
+from hdp.scheduler import CostModel
+from hdp.scheduler.cli import count
+
+from .picture import check_drawable, draw_profile
+
+_LEAST_TOKENS = 128
+_DESCRIPTION = """\
+Measure this machine with a model, and fit the cost model that `--cost` takes: attention, links,
+memory and training steps; a few minutes. On many ranks:
+torchrun --nproc-per-node 8 -m hdp profile ..."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `hdp profile` with `argv`. Returns the exit code: 2 after a message about bad input."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.plot:  # before minutes of measuring
+            check_drawable(arguments.plot)
+            _check_folder("--plot", arguments.plot)
+        if arguments.redraw:
+            _redraw(arguments.redraw, arguments.plot)
+        else:
+            _check_folder("--out", arguments.out)
+            _measure(arguments)
+    except (ValueError, OSError) as error:  # a model, data or lengths that do not fit: on all ranks
+        if os.environ.get("RANK", "0") == "0":
+            print(f"hdp profile: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hdp profile",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--out", default="cost.json", metavar="FILE", help="the cost model and its report"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw the report: .png, .svg or .pdf")
+    parser.add_argument(
+        "--redraw", metavar="COST.json", help="measure nothing: --plot the report of this file"
+    )
+    parser.add_argument("--model", default="demo", help="as for `hdp train`; random weights")
+    parser.add_argument("--data", default="stdlib", help="for the tokenizer of the demo model")
+    parser.add_argument(
+        "--max-tokens-per-rank",
+        type=count,
+        default=4096,
+        metavar="N",
+        help="tokens of the largest microbatch, as in training (%(default)s)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=count,
+        default=5,
+        metavar="N",
+        help="measurements of each thing; the median counts (%(default)s)",
+    )
+    parser.add_argument(
+        "--link-bytes", type=count, metavar="N", help="largest message; default by device"
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--activation-checkpointing", action="store_true", help="as in training")
+    return parser
+
+
+def _redraw(cost_file: str, picture: str | None) -> None:
+    if not picture:
+        raise ValueError(f"--redraw {cost_file} needs --plot: the picture to draw")
+    cost = CostModel.load(cost_file)
+    report = json.loads(Path(cost_file).read_text(encoding="ascii")).get("report", {})
+    draw_profile(cost, report, picture)
+    print(f"wrote {picture}")
+
+
+def _check_folder(flag: str, path: str) -> None:
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {path}: there is no folder {folder}; create it first")
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    capacity = arguments.max_tokens_per_rank
+    if capacity < _LEAST_TOKENS:
+        raise ValueError(
+            f"--max-tokens-per-rank {capacity}: sequences down to 1/66 of it are measured; give "
+            f"{_LEAST_TOKENS} or more, best as many as in training"
+        )
+    if find_spec("torch") is None:
+        raise ValueError("measuring needs torch: pip install 'hdp[hf]'")
+    config = TrainConfig(
+        model=arguments.model,
+        random_init=arguments.model != "demo",
+        data=arguments.data,
+        max_length=capacity,
+        overlong="truncate",
+        max_tokens_per_rank=capacity,
+        device=arguments.device,
+        activation_checkpointing=arguments.activation_checkpointing,
+    )
+    from .measure import profile
+
+    profile(
+        config,
+        out=arguments.out,
+        plot=arguments.plot,
+        repeats=arguments.repeats,
+        link_bytes=arguments.link_bytes,
+    )
