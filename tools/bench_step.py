@@ -5,9 +5,11 @@
 Each batch has one long document and short ones beside it. A static mesh has two ways to deal with
 them: all sequences on one rank each (static:1), where the rank with the long one is late, or all on
 several (static:2), where the short ones communicate for nothing. All policies train each batch in
-turn, the order rotating from batch to batch, so that noise of the machine hits all alike; figures
-are medians over the batches and ratios to the first policy. On a CPU use 2 ranks of one thread each
-on two cores: more ranks share the cores, and the time that one waits goes to the others.
+turn, the order rotating from batch to batch, so that noise of the machine hits all alike. Every
+column is of each policy's medians over the batches: tokens/s is median tokens by median seconds,
+speed-up the first policy's median seconds by this one's, so that the two always agree. On a CPU use
+2 ranks of one thread each on two cores: more ranks share the cores, and the time that one waits
+goes to the others.
 
 Learning rate 0: every policy sees the same weights, and their losses must agree.
 
@@ -21,6 +23,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -91,7 +94,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-tokens-per-rank", type=int, default=4096)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", default="stdlib")
-    parser.add_argument("--cost", help="JSON of a CostModel (tools/profile_machine.py)")
+    parser.add_argument("--cost", help="cost model: a file of `hdp profile`, or a preset")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args()
 
@@ -172,30 +175,43 @@ def measure(run: Run, observer: Observer, step: StepBatch) -> Row:
     )
 
 
+COLUMNS = ("policy", "tokens/s", "step s", "plan s", "bubble", "plan", "MB sent", "speed-up")
+
+
+def medians_table(rows: dict[str, list[Row]]) -> list[list[str]]:
+    """A line per policy under COLUMNS, all of its medians; speed-up is over the first policy."""
+    middle = {policy: medians(mine) for policy, mine in rows.items()}
+    first = next(iter(middle.values()))
+    return [
+        [
+            policy,
+            f"{row.num_tokens / row.step_s:,.0f}",
+            f"{row.step_s:.3f}",
+            f"{row.predicted_s:.3f}",
+            f"{row.bubble:.1%}",
+            f"{row.planned_bubble:.1%}",
+            f"{row.bytes_sent / 1e6:.1f}",
+            f"{first.step_s / row.step_s:.2f}x",
+        ]
+        for policy, row in middle.items()
+    ]
+
+
+def medians(rows: Sequence[Row]) -> Row:
+    """Field by field."""
+    names = [field.name for field in dataclasses.fields(Row)]
+    return Row(**{name: median(getattr(row, name) for row in rows) for name in names})
+
+
 def report(run: Run, args: argparse.Namespace, rows: dict[str, list[Row]]) -> None:
     """Print the table; fail if the policies' losses differ."""
     base = next(iter(rows.values()))
-    table = []
-    for policy, mine in rows.items():
-        speedup = median(b.step_s / m.step_s for b, m in zip(base, mine, strict=True))
-        table.append(
-            [
-                policy,
-                f"{median(m.num_tokens / m.step_s for m in mine):,.0f}",
-                f"{median(m.step_s for m in mine):.3f}",
-                f"{median(m.predicted_s for m in mine):.3f}",
-                f"{median(m.bubble for m in mine):.1%}",
-                f"{median(m.planned_bubble for m in mine):.1%}",
-                f"{median(m.bytes_sent for m in mine) / 1e6:.1f}",
-                f"{speedup:.2f}x",
-            ]
-        )
-    columns = ["policy", "tokens/s", "step s", "plan s", "bubble", "plan", "MB sent", "speed-up"]
     title = (
-        f"{run.mesh.hdp_size} ranks on {run.mesh.device.type}, {args.batches} batches of "
-        f"{args.batch_tokens:,} tokens, one document of {args.long_tokens:,} in each"
+        f"{run.mesh.hdp_size} ranks on {run.mesh.device.type}, medians over {args.batches} batches "
+        f"of {args.batch_tokens:,} tokens, one document of {args.long_tokens:,} in each; tokens/s "
+        "and speed-up are ratios of these medians"
     )
-    console.print_table(columns, table, title=title)
+    console.print_table(COLUMNS, medians_table(rows), title=title)
     for policy, mine in rows.items():
         worst = max(abs(m.loss - b.loss) / b.loss for m, b in zip(mine, base, strict=True))
         tolerance = 1e-5 if run.mesh.device.type == "cpu" else 1e-2
