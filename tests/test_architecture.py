@@ -58,8 +58,8 @@ ROOMS: dict[str, set[str]] = {
     "doctor": {"attention", "ops"},
     "profile": {
         *("attention", "config", "console", "data", "distributed", "doctor", "models"),
-        *("offloading", "ops", "scheduler", "scheduler.cli", "scheduler.costs", "scheduler.render"),
-        "training",
+        *("objectives", "offloading", "ops", "scheduler", "scheduler.cli", "scheduler.costs"),
+        *("scheduler.render", "training"),
     },
     "cli": {"checkpoint", "config", "doctor", "profile", "scheduler.cli", "training"},
 }

@@ -175,5 +175,4 @@ def make_step(run: Run, shape: Shape) -> StepBatch:
         batches=pack_rank(plan, rank, samples),
         seq_ids=np.arange(len(seqlens)),
         num_loss_tokens=sum(seqlens) - len(seqlens),
-        next_position=(0, 0),
-    )
+    ).to(run.mesh.device)
