@@ -86,7 +86,7 @@ class TrainConfig:
     offload_gib: float = 0.0
     """Host memory per rank for activations, so that long sequences need fewer ranks; 0: none."""
     cost: str | None = None
-    """JSON of a CostModel; None: estimated from the model's shape."""
+    """File of `hdp profile`, or a preset such as h200; None: estimated from the model's shape."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_s: float = 600.0
     """A rank that shows no progress for so long is named and the run stops."""

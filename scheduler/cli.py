@@ -2,7 +2,7 @@
 
     hdp plan workload:github-like --num-sequences 2000 --hdp-size 64 --max-tokens-per-rank 32K
     hdp compare lengths.txt --hdp-size 128 --max-tokens-per-rank 16K --plot plans.png
-    hdp simulate --plan plan.json --cost h200.json --trace step.json
+    hdp simulate --plan plan.json --cost cost.json --trace step.json
 
 `plan` makes one plan and shows it, `compare` makes one per policy for the same batch, `simulate`
 runs a saved plan. All print an aligned table and a text timeline, or JSON; `--plot` draws the plans
@@ -25,7 +25,6 @@ from typing import Any, NoReturn
 import numpy as np
 
 from hdp.scheduler.costs.cost_model import CostModel
-from hdp.scheduler.costs.h200 import h200_cost
 from hdp.scheduler.render.text import ascii_timeline, seconds_text, summarise, table, tokens_text
 from hdp.scheduler.simulation.simulator import simulate
 from hdp.scheduler.simulation.timeline import Timeline
@@ -149,7 +148,10 @@ def _add_cluster(command: argparse.ArgumentParser, *, required: bool) -> None:
 def _add_cost(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("the cost model")
     group.add_argument(
-        "--cost", metavar="FILE", help="cost model in JSON (default: LLaMA-7B on H200)"
+        "--cost",
+        metavar="FILE|PRESET",
+        help="a file of `hdp profile`, or one of "
+        f"{', '.join(CostModel.presets())} (default: h200, LLaMA-7B on H200s)",
     )
     group.add_argument(
         "--coefficient",
@@ -268,7 +270,7 @@ def _seqlens(arguments: argparse.Namespace) -> np.ndarray:
 
 
 def _cost(arguments: argparse.Namespace) -> CostModel:
-    cost = CostModel.load(arguments.cost) if arguments.cost else h200_cost()
+    cost = CostModel.find(arguments.cost) if arguments.cost else CostModel.preset("h200")
     names = [field.name for field in fields(CostModel)]
     changes: dict[str, Any] = {}
     for text in arguments.coefficient:

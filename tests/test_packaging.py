@@ -82,6 +82,9 @@ def check_works_without_torch(python: Path, elsewhere: Path) -> None:
     assert "torch is not installed" in run(hdp, "doctor", cwd=elsewhere)
     assert "usage" in run(hdp, "plan", "--help", cwd=elsewhere)
     assert "usage" in run(python, "-m", "hdp.scheduler", "--help", cwd=elsewhere)
+    preset = "from hdp.scheduler import CostModel; print(CostModel.preset('h200').num_layers)"
+    assert run(python, "-c", preset, cwd=elsewhere).strip() == "32"
+    assert "usage: hdp profile" in run(hdp, "profile", "--help", cwd=elsewhere)
 
 
 def expected_version() -> str:
@@ -140,7 +143,7 @@ def test_wheel(source: Path, python: Path, tmp_path: Path) -> None:
         names = set(archive.namelist())
     assert {name for name in names if name.endswith(".py")} == modules(source)
     assert "hdp/scheduler/step_plan.py" in names
-    assert "hdp/py.typed" in names
+    assert {"hdp/py.typed", "hdp/scheduler/costs/presets/h200.json"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("scheduler", "tests", "tools")) for name in names)
     pip_install(python, wheel)

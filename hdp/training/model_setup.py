@@ -56,7 +56,7 @@ def set_up_model(
     model = _open_model(config, mesh, dtype, vocab_size, config.seed if seed is None else seed)
     shape = transformer_shape(model)
     if config.cost:
-        cost = CostModel.load(config.cost)
+        cost = CostModel.find(config.cost)
     else:
         cost = estimate_cost(shape, device_type=mesh.device.type, bytes_per_element=dtype.itemsize)
     offload: PlannedOffload | None = None

@@ -18,7 +18,8 @@ reduction of gradients. Bytes: see `offloadable`, `hidden_ratio` (ByteScale Eq. 
 
     cost = CostModel.from_coefficients(quadratic_s=5.128e-9, linear_s=1.84e-4)
     cost.piece_s(262144, 32)            # seconds on each of 32 ranks
-    cost.save("h200.json"); CostModel.load("h200.json")
+    cost.save("cost.json"); CostModel.load("cost.json")
+    CostModel.preset("h200")            # one that comes with the package: presets/h200.json
 
 A file may have a `report` beside the coefficients: where they come from, what was measured, how far
 the fit is off (`hdp profile` writes it). It is for people; a CostModel does not keep it.
@@ -28,13 +29,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 FORMAT_VERSION = 1
+_PRESETS = Path(__file__).with_name("presets")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,3 +292,41 @@ class CostModel:
             raise ValueError(
                 f"no cost model in {path}: {told}; `hdp profile` writes one"
             ) from error
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """Names that `preset` takes."""
+        return tuple(sorted(path.stem for path in _PRESETS.glob("*.json")))
+
+    @classmethod
+    def preset(cls, name: str) -> CostModel:
+        """A cost model that comes with the package; "h200" is LLaMA-7B on H200s (h200.py).
+
+        Raises ValueError for an unknown name, with those that there are.
+        """
+        if name not in cls.presets():
+            raise ValueError(f"no cost model preset {name!r}{_known(name, cls.presets())}")
+        return cls.load(_PRESETS / f"{name}.json")
+
+    @classmethod
+    def find(cls, source: str) -> CostModel:
+        """What `--cost SOURCE` means: the file at this path if there is one, else a preset's name.
+
+        Raises ValueError if it is neither.
+        """
+        is_preset = source in cls.presets()
+        if Path(source).exists() and not (is_preset and Path(source).is_dir()):
+            return cls.load(source)
+        if is_preset:
+            return cls.preset(source)
+        raise ValueError(
+            f"no cost model in {source}: neither a file nor a preset"
+            f"{_known(source, cls.presets())}; `hdp profile` measures a machine and writes a file"
+        )
+
+
+def _known(name: str, presets: Sequence[str]) -> str:
+    """The end of a message about a name that is unknown: the one that was meant, and all."""
+    meant = get_close_matches(name, presets, n=1)
+    guess = f"did you mean {meant[0]!r}? " if meant else ""
+    return f" ({guess}presets: {', '.join(presets)})"

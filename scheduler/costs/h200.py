@@ -1,7 +1,8 @@
 """One H200, for planning on paper: from what was measured on it to a cost model of LLaMA-7B.
 
-    python -m hdp.scheduler.costs.h200 docs/costs/h200.json     # rebuild the file
-    hdp plan lengths.txt --hdp-size 64 ...                # takes it where no --cost is given
+    python -m hdp.scheduler.costs.h200 scheduler/costs/presets/h200.json     # rebuild the file
+    CostModel.preset("h200")                                                 # read it
+    hdp plan lengths.txt --hdp-size 64 ...            # takes it where no --cost is given
 
 A cost model is a fit to measured numbers, and here they stand: attention kernels, steps of a few
 layers, the host link. What one GPU cannot show (links between GPUs, the reduction of gradients) is
@@ -12,7 +13,7 @@ your own `hdp profile` measures all of it.
   2. the rest    steps of two and three layers, less their attention, give linear_s
   3. forward     what it costs to compute every layer's forward again gives forward_share
 
-Invariants (tests/scheduler/test_h200.py): the file in docs/costs is what this module makes; the fit
+Invariants (tests/scheduler/test_h200.py): the preset's file is what this module makes; the fit
 of three lengths of one sequence predicts packed short ones and a ring of 8 within 4 %; the steps of
 layers come out within 3 %.
 """
@@ -43,7 +44,7 @@ MACHINE = {
     "torch": "2.11.0+cu130, CUDA 13.0, cuDNN 9.19",
     "attention": "flash-attn-4 4.0.0b36",
     "model": "LLaMA-7B: 32 layers, hidden 4096, 32 heads of 128, MLP 11008, vocabulary 32000; bf16",
-    "command": "python -m hdp.scheduler.costs.h200 docs/costs/h200.json",
+    "command": "python -m hdp.scheduler.costs.h200 scheduler/costs/presets/h200.json",
 }
 
 # ---- measured: random data, bf16, medians of device events ----

@@ -95,6 +95,16 @@ def test_saved_plans_are_simulated(capsys, tmp_path) -> None:
     assert {event["tid"] for event in events if event["ph"] == "X"} == set(range(8))
 
 
+@pytest.mark.parametrize("command", ["plan", "simulate", "compare"])
+def test_a_preset_is_a_cost_model(command: str, capsys) -> None:
+    code, named, err = run(capsys, command, *BATCH, *CLUSTER, "--cost", "h200", "--json")
+    assert code == 0, err
+    _, default, _ = run(capsys, command, *BATCH, *CLUSTER, "--json")
+    costs = [json.loads(text)["cost"] for text in (named, default)]
+    assert costs[0] == costs[1], "what is taken without --cost"
+    assert CostModel(**costs[0]) == CostModel.preset("h200")
+
+
 def test_coefficients_override_the_cost_model(capsys) -> None:
     extra = ["--coefficient", "quadratic_s=0", "--coefficient", "linear_s=1e-3"]
     extra += ["--coefficient", "kv_bytes_per_token=0"]
@@ -146,6 +156,7 @@ BAD = [
     (["plan", *BATCH, *CLUSTER, "--ranks-per-node", "3"], "ranks_per_node=3"),
     (["plan", *BATCH, *CLUSTER, "--policy", "nope"], "invalid choice: 'nope'"),
     (["plan", *BATCH, *CLUSTER, "--cost", "missing.json"], "no cost model in missing.json"),
+    (["plan", *BATCH, *CLUSTER, "--cost", "h20"], "did you mean 'h200'? presets: h200"),
     (["plan", *BATCH, *CLUSTER, "--cost", __file__], "test_cli.py: not a CostModel in JSON"),
     (["plan", *BATCH, *CLUSTER, "--max-lenght", "5"], "unknown: --max-lenght 5 (hdp plan --help"),
     (["plan", *BATCH, *CLUSTER, "--coefficient", "linear_s"], "use NAME=VALUE"),

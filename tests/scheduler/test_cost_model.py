@@ -168,3 +168,37 @@ def test_bad_coefficients(change: dict, message: str) -> None:
 def test_json_that_is_no_cost_model(text: str) -> None:
     with pytest.raises(ValueError, match=r"CostModel|cost model"):
         CostModel.from_json(text)
+
+
+def test_presets_are_cost_models_that_come_along() -> None:
+    assert "h200" in CostModel.presets()
+    for name in CostModel.presets():
+        assert CostModel.preset(name).name
+    with pytest.raises(ValueError, match=r"no cost model preset 'h20' \(did you mean 'h200'\?"):
+        CostModel.preset("h20")
+    with pytest.raises(ValueError, match=r"no cost model preset 'tpu' \(presets: .*h200"):
+        CostModel.preset("tpu")
+
+
+def test_a_file_is_found_before_a_preset(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert CostModel.find("h200") == CostModel.preset("h200")
+    (tmp_path / "h200").mkdir()  # a run's folder: no cost model, and not in the way of one
+    assert CostModel.find("h200") == CostModel.preset("h200")
+    (tmp_path / "h200").rmdir()
+    WITH_COMM.save("h200")
+    assert CostModel.find("h200") == WITH_COMM
+    (tmp_path / "h200").write_text("not JSON")
+    with pytest.raises(ValueError, match="no cost model in h200"):
+        CostModel.find("h200")
+
+
+def test_what_is_neither_file_nor_preset_says_what_would_work(tmp_path) -> None:
+    with pytest.raises(ValueError) as told:  # noqa: PT011
+        CostModel.find("h200.json")
+    assert str(told.value) == (
+        "no cost model in h200.json: neither a file nor a preset (did you mean 'h200'? presets: "
+        f"{', '.join(CostModel.presets())}); `hdp profile` measures a machine and writes a file"
+    )
+    with pytest.raises(ValueError, match=r"no cost model in .*directory"):
+        CostModel.find(str(tmp_path))

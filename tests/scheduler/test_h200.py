@@ -12,14 +12,16 @@ from hdp.scheduler import CostModel
 from hdp.scheduler.costs import h200
 from hdp.scheduler.costs.h200 import h200_cost, report
 
-FILE = Path(__file__).parents[2] / "docs" / "costs" / "h200.json"
+ROOT = Path(__file__).parents[2]
+FILE = Path(h200.__file__).parent / "presets" / "h200.json"
 
 
 def test_the_file_is_what_the_command_makes(tmp_path, capsys) -> None:
     assert h200.main([str(tmp_path / "again.json")]) == 0
     assert "measured" in capsys.readouterr().out
     assert (tmp_path / "again.json").read_text() == FILE.read_text(), h200.MACHINE["command"]
-    assert CostModel.load(FILE) == h200_cost()
+    assert CostModel.load(FILE) == CostModel.preset("h200") == h200_cost()
+    assert FILE.samefile(ROOT / h200.MACHINE["command"].split()[-1])
 
 
 def test_the_fit_explains_what_was_measured() -> None:
