@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hdp import __version__
 from hdp.cli import USAGE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,3 +58,15 @@ def test_documents_are_ascii() -> None:
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         assert text.isascii(), f"{path.name}: {[c for c in text if not c.isascii()][:5]}"
+
+
+def test_the_changelog_knows_this_version() -> None:
+    """Newest first, dated, and the newest one is what `hdp --version` prints."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## (.+)$", text, re.M)
+    releases = headings[headings[0] == "[Unreleased]" :]
+    matches = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)", h) for h in releases]
+    assert all(matches), f"not [X.Y.Z] - YYYY-MM-DD: {releases}"
+    assert matches[0] and matches[0][1] == __version__
+    dates = [match[2] for match in matches if match]
+    assert dates == sorted(dates, reverse=True)
