@@ -34,24 +34,27 @@ ROOMS: dict[str, set[str]] = {
         *("scheduler.costs", "scheduler.planner", "scheduler.render", "scheduler.simulation"),
         *("scheduler.step_plan", "scheduler.workloads"),
     },
+    # the exceptions of all rooms
+    "errors": set(),
     # attention over the ranks of a ring, and a model around it
     "ops": set(),
     "attention": {"ops", "scheduler", "scheduler.zigzag"},
     "models": {"attention", "ops"},
     # what backward needs leaves the device meanwhile
-    "offloading": {"attention", "ops", "scheduler", "scheduler.costs"},
+    "offloading": {"attention", "errors", "ops", "scheduler", "scheduler.costs"},
     # tokens
     "console": set(),
-    "data": {"attention", "console", "models", "scheduler"},
+    "data": {"attention", "console", "errors", "models", "scheduler"},
     # many ranks
-    "distributed": set(),
-    "checkpoint": {"distributed"},
+    "distributed": {"errors"},
+    "checkpoint": {"distributed", "errors"},
     # a run: its parts connected, watched, walked
     "config": set(),
     "objectives": set(),
     "training": {
-        *("attention", "checkpoint", "config", "console", "data", "distributed", "models"),
-        *("objectives", "offloading", "ops", "scheduler", "scheduler.costs", "scheduler.policies"),
+        *("attention", "checkpoint", "config", "console", "data", "distributed", "errors"),
+        *("models", "objectives", "offloading", "ops", "scheduler", "scheduler.costs"),
+        "scheduler.policies",
         *("scheduler.render", "scheduler.simulation"),
     },
     # the command line

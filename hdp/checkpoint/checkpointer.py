@@ -51,6 +51,7 @@ from hdp import __version__
 from hdp.distributed.agree import on_all_ranks, on_rank_0
 from hdp.distributed.mesh import HDPMesh
 from hdp.distributed.rng import pack_rng, seed_rng, unpack_rng
+from hdp.errors import CheckpointError
 
 from .directory import CheckpointInfo, Lock, clean, committed, saving_path, step_path
 from .files import (
@@ -70,10 +71,6 @@ SAVE_TIMEOUT_S = 3600.0
 _INCIDENTAL = ("dtype", "torch_dtype", "use_cache")  # dtypes are compared tensor by tensor
 _SHARED_S = 10.0
 _LEAVE_S = 30.0
-
-
-class CheckpointError(RuntimeError):
-    """A save failed; the checkpoints before it are intact. Raised on all ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,10 +55,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-
-class NonFiniteError(FloatingPointError):
-    """A gradient is inf or nan. Raised on all ranks, before the optimizer has seen it."""
-
+from hdp.errors import NonFiniteError
 
 # ---- wrapping ----
 

@@ -47,6 +47,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from hdp.errors import RankFailure
+
 from .agree import is_collective_error
 from .mesh import HDPMesh
 from .monitor import Monitor, Report, Verdict, spans
@@ -56,14 +58,6 @@ EXIT_CODE = 75  # EX_TEMPFAIL: worth another try
 TIMEOUT_S = 120.0
 _STDERR = 2
 LEAVE_S = 15.0  # how long a rank that raises may take to end by itself
-
-
-class RankFailure(RuntimeError):
-    """Another rank died, hung or failed; `ranks` are the culprits."""
-
-    def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
-        super().__init__(message)
-        self.ranks = ranks
 
 
 class Watchdog:

@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import torch
 
+from hdp.errors import OffloadMemoryError
+
 from .engine import OffloadEngine
-from .forward import OffloadMemoryError, Treatment, Windows
+from .forward import Treatment, Windows
 from .link import Link, StreamLink
 from .memory import available_host_bytes, host_bytes_per_rank
 from .native import NativeLink, native_available

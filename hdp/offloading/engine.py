@@ -39,8 +39,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hdp.errors import FreedError
+
 from .forward import Forward, Treatment, Windows
-from .link import FreedError, Link, LinkStats
+from .link import Link, LinkStats
 from .recipe import Recipe
 from .saved import Passed, Saved, Wrapped
 

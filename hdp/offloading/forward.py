@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hdp.errors import OffloadMemoryError
+
 from .pool import PoolFull, rounded, text_of
 from .recipe import MATMUL, POINTWISE, Recipe, Tape
 from .saved import Packed, Passed, Saved, Wrapped
@@ -21,10 +23,6 @@ from .tensors import Range, geometry, is_parameter, storage_key, travelling_rang
 
 if TYPE_CHECKING:
     from .engine import OffloadEngine
-
-
-class OffloadMemoryError(MemoryError):
-    """A forward wanted more host memory than its pool may have. Says how much, and what fits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

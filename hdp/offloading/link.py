@@ -22,12 +22,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hdp.errors import FreedError
+
 from .pool import Extent, HostPool, Read, Slabs
 from .streams import IN, OUT, Streams
-
-
-class FreedError(RuntimeError):
-    """A block was used after it was freed, or after its link was closed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hdp.errors import FreedError
 from hdp.ops.native import LIBRARY
 
-from .link import FreedError, LinkStats
+from .link import LinkStats
 from .pool import PoolFull
 
 _HELD, _IN_USE, _PEAK_IN_USE, _MAX, _SENT, _FETCHED = range(6)  # Link::Stat

@@ -28,10 +28,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from hdp.errors import HDPError
+
 GRANULE_BYTES = 64 << 10  # sizes are rounded up to this: a copy of less is mostly overhead
 
 
-class PoolFull(Exception):
+class PoolFull(HDPError):
     """The pool may not grow so far."""
 
     def __init__(self, wanted_bytes: int, in_use_bytes: int, max_bytes: int) -> None:

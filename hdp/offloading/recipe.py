@@ -30,7 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .saved import ModifiedError, Saved, modified
+from hdp.errors import ModifiedError
+
+from .saved import Saved, modified
 from .tensors import Geometry, geometry, storage_key, touched_range
 
 if TYPE_CHECKING:

@@ -18,15 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from hdp.errors import ModifiedError
+
 from .tensors import Geometry, Range, VersionWatch
 
 if TYPE_CHECKING:
     from .engine import Forward
     from .recipe import Recipe
-
-
-class ModifiedError(RuntimeError):
-    """A tensor that backward needs was modified in place after it was saved."""
 
 
 class Saved:

@@ -15,12 +15,13 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from hdp.checkpoint.checkpointer import Checkpointer, CheckpointError
+from hdp.checkpoint.checkpointer import Checkpointer
 from hdp.config import TrainConfig
 from hdp.distributed.agree import on_all_ranks, on_rank_0
 from hdp.distributed.fsdp import full_state_dict
 from hdp.distributed.mesh import HDPMesh
 from hdp.distributed.watchdog import Watchdog
+from hdp.errors import CheckpointError
 from hdp.models.export import check_target, export_model
 
 from .metrics import MetricsWriter, StepMetrics

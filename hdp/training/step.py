@@ -33,7 +33,6 @@ from hdp.attention.comm import RingComm
 from hdp.attention.layout import RingLayout
 from hdp.data.feed import StepBatch
 from hdp.distributed.fsdp import (
-    NonFiniteError,
     clip_grad_norm,
     reduce_gradients,
     reshard_all,
@@ -42,6 +41,7 @@ from hdp.distributed.fsdp import (
 )
 from hdp.distributed.mesh import HDPMesh, agree_on_plan
 from hdp.distributed.watchdog import Watchdog
+from hdp.errors import NonFiniteError
 from hdp.objectives import Objective, Share, cross_entropy
 
 from .recorder import StepRecorder

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 import hdp.checkpoint.files
-from hdp.checkpoint.checkpointer import CheckpointError
 from hdp.checkpoint.directory import ChecksumStream, committed
 from hdp.distributed.mesh import HDPMesh
+from hdp.errors import CheckpointError
 from tests.checkpoint.checkpoints import (
     assert_equal,
     build,

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdp.data.prepare.chat import ChatTemplate, SpanError, spans2mask
+from hdp.data.prepare.chat import ChatTemplate, spans2mask
+from hdp.errors import SpanError
 from tests.data.chat_templates import CHATML, KINDS, Kind, expected
 
 jinja2 = pytest.importorskip("jinja2")

@@ -11,13 +11,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from hdp.distributed.fsdp import (
-    NonFiniteError,
     clip_grad_norm,
     full_state_dict,
     set_microbatch,
     shard,
     unshard_all,
 )
+from hdp.errors import NonFiniteError
 from hdp.models.causal_lm import CausalLM
 from hdp.models.export import export_model
 from hdp.models.loading import build_model, load_model

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from hdp.distributed.agree import is_collective_error
 from hdp.distributed.mesh import HDPMesh
-from hdp.distributed.watchdog import EXIT_CODE, RankFailure, Watchdog
+from hdp.distributed.watchdog import EXIT_CODE, Watchdog
+from hdp.errors import RankFailure
 from tests.run_ranks import RankError, run_ranks
 
 TIMEOUT_S = 1.5  # a busy machine may keep a rank from running for a second

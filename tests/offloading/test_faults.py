@@ -9,10 +9,9 @@ import sys
 import pytest
 import torch
 
+from hdp.errors import FreedError, ModifiedError, OffloadMemoryError
 from hdp.offloading.engine import OffloadEngine
-from hdp.offloading.forward import OffloadMemoryError, Treatment, Windows
-from hdp.offloading.link import FreedError
-from hdp.offloading.saved import ModifiedError
+from hdp.offloading.forward import Treatment, Windows
 from tests.offloading.offload_engines import (
     ROOMY,
     TIGHT,

@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from hdp.offloading.link import FreedError, StreamLink
+from hdp.errors import FreedError
+from hdp.offloading.link import StreamLink
 from hdp.offloading.pool import PoolFull
 from hdp.offloading.streams import IN, OUT
 from hdp.offloading.twin import TwinStreams

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hdp
-from hdp.offloading.forward import OffloadMemoryError, Treatment, Windows
+from hdp.errors import OffloadMemoryError
+from hdp.offloading.forward import Treatment, Windows
 from hdp.offloading.twin import CALLER, SIDE
 from tests.offloading.offload_engines import (
     ROOMY,

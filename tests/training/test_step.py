@@ -11,8 +11,9 @@ import torch
 
 from hdp.data.feed import StepBatch
 from hdp.data.pack import pack_rank
-from hdp.distributed.fsdp import NonFiniteError, shard
+from hdp.distributed.fsdp import shard
 from hdp.distributed.mesh import HDPMesh
+from hdp.errors import NonFiniteError
 from hdp.scheduler import CostModel, StepPlan, plan
 from hdp.training.step import StepContext, forward_step, train_step
 from tests.random_plans import random_plan

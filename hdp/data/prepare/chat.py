@@ -31,6 +31,8 @@ from typing import Any
 
 import numpy as np
 
+from hdp.errors import SpanError
+
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 Render = Callable[..., str]
@@ -40,10 +42,6 @@ _END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
 # Characters for private use, which no text holds: a mark where a span opens, where it closes, and
 # content that shares neither its first nor its last character with any other.
 _OPEN, _CLOSE, _OTHER = "\U000f8a31", "\U000f8a32", "\U000f8a33other\U000f8a33"
-
-
-class SpanError(ValueError):
-    """The assistant's turns cannot be told apart in what the template renders."""
 
 
 class ChatTemplate:
