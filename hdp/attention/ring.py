@@ -210,6 +210,11 @@ def _check_inputs(
         raise ValueError(
             f"q, k, v have {q.shape[0]}, {k.shape[0]}, {v.shape[0]} tokens; the layout has {total}"
         )
+    if not q.dim() == k.dim() == v.dim() == 3:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: each is (total_tokens, "
+            "num_heads, head_dim), packed without a batch dimension"
+        )
     if k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: head sizes must be equal "
