@@ -1,58 +1,98 @@
 """hdp: Hybrid Data Parallelism for training on mixed-length sequences.
 
 Importing this package, or `hdp.scheduler`, imports no torch: public names are loaded on first use.
+docs/api.md lists them.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    # planning
-    "CostModel": "hdp.scheduler",
-    "StepPlan": "hdp.scheduler",
-    "plan": "hdp.scheduler",
-    # ranks and models
-    "HDPMesh": "hdp.distributed.mesh",
-    "build_model": "hdp.models.loading",
-    "load_model": "hdp.models.loading",
-    "shard": "hdp.distributed.fsdp",
-    "transformer_shape": "hdp.models.causal_lm",
-    # tokens
-    "PackedBatch": "hdp.data.pack",
-    "Sample": "hdp.data.sample",
-    "SampleList": "hdp.data.sample",
-    "StepBatch": "hdp.data.feed",
-    "StepFeed": "hdp.data.feed",
-    "make_step": "hdp.data.feed",
-    "pack_rank": "hdp.data.pack",
-    # a step
-    "Objective": "hdp.objectives",
-    "StepContext": "hdp.training.step",
-    "StepResult": "hdp.training.step",
-    "forward_step": "hdp.training.step",
-    "train_step": "hdp.training.step",
-    # attention and memory
-    "RingComm": "hdp.attention.comm",
-    "RingLayout": "hdp.attention.layout",
-    "ring_attn_varlen_func": "hdp.attention.ring",
-    "offload": "hdp.offloading.context",
-    # a run
-    "TrainConfig": "hdp.config",
-    "train": "hdp.training.loop",
+# What type checkers read. `x as x` is how a package says that a name is its own to export;
+# tests/test_public_api.py keeps this block and `_EXPORTS` the same.
+if TYPE_CHECKING:
+    from hdp.attention.comm import RingComm as RingComm
+    from hdp.attention.layout import RingLayout as RingLayout
+    from hdp.attention.ring import ring_attn_varlen_func as ring_attn_varlen_func
+    from hdp.attention.varlen import zigzag_ring_attn_varlen_func as zigzag_ring_attn_varlen_func
+    from hdp.attention.varlen import zigzag_rows as zigzag_rows
+    from hdp.config import TrainConfig as TrainConfig
+    from hdp.data.feed import StepBatch as StepBatch
+    from hdp.data.feed import StepFeed as StepFeed
+    from hdp.data.feed import make_step as make_step
+    from hdp.data.pack import PackedBatch as PackedBatch
+    from hdp.data.pack import pack_rank as pack_rank
+    from hdp.data.sample import Sample as Sample
+    from hdp.data.sample import SampleList as SampleList
+    from hdp.data.sample import SampleSource as SampleSource
+    from hdp.distributed.fsdp import shard as shard
+    from hdp.distributed.mesh import HDPMesh as HDPMesh
+    from hdp.errors import CheckpointError as CheckpointError
+    from hdp.errors import FreedError as FreedError
+    from hdp.errors import HDPError as HDPError
+    from hdp.errors import ModifiedError as ModifiedError
+    from hdp.errors import NonFiniteError as NonFiniteError
+    from hdp.errors import OffloadMemoryError as OffloadMemoryError
+    from hdp.errors import RankFailure as RankFailure
+    from hdp.errors import SpanError as SpanError
+    from hdp.models.causal_lm import transformer_shape as transformer_shape
+    from hdp.models.loading import build_model as build_model
+    from hdp.models.loading import load_model as load_model
+    from hdp.objectives import Objective as Objective
+    from hdp.objectives import Share as Share
+    from hdp.objectives import cross_entropy as cross_entropy
+    from hdp.objectives import token_cross_entropy as token_cross_entropy
+    from hdp.offloading.context import offload as offload
+    from hdp.scheduler import CostModel as CostModel
+    from hdp.scheduler import StepPlan as StepPlan
+    from hdp.scheduler import plan as plan
+    from hdp.training.loop import train as train
+    from hdp.training.step import StepContext as StepContext
+    from hdp.training.step import StepResult as StepResult
+    from hdp.training.step import forward_step as forward_step
+    from hdp.training.step import train_step as train_step
+
+_EXPORTS = {  # module -> its public names; in the order of docs/api.md
+    "hdp.scheduler": ("plan", "StepPlan", "CostModel"),
+    "hdp.data.sample": ("Sample", "SampleList", "SampleSource"),
+    "hdp.data.pack": ("PackedBatch", "pack_rank"),
+    "hdp.data.feed": ("StepBatch", "make_step", "StepFeed"),
+    "hdp.attention.layout": ("RingLayout",),
+    "hdp.attention.comm": ("RingComm",),
+    "hdp.attention.ring": ("ring_attn_varlen_func",),
+    "hdp.attention.varlen": ("zigzag_ring_attn_varlen_func", "zigzag_rows"),
+    "hdp.models.loading": ("load_model", "build_model"),
+    "hdp.models.causal_lm": ("transformer_shape",),
+    "hdp.distributed.mesh": ("HDPMesh",),
+    "hdp.distributed.fsdp": ("shard",),
+    "hdp.offloading.context": ("offload",),
+    "hdp.objectives": ("Objective", "Share", "cross_entropy", "token_cross_entropy"),
+    "hdp.training.step": ("train_step", "forward_step", "StepContext", "StepResult"),
+    "hdp.training.loop": ("train",),
+    "hdp.config": ("TrainConfig",),
+    "hdp.errors": (
+        "HDPError",
+        "NonFiniteError",
+        "RankFailure",
+        "CheckpointError",
+        "OffloadMemoryError",
+        "FreedError",
+        "ModifiedError",
+        "SpanError",
+    ),
 }
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = ["__version__", *_EXPORTS]
+if not TYPE_CHECKING:  # a type checker would take any name, hdp.plam too, for this one's Any
+    __all__ = ["__version__", *_MODULE_OF]
 
+    def __getattr__(name: str) -> Any:
+        if name in _MODULE_OF:
+            return getattr(import_module(_MODULE_OF[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'hdp' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    def __dir__() -> list[str]:
+        return sorted(__all__)
