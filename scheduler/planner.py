@@ -64,20 +64,23 @@ def plan(
     offload: bool = False,
     equal_counts: bool = False,
 ) -> StepPlan:
-    """Plan of one step.
+    """Plan one step: which ranks hold which sequences, in which order (ByteScale sections 5, 6).
 
     seqlens: tokens of each sequence, (num_seqs,), all >= 1
     hdp_size: ranks that share the batch
-    max_tokens_per_rank: tokens that a rank can hold in one microbatch
+    max_tokens_per_rank: tokens that a rank can hold in one microbatch (the paper's C)
+    cost: seconds and bytes of a piece, the same on all ranks
+    policy: one of `POLICIES`; the module docstring says what each is
     units: (num_seqs,) integers; sequences with the same one share a microbatch on the same ranks
     pp_size: pipeline stages of each rank
     cp_size: static policy only, ranks per ring; default the smallest that holds the longest
     ranks_per_node: a ring that fits stays inside a node, others take whole nodes; None: no nodes
-    offload: let activations move to the host where forward hides it, so that fewer ranks are needed
+    offload: let activations move to the host where forward hides it, for fewer ranks (Eq. 3)
     equal_counts: the same number of microbatches on every rank (ranks that share expert parallelism
         or ZeRO-3 need it); missing ones are empty
 
-    Raises ValueError with the values and the remedy for arguments that allow no plan.
+    Returns a plan with its simulated seconds and a lower bound for any plan. Raises ValueError with
+    the values and the remedy for arguments that allow no plan.
     """
     if policy not in POLICIES:
         raise ValueError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")

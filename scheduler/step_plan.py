@@ -48,6 +48,7 @@ class Piece:
 
     @property
     def degree(self) -> int:
+        """Ranks that hold the sequence."""
         return len(self.ranks)
 
     def num_tokens(self, rank: int) -> int:
@@ -68,6 +69,7 @@ class Microbatch:
         return self.pieces[0].ranks if self.pieces and self.pieces[0].degree > 1 else ()
 
     def num_tokens(self, rank: int) -> int:
+        """Tokens of all pieces on `rank`."""
         return sum(piece.num_tokens(rank) for piece in self.pieces)
 
 
@@ -88,7 +90,9 @@ def _frozen(name: str, values: Any, dtype: type) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepPlan:
-    """Plan of one step. CSR columns:
+    """Which ranks hold which sequences, in which microbatches, in one step. `plan` makes it.
+
+    Columns, with CSR offsets:
 
     sequence s is on ranks   ring_ranks[ring_offsets[s]:ring_offsets[s + 1]], in ring order
     rank r runs microbatches microbatch_offsets[r] .. microbatch_offsets[r + 1] - 1, in this order
@@ -106,9 +110,7 @@ class StepPlan:
     piece_offsets: np.ndarray  # (num_microbatches + 1,) int64
     piece_seqs: np.ndarray  # (num_pieces,) int32
     offload_ratio: np.ndarray  # (num_microbatches,) float64
-    offloadable: float = (
-        0.0  # share of a token's activation bytes that can move to the host, [0, 1)
-    )
+    offloadable: float = 0.0  # share of a token's activation bytes that can leave, [0, 1)
     predicted_s: float = float("nan")  # planner's finishing time of the step, seconds
     lower_bound_s: float = float("nan")  # no plan can finish earlier, seconds
     ranks_per_node: int | None = None  # topology it was planned for; None: all links are alike
@@ -122,6 +124,7 @@ class StepPlan:
 
     @property
     def num_seqs(self) -> int:
+        """Sequences of the step."""
         return len(self.seqlens)
 
     @property
@@ -140,6 +143,7 @@ class StepPlan:
         return self.predicted_s / self.lower_bound_s - 1.0
 
     def ring(self, seq: int) -> tuple[int, ...]:
+        """The ranks that hold sequence `seq`, in ring order."""
         return tuple(self.ring_ranks[self.ring_offsets[seq] : self.ring_offsets[seq + 1]].tolist())
 
     def microbatches(self, rank: int) -> list[Microbatch]:

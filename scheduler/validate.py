@@ -22,7 +22,11 @@ _SLACK_TOKENS = 1e-6
 
 
 def validate_plan(plan: StepPlan) -> None:
-    """Raise ValueError naming the first invariant of `plan` that fails, and where."""
+    """Raise ValueError naming the first invariant of `plan` that fails, and where.
+
+    The invariants are those of step_plan.py: every token once, capacity kept, at most one ring per
+    microbatch (the same on all of its ranks), no deadlock, with and without pipeline stages.
+    """
     columns_are_sound(plan)
     every_token_once(plan)
     capacity_kept(plan)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
+from typing import Any, get_origin
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "api.md"
@@ -53,8 +53,11 @@ def api_docs() -> str:
 
 def describe(name: str, thing: Any) -> Iterator[str]:
     """The parts under the heading of one public name."""
-    if not (inspect.isclass(thing) or inspect.isfunction(thing)):  # a table, such as POLICIES
-        yield f"{type(thing).__name__} of {', '.join(f'`{key}`' for key in thing)}.\n"
+    if get_origin(thing):  # an alias of a type, such as Share
+        yield f"`{thing}`\n"
+        return
+    if isinstance(thing, dict):  # a table, such as POLICIES
+        yield f"A table of {', '.join(f'`{key}`' for key in thing)}.\n"
         return
     source = dedent(inspect.getsource(thing))
     node = ast.parse(source).body[0]
@@ -67,7 +70,7 @@ def describe(name: str, thing: Any) -> Iterator[str]:
         methods = [x for x in node.body if isinstance(x, ast.FunctionDef) and x.name[0] != "_"]
         if methods:
             yield "\n".join(member(node.name, method, lines) for method in methods) + "\n"
-    yield f"Source: `{Path(inspect.getfile(thing)).relative_to(ROOT)}`\n"
+    yield f"Source: `{Path(inspect.getfile(inspect.unwrap(thing))).relative_to(ROOT)}`\n"
 
 
 def header(node: ast.FunctionDef, lines: list[str]) -> str:
@@ -76,11 +79,12 @@ def header(node: ast.FunctionDef, lines: list[str]) -> str:
 
 
 def fields(node: ast.ClassDef, lines: list[str]) -> str:
-    """The class with its fields as they stand in the source, or with its `__init__`."""
+    """The class with its fields as they stand in the source, or with what is called."""
     first_line = min([node.lineno, *(x.lineno for x in node.decorator_list)])
     head = "\n".join(lines[first_line - 1 : node.lineno])
     has_fields = [i for i, x in enumerate(node.body) if isinstance(x, ast.AnnAssign)]
-    inits = [x for x in node.body if isinstance(x, ast.FunctionDef) and x.name == "__init__"]
+    methods = [x for x in node.body if isinstance(x, ast.FunctionDef)]
+    called = [x for x in methods if x.name in ("__init__", "__call__")]
     if has_fields:
         first, last = has_fields[0], has_fields[-1]
         after = node.body[last + 1 : last + 2]
@@ -88,8 +92,8 @@ def fields(node: ast.ClassDef, lines: list[str]) -> str:
             last += 1
         begin = node.body[first - 1].end_lineno if first else node.lineno
         body = "\n".join(lines[begin : node.body[last].end_lineno])
-    elif inits:
-        body = f"    {header(inits[0], lines)}: ...".replace("\n", "\n    ")
+    elif called:
+        body = f"    {header(called[0], lines)}: ...".replace("\n", "\n    ")
     else:
         return head.rstrip(":")
     return f"{head}\n{body.lstrip(chr(10))}"

@@ -58,7 +58,9 @@ class Transfer:
 
 
 class RingComm:
-    """Sends tensors between the ranks of a ring.
+    """Sends tensors between the ranks of a ring, on one communicator (ByteScale section 5.1).
+
+    `stats` grows until `take_stats` is called: a loop of one's own calls it every step.
 
     group: the HDP axis, the default group if None. device: where the tensors live. on_exchange is
     called when a transfer has arrived: a sign of life for a watchdog. gathers(ring, ring_seqlens):

@@ -119,10 +119,15 @@ class RingStep:
 class RingLayout:
     """Where the tokens of one (rank, microbatch) belong.
 
+    A rank's rows are its zigzag shards of the ring's sequences (packed zigzag, ByteScale section 7,
+    Fig. 14), then its local sequences. Chunks may be uneven or empty; nothing is padded.
+
     ring           hdp ranks in ring order, () when everything is local
     ring_rank      this rank's position in `ring`
     ring_seqlens   tokens of each whole sequence on the ring, in packing order
     local_seqlens  tokens of each sequence that only this rank holds
+
+    Raises ValueError for a ring of one rank, a ring without sequences, and empty sequences.
     """
 
     ring: tuple[int, ...] = ()
@@ -143,6 +148,7 @@ class RingLayout:
 
     @classmethod
     def from_microbatch(cls, microbatch: Microbatch, rank: int) -> RingLayout:
+        """The layout of one of rank `rank`'s microbatches of a plan."""
         ring = microbatch.ring
         return cls(
             ring=ring,
@@ -153,6 +159,7 @@ class RingLayout:
 
     @property
     def ring_size(self) -> int:
+        """Ranks of the ring; 1 when everything is local."""
         return max(1, len(self.ring))
 
     @cached_property

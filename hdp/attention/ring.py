@@ -44,10 +44,15 @@ def ring_attn_varlen_func(
 ) -> Tensor:
     """Exact causal attention of the packed sequences that `layout` describes.
 
+    The ring attention of ByteScale section 7 (Fig. 14): keys and values go from rank to rank while
+    the block in hand is computed. Whoever has cu_seqlens and no plan takes
+    `zigzag_ring_attn_varlen_func`.
+
     q       (total_tokens, num_heads, head_dim), this rank's rows in the order of `layout`
     k, v    (total_tokens, num_kv_heads, head_dim), same dtype; num_kv_heads divides num_heads
     layout  which rows belong to which sequence, and the ranks that hold the rest of them
     comm    needed when layout.ring is not empty; all ranks of the ring call in the same order
+    softmax_scale  None: head_dim ** -0.5
     kernel  block kernel; chosen by device, dtype and head size if None
     Returns (total_tokens, num_heads, head_dim) in the dtype of q. Differentiable in q, k and v.
     Raises ValueError for inputs that do not fit the layout, and for causal=False.

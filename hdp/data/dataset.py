@@ -191,8 +191,9 @@ def open_cache(
 ) -> TokenDataset:
     """Opens a folder that `open_dataset` built (its `report.cache_path`), without the source.
 
-    Raises ValueError if it is missing or broken, under `strict` if rows were damaged, and if
-    sequences break the limit.
+    path is the folder; max_length, overlong and strict are as in `open_dataset`; tokenizer: what
+    made the ids, for decoding and export. Raises ValueError if the folder is missing or broken,
+    under `strict` if rows were damaged, and if sequences break the limit.
     """
     path = Path(path)
     meta = read_seal(path)

@@ -57,7 +57,8 @@ def make_step(
     """Rank `rank`'s work of a planned step, on the CPU.
 
     source: where the samples are. seq_ids: (num_seqs,) their ids there, in the order in which the
-    plan got the lengths. Raises ValueError if plan and samples are of different batches.
+    plan got the lengths. next_position: of the sampler, after this step. Raises ValueError if plan
+    and samples are of different batches.
     """
     return StepBatch(
         plan=plan,

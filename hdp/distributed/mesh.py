@@ -54,8 +54,8 @@ class HDPMesh:
     """The HDP axis as one rank sees it. Made by `create`, or by `from_group` over a given group."""
 
     device: torch.device  # where this rank computes: cpu, or its own cuda device
-    hdp_size: int
-    hdp_rank: int
+    hdp_size: int  # ranks of the axis: the paper's d_hdp = d_dp * d_cp
+    hdp_rank: int  # this rank's place on it, in 0..hdp_size - 1
     hdp_group: dist.ProcessGroup  # the one communicator of the axis
     device_mesh: DeviceMesh  # 1-D, axis "hdp", on the same communicator (for FSDP2)
     ranks_per_node: int  # consecutive ranks that surely share a node; equal on all ranks

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def cross_entropy(logprobs: Tensor, batch: PackedBatch, step: StepBatch) -> Share:
-    """The mean over the step's label tokens of -logprob: the default objective."""
+    """The mean over the step's label tokens of -logprob: the default objective.
+
+    logprobs, batch, step: as in `Objective`. The sum over ranks and microbatches is the token-level
+    loss of ByteScale Eq. 1 and 2, in nats; nothing is divided by a number of microbatches.
+    """
     return token_cross_entropy(logprobs, global_count=step.num_loss_tokens), {}
 
 

@@ -112,9 +112,10 @@ class StepResult:
 def train_step(
     context: StepContext, step: StepBatch, objective: Objective = cross_entropy
 ) -> StepResult:
-    """Run one step. Collective over the HDP axis.
+    """Run one step: microbatches, one SUM of gradients over all ranks (ByteScale Eq. 2), update.
 
-    step: on the mesh's device. objective: what is minimized, the same on all ranks.
+    Collective over the HDP axis. context: what stays the same from step to step. step: on the
+    mesh's device. objective: what is minimized, the same on all ranks.
 
     Raises ValueError if ranks disagree on the plan and NonFiniteError before the optimizer could do
     harm, both on all ranks.
@@ -160,7 +161,8 @@ def forward_step(context: StepContext, step: StepBatch) -> list[Tensor]:
     The rows are those of `step.batches`, so results of one model (log-probabilities of a reference,
     values of a critic) are columns for a `train_step` of another on the same plan. Parameters are
     gathered once and freed at the end; the model computes in evaluation mode and is returned to the
-    mode that it was in. Raises ValueError on all ranks if they disagree on the plan.
+    mode that it was in. context: its optimizer may be None. step: on the mesh's device. Raises
+    ValueError on all ranks if they disagree on the plan.
     """
     mesh, model = context.mesh, context.model
     _check_device(step, mesh)

@@ -43,7 +43,12 @@ _PRESETS = Path(__file__).with_name("presets")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """Coefficients of the module docstring's formulas. `name` says what was measured, and where."""
+    """Seconds and bytes of a piece, from its length and the ranks that it is spread over.
+
+    The fields are the coefficients of the formulas in this module's docstring: quadratic_s and
+    linear_s are the a and b of ByteScale Eq. 3, over all layers of a rank, forward plus backward.
+    `name` says what was measured, and where. Raises ValueError for negative or non-finite values.
+    """
 
     quadratic_s: float  # seconds per token^2 of a sequence: attention
     linear_s: float  # seconds per token: everything else
@@ -280,6 +285,7 @@ class CostModel:
         return cls(**values)
 
     def save(self, path: str | Path, report: dict[str, Any] | None = None) -> None:
+        """Write a JSON file for `load` and `--cost`. report: see the module docstring."""
         Path(path).write_text(self.to_json(report) + "\n", encoding="ascii")
 
     @classmethod

@@ -83,7 +83,10 @@ def rings_across_nodes(plan: StepPlan) -> np.ndarray:
 
 
 def simulate(plan: StepPlan, cost: CostModel) -> Timeline:
-    """Run the plan and return its timeline. Raises ValueError if it deadlocks."""
+    """Run the plan with the times of `cost` and return the planned timeline.
+
+    Raises ValueError, with the ranks that wait for each other, if the plan deadlocks.
+    """
     times = microbatch_times(plan, cost)
     operations = _walk(plan, times, cost)
     spans = _spans(plan, times, operations)
@@ -93,7 +96,7 @@ def simulate(plan: StepPlan, cost: CostModel) -> Timeline:
 
 
 def finish_s(plan: StepPlan, cost: CostModel) -> float:
-    """Seconds at which the simulated step ends, without making a timeline."""
+    """Seconds at which the simulated step of a plan ends, by `cost`, without making a timeline."""
     times = microbatch_times(plan, cost)
     if plan.pp_size > 1:
         pipelines = gather(plan, meetings(plan), times.total_s)
