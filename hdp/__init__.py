@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hdp.data.sample import SampleSource as SampleSource
     from hdp.distributed.fsdp import shard as shard
     from hdp.distributed.mesh import HDPMesh as HDPMesh
+    from hdp.errors import ChatTemplateError as ChatTemplateError
     from hdp.errors import CheckpointError as CheckpointError
     from hdp.errors import FreedError as FreedError
     from hdp.errors import HDPError as HDPError
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from hdp.errors import NonFiniteError as NonFiniteError
     from hdp.errors import OffloadMemoryError as OffloadMemoryError
     from hdp.errors import RankFailure as RankFailure
-    from hdp.errors import SpanError as SpanError
     from hdp.models.causal_lm import transformer_shape as transformer_shape
     from hdp.models.loading import build_model as build_model
     from hdp.models.loading import load_model as load_model
@@ -81,7 +81,7 @@ _EXPORTS = {  # module -> its public names; in the order of docs/api.md
         "OffloadMemoryError",
         "FreedError",
         "ModifiedError",
-        "SpanError",
+        "ChatTemplateError",
     ),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

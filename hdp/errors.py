@@ -52,5 +52,5 @@ class ModifiedError(HDPError, RuntimeError):
     """A tensor that backward needs was modified in place after it was saved."""
 
 
-class SpanError(HDPError, ValueError):
+class ChatTemplateError(HDPError, ValueError):
     """The assistant's turns cannot be told apart in what a chat template renders."""

@@ -178,7 +178,7 @@ def test_exceptions_have_one_base_class() -> None:
         ("OffloadMemoryError", MemoryError),
         ("FreedError", RuntimeError),
         ("ModifiedError", RuntimeError),
-        ("SpanError", ValueError),
+        ("ChatTemplateError", ValueError),
     ],
 )
 def test_exceptions_are_also_the_builtin_that_fits(name: str, builtin: type[Exception]) -> None:

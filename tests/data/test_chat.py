@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hdp.data.prepare.chat import ChatTemplate, spans2mask
-from hdp.errors import SpanError
+from hdp.errors import ChatTemplateError
 from tests.data.chat_templates import CHATML, KINDS, Kind, expected
 
 jinja2 = pytest.importorskip("jinja2")
@@ -157,7 +157,7 @@ def test_generation_that_is_processed_afterwards_is_refused():
         "{% set t %}{% generation %} {{ messages[0].content }} {% endgeneration %}{% endset %}"
         "{{ t | trim }}"
     )
-    with pytest.raises(SpanError, match="change what it renders"):
+    with pytest.raises(ChatTemplateError, match="change what it renders"):
         make_template("chatml", template).render_spans([{"role": "assistant", "content": "x"}])
 
 
@@ -207,22 +207,22 @@ def test_tool_answer_inside_the_turn_is_refused():
         "{{ '(' + messages[loop.index].content + ')' }}{% endif %}{{ m.content }}<|im_end|>"
         "{% elif m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(SpanError, match="tool's answer"):
+    with pytest.raises(ChatTemplateError, match="tool's answer"):
         make_template("chatml", template).render_spans(TOOL_CHAT)
 
 
 def test_templates_that_cannot_be_read():
     one = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     twice = "{% for m in messages %}{{ m.content + m.content }}{% endfor %}"
-    with pytest.raises(SpanError, match="renders message 1 2 times"):
+    with pytest.raises(ChatTemplateError, match="renders message 1 2 times"):
         make_template("chatml", twice).render_spans(one)
     picky = "{{ raise_exception('no') if messages[1].content != 'a' else 'a' }}"
-    with pytest.raises(SpanError, match="refuses another content"):
+    with pytest.raises(ChatTemplateError, match="refuses another content"):
         make_template("chatml", picky).render_spans(one)
-    with pytest.raises(SpanError, match="reserved"):
+    with pytest.raises(ChatTemplateError, match="reserved"):
         make_template("chatml").render_spans([{"role": "assistant", "content": "\U000f8a31"}])
     nested = "{% generation %}{% generation %}x{% endgeneration %}{% endgeneration %}"
-    with pytest.raises(SpanError, match="nests"):
+    with pytest.raises(ChatTemplateError, match="nests"):
         make_template("chatml", nested).render_spans(one)
 
 

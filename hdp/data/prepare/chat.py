@@ -13,7 +13,7 @@ very end), so nothing about their shape is assumed. Spans are found in what is r
   token that follows, if it closes a turn rather than opens the next, belongs to it.
 
 Each step is checked against the plain rendering, and a chat for which a check fails raises
-SpanError: spans are exact or there are none. Invariants, each with a test of its name in
+ChatTemplateError: spans are exact or there are none. Invariants, each with a test of its name in
 tests/data/test_chat.py:
 
 * marks_change_nothing     the text is what the template renders, character for character
@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from hdp.errors import SpanError
+from hdp.errors import ChatTemplateError
 
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
@@ -68,11 +68,11 @@ class ChatTemplate:
     def render_spans(self, messages: Messages, tools: Any = None) -> tuple[str, list[Span]]:
         """The rendered chat and the [start, stop) characters of each assistant turn in it.
 
-        Raises SpanError if they cannot be found, and whatever the template raises.
+        Raises ChatTemplateError if they cannot be found, and whatever the template raises.
         """
         text = self._text(messages, tools)
         if any(mark in text for mark in (_OPEN, _CLOSE, _OTHER[0])):
-            raise SpanError("the chat holds characters that are reserved for marks")
+            raise ChatTemplateError("the chat holds characters that are reserved for marks")
         if _GENERATION.search(self._template):
             spans = self._marked_spans(text, messages, tools)
         else:
@@ -83,7 +83,7 @@ class ChatTemplate:
             ]
         for (_, stop), (start, _) in pairwise(spans):
             if start < stop:
-                raise SpanError(f"assistant turns overlap at character {start} of the chat")
+                raise ChatTemplateError(f"assistant turns overlap at character {start} of the chat")
         return text, spans
 
     def _text(self, messages: Messages, tools: Any, *, prompt: bool = False, template=None) -> str:
@@ -114,7 +114,7 @@ class ChatTemplate:
         marked = self._text(messages, tools, template=self._marked_template)
         pieces = re.split(f"([{_OPEN}{_CLOSE}])", marked)
         if "".join(pieces[::2]) != text:
-            raise SpanError("the template's {% generation %} blocks change what it renders")
+            raise ChatTemplateError("the template's {% generation %} blocks change what it renders")
         spans: list[Span] = []
         position, start = 0, None
         for piece in pieces:
@@ -124,7 +124,7 @@ class ChatTemplate:
                 spans.append((start, position))
                 start = None
             elif piece in (_OPEN, _CLOSE):
-                raise SpanError("the template nests {% generation %} blocks")
+                raise ChatTemplateError("the template nests {% generation %} blocks")
             else:
                 position += len(piece)
         return spans
@@ -167,11 +167,13 @@ class ChatTemplate:
         try:
             exchanged = self._text([*messages[:i], other, *messages[i + 1 :]], tools)
         except Exception as error:
-            raise SpanError(
+            raise ChatTemplateError(
                 f"the template refuses another content of message {i}: {error}"
             ) from error
         if exchanged.count(_OTHER) != 1:
-            raise SpanError(f"the template renders message {i} {exchanged.count(_OTHER)} times")
+            raise ChatTemplateError(
+                f"the template renders message {i} {exchanged.count(_OTHER)} times"
+            )
         start = _common_prefix(text, exchanged)
         longest = min(len(text), len(exchanged)) - start
         return start, len(text) - min(longest, _common_prefix(text[::-1], exchanged[::-1]))
@@ -191,9 +193,9 @@ class ChatTemplate:
                 [*messages[: i + 1], *answers, *messages[i + 1 + count :]], tools
             )
         except Exception as error:
-            raise SpanError(f"the template refuses another tool answer: {error}") from error
+            raise ChatTemplateError(f"the template refuses another tool answer: {error}") from error
         if _common_prefix(text, exchanged) < stop:
-            raise SpanError(f"the template puts the tool's answer into assistant turn {i}")
+            raise ChatTemplateError(f"the template puts the tool's answer into assistant turn {i}")
 
     @cached_property
     def _closer(self) -> re.Pattern[str] | None:
