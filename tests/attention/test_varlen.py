@@ -132,12 +132,16 @@ def test_rows_cover_the_batch_once_and_evenly(world, seqlens):
             assert len(held) <= -(-(stop - start) // world)
 
 
-def test_layers_share_one_layout():
+def test_layers_share_one_layout(monkeypatch):
+    """32 layers build one layout and read cu_seqlens once: a CUDA tensor is read by waiting."""
+    reads, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(x) or tolist(x))
     varlen._layout.cache_clear()
     x, cu_seqlens = torch.zeros(10, 1, DIM), torch.tensor([0, 4, 10], dtype=torch.int32)
     for _ in range(32):
         zigzag_ring_attn_varlen_func(x, x, x, cu_seqlens)
     assert varlen._layout.cache_info().misses == 1
+    assert sum(read is cu_seqlens for read in reads) == 1
 
 
 def test_a_tensor_that_was_written_to_is_read_again():
