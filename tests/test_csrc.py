@@ -81,8 +81,7 @@ def _package_with(library: Path, folder: Path) -> Path:
 
 
 def _test_ops(folder: Path, select: str, env=None) -> str:
-    tests = [str(path.relative_to(ROOT)) for path in ROOT.glob("tests/runtime/test_ops*.py")]
-    command = [sys.executable, "-m", "pytest", *tests, "-p", "no:cacheprovider", "-v"]
+    command = [sys.executable, "-m", "pytest", "tests/ops", "-p", "no:cacheprovider", "-v"]
     return run(*command, "-k", select, cwd=folder, env=env)
 
 
@@ -113,8 +112,8 @@ def test_one_op_one_file_each():
     assert schemas and set(schemas) == set(re.findall(r'm\.impl\("(\w+)"', text))
     cpu = {path.stem for path in (CSRC / "cpu").glob("*.cpp")}
     assert cpu == {path.stem for path in (CSRC / "cuda").glob("*.cu")}
-    ops = (ROOT / "hdp" / "ops.py").read_text()
-    tests = (ROOT / "tests" / "runtime" / "test_ops.py").read_text()
+    ops = (ROOT / "hdp" / "ops" / "native.py").read_text()
+    tests = (ROOT / "tests" / "ops" / "test_ops.py").read_text()
     for name in schemas:
         reference = f"{name.removesuffix('_')}_reference{'_' if name.endswith('_') else ''}"
         assert f"def {name}(" in ops and f"def {reference}(" in ops, name
@@ -196,7 +195,7 @@ def test_wheel_holds_the_library(tmp_path):
     with zipfile.ZipFile(tmp_path / "cpu" / names["cpu"]) as archive:
         archive.extractall(tmp_path / "site")
     code = (
-        "import torch; from hdp import ops; assert ops.describe('cpu') == ('csrc', 'cpu'), "
+        "import torch; from hdp.ops import native as ops; assert ops.describe('cpu') == ('csrc', 'cpu'), "
         "ops.LIBRARY; print(ops.gather_rows(torch.arange(5), [(1, 3)]).tolist())"
     )
     python = (sys.executable, "-c", code)
@@ -223,7 +222,9 @@ def test_cuda_compiles_without_a_gpu(tmp_path):
     library = tmp_path / "libhdp.so"
     run(*build.link_command(objects, library, "cuda"))
     folder = _package_with(library, tmp_path / "package")
-    assert "failed" not in _test_ops(folder, "cpu and (equals or opcheck)")
+    # Where the library does not load, these are skipped.
+    report = _test_ops(folder, "cpu and (equals or opcheck)")
+    assert re.search(r"[3-9]\d\d passed", report), report
 
 
 # ---- the CUDA kernels on a CPU ----
