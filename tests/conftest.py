@@ -1,6 +1,7 @@
 """What every test relies on.
 
-One thread per process, GPU tests that skip themselves, the same hypothesis examples in every run.
+One thread per process, GPU tests that skip themselves, the same hypothesis examples in every run,
+and a limit for each test that grows with the load of the machine.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+
+from tests.patience import patience  # noqa: E402
 
 # "ci" draws the same examples on every run: a red test stays red until it is fixed. To search more:
 #   HYPOTHESIS_PROFILE=explore pytest tests/scheduler
@@ -37,3 +40,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if gpu_tests and not _has_cuda():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> object:
+    """pytest-timeout's limit, from pyproject.toml or a mark, as patience for this test.
+
+    Limits inside a test are shorter: they say which process hung, and in which line.
+    """
+    mark = item.get_closest_marker("timeout")
+    seconds = float(mark.args[0] if mark else item.config.getini("timeout") or 0)
+    if item.config.getoption("timeout", None) is None:  # not given with --timeout
+        item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
+    return (yield)

@@ -34,6 +34,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.patience import patience
+
 GRACE_S = 5.0  # after a first failure the other ranks get this long to report what it did to them
 
 # One thread per rank, set before the fork server loads its numeric libraries.
@@ -66,11 +68,13 @@ def run_ranks(
 
     Args:
         fn: a module-level function; `args` and results must pickle (tensors are copied).
-        timeout_s: seconds for the whole run, process start included.
+        timeout_s: seconds for the whole run, process start included; more on a loaded machine
+            (tests/patience.py).
 
     Raises:
         RankError: a rank raised, died or hung; the message has its number and traceback or stack.
     """
+    timeout_s, grace_s = patience(timeout_s), patience(GRACE_S)
     with tempfile.TemporaryDirectory(prefix="run_ranks_") as directory:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         payload = pickle.dumps((fn, args))
@@ -90,10 +94,10 @@ def run_ranks(
                 processes.append(process)
                 pipes.append(receive)
         try:
-            return _collect(fn, processes, pipes, Path(directory), timeout_s)
+            return _collect(fn, processes, pipes, Path(directory), timeout_s, grace_s)
         finally:
             for process in processes:
-                process.join(timeout=GRACE_S)
+                process.join(timeout=grace_s)
                 if process.is_alive():
                     process.kill()
                     process.join()
@@ -101,7 +105,7 @@ def run_ranks(
                 pipe.close()
 
 
-def _collect(fn, processes, pipes, directory: Path, timeout_s: float) -> list[Any]:
+def _collect(fn, processes, pipes, directory: Path, timeout_s: float, grace_s: float) -> list[Any]:
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     deadline = time.monotonic() + timeout_s
@@ -113,14 +117,14 @@ def _collect(fn, processes, pipes, directory: Path, timeout_s: float) -> list[An
             try:
                 ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                processes[rank].join(timeout=GRACE_S)
+                processes[rank].join(timeout=grace_s)
                 ok, value = False, f"died without a result: {_exit_reason(processes[rank])}"
             if ok:
                 results[rank] = value
             elif rank not in failures:
                 failures[rank] = value
         if failures:
-            deadline = min(deadline, time.monotonic() + GRACE_S)
+            deadline = min(deadline, time.monotonic() + grace_s)
 
     hung = {rank: _stack_of(processes[rank], rank, directory) for rank in waiting}
     for rank in waiting:

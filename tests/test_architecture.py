@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.patience import patience
 from tests.source_tree import MODULES, PACKAGE, ROOT, imports, name_of, room_of
 
 # The whole graph: room (a folder or a file of hdp, or of hdp/scheduler) -> the rooms that it may
@@ -224,7 +225,11 @@ def test_loads_no_torch(code: str) -> None:
         "assert not heavy, heavy"
     )
     done = subprocess.run(
-        [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", check],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=patience(60),
     )
     assert done.returncode == 0, done.stderr
 
@@ -244,6 +249,10 @@ def test_package_loads_without_foreign_libraries() -> None:
         f"for name in {names}: importlib.import_module(name)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=patience(120),
     )
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ import hdp
 from hdp.checkpoint.directory import step_path
 from hdp.cli import main, parse_config, run_training
 from hdp.config import TrainConfig
+from tests.patience import patience
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,11 +32,17 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_module_form() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "hdp", "--version"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "hdp", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=patience(60),
     )
     assert done.stdout == f"hdp {hdp.__version__}\n"
     done = subprocess.run(
-        [sys.executable, "-m", "hdp", "nonsense"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "hdp", "nonsense"],
+        capture_output=True,
+        text=True,
+        timeout=patience(60),
     )
     assert done.returncode == 2
 

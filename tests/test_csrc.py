@@ -195,8 +195,9 @@ def test_wheel_holds_the_library(tmp_path):
     with zipfile.ZipFile(tmp_path / "cpu" / names["cpu"]) as archive:
         archive.extractall(tmp_path / "site")
     code = (
-        "import torch; from hdp.ops import native as ops; assert ops.describe('cpu') == ('csrc', 'cpu'), "
-        "ops.LIBRARY; print(ops.gather_rows(torch.arange(5), [(1, 3)]).tolist())"
+        "import torch; from hdp.ops import native as ops; "
+        "assert ops.describe('cpu') == ('csrc', 'cpu'), ops.LIBRARY; "
+        "print(ops.gather_rows(torch.arange(5), [(1, 3)]).tolist())"
     )
     python = (sys.executable, "-c", code)
     assert run(*python, cwd=tmp_path / "site", env={"PYTHONPATH": "."}).strip() == "[1, 2]"

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.patience import patience
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -83,7 +85,7 @@ def test_flash_attn_4_takes_our_calls(head_dim, heads, kv_heads, deterministic) 
         env=environ,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=patience(900),
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "compiled 5" in done.stdout

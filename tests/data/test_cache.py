@@ -16,6 +16,7 @@ import pytest
 from hdp.data.dataset import TokenDataset
 from hdp.data.prepare.cache import open_dataset
 from hdp.data.prepare.tokenizer import ByteTokenizer
+from tests.patience import patience, wait_for
 
 NUM_FILES = 12
 FILES = ("tokens.bin", "seqlens.npy", "offsets.npy", "num_loss_tokens.npy", "rows.npy")
@@ -131,7 +132,7 @@ def start(folder, cache, tokenizer="bpe:400", workers=1, **options) -> subproces
 def test_ranks_that_start_at_once_build_once(folder, tmp_path):
     pytest.importorskip("tokenizers")
     ranks = [start(folder, tmp_path / "cache", stderr=subprocess.DEVNULL) for _ in range(4)]
-    answers = {rank.communicate(timeout=120)[0] for rank in ranks}
+    answers = {rank.communicate(timeout=patience(120))[0] for rank in ranks}
     assert [rank.returncode for rank in ranks] == [0] * 4
     assert len(answers) == 1  # one inode, one fingerprint
     names = sorted(p.name.split("-")[0] for p in (tmp_path / "cache").iterdir())
@@ -155,13 +156,6 @@ def test_kill_during_build(folder, tmp_path, delay_s):
     assert not list(cache.glob("*.tmp-*"))
 
 
-def wait_for(condition, timeout_s: float = 30.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.005)
-
-
 def workers_of(cache: Path) -> list[str]:
     """Processes that have a file below `cache` open."""
     found = []
@@ -183,7 +177,7 @@ def test_full_disk(folder, tmp_path, workers):
 
     cache = tmp_path / "cache"
     child = start(folder, cache, "bytes", workers, stderr=subprocess.PIPE, preexec_fn=limit)
-    _, stderr = child.communicate(timeout=60)
+    _, stderr = child.communicate(timeout=patience(60))
     assert child.returncode == 1 and "File too large" in stderr
     assert [p.suffix for p in cache.iterdir()] == [".lock"]
     assert len(load(folder, tmp_path)) == NUM_FILES

@@ -14,6 +14,7 @@ import pytest
 
 from hdp.data.prepare import sealed
 from hdp.data.prepare.sealed import build_once, read_seal
+from tests.patience import patience, wait_for
 
 # Builds a directory of two files; waits in the middle if told so; logs each build that starts.
 CHILD = """
@@ -46,20 +47,13 @@ def fill(directory: Path) -> dict:
     return {"who": "test"}
 
 
-def wait_for(condition, timeout_s: float = 20.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.01)
-
-
 def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
 def test_built_once(tmp_path):
     children = [start_child(tmp_path / "cache", wait_s=0.5) for _ in range(6)]
-    answers = [child.communicate(timeout=60)[0].split() for child in children]
+    answers = [child.communicate(timeout=patience(60))[0].split() for child in children]
     assert sorted(built for built, _ in answers) == ["False"] * 5 + ["True"]
     assert len({inode for _, inode in answers}) == 1
     assert (tmp_path / "log").read_text() == "build\n"
@@ -86,7 +80,7 @@ def test_waiting_process_takes_over_from_a_killed_builder(tmp_path):
     second = start_child(path)
     time.sleep(0.3)  # until it waits for the lock; if it is late, it has less to wait
     first.kill()
-    assert second.communicate(timeout=30)[0].startswith("True")
+    assert second.communicate(timeout=patience(30))[0].startswith("True")
     assert read_seal(path)["who"] == "child"
 
 
@@ -160,7 +154,7 @@ def test_without_locks_the_first_rename_wins(tmp_path, monkeypatch):
 
     def slow(directory: Path) -> dict:
         fill(directory)
-        gate.wait(timeout=20)
+        gate.wait(timeout=patience(20))
         return {}
 
     def build() -> None:
@@ -170,6 +164,6 @@ def test_without_locks_the_first_rename_wins(tmp_path, monkeypatch):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=patience(30))
     assert len(results) == 2 and read_seal(path) is not None
     assert names(tmp_path) == ["cache", "cache.lock"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hdp.data.prepare.workers import ordered_map
+from tests.patience import wait_for
 
 
 def scale(context, task):
@@ -85,7 +86,7 @@ import os, time
 def run(log, task):
     with open(log, "a") as file:
         file.write(f"{os.getpid()}\\n")
-    time.sleep(60)
+    time.sleep(1000)
 """
 
 
@@ -102,13 +103,6 @@ def test_no_orphans(tmp_path):
         parent.kill()
     pids = [int(pid) for pid in log.read_text().split()]
     wait_for(lambda: not any(is_running(pid) for pid in pids))
-
-
-def wait_for(condition, timeout_s: float = 20.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
 
 
 def is_running(pid: int) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import patience
 from tests.training.test_loop import config, inputs  # noqa: F401 - a fixture
 
 # Trains; rank 1 kills itself once, at a place that its arguments name.
@@ -81,7 +82,7 @@ def _run(folder: Path, options: dict, place: str = "nowhere", step: int = 0) -> 
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=patience(240),
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert (folder / "killed").exists() == (place != "nowhere")

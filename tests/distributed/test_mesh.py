@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from hdp.distributed.mesh import HDPMesh, agree_on_plan
 from hdp.scheduler import StepPlan
+from tests.patience import patience
 from tests.run_ranks import run_ranks
 
 TORCHRUN = {
@@ -77,7 +78,7 @@ def test_one_communicator(world_size):
 def _create_from_environment(rank, world_size):
     dist.destroy_process_group()
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # as torchrun: the store outlives the ranks
-    with HDPMesh.create(device="cpu", timeout_s=30) as mesh:
+    with HDPMesh.create(device="cpu", timeout_s=patience(30)) as mesh:
         facts = (mesh.hdp_rank, mesh.hdp_size, mesh.owns_process_group)
         # communicator_is_warm: P2P between a subset needs no collective of all ranks first.
         if rank < 2:
@@ -104,7 +105,7 @@ def _several_starts(rank, world_size):
         # As after kill -9: the old group's addresses stay in the store, and ranks come unevenly.
         dist.destroy_process_group()
         time.sleep(0.1 * ((rank + start) % world_size))
-        mesh = HDPMesh.create(device="cpu", timeout_s=30)
+        mesh = HDPMesh.create(device="cpu", timeout_s=patience(30))
         total = torch.ones(1)
         dist.all_reduce(total, group=mesh.hdp_group)
         sizes.append(int(total))

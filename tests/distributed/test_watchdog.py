@@ -6,7 +6,6 @@ import ctypes
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,18 +19,19 @@ from hdp.distributed.agree import is_collective_error
 from hdp.distributed.mesh import HDPMesh
 from hdp.distributed.watchdog import EXIT_CODE, Watchdog
 from hdp.errors import RankFailure
+from tests.patience import patience, wait_for
 from tests.run_ranks import RankError, run_ranks
 
-TIMEOUT_S = 1.5  # a busy machine may keep a rank from running for a second
+TIMEOUT_S = 1.5  # with patience: a busy machine may keep a rank from running for a second
 FIRM_S = 60.0  # run_ranks's own limit and gloo's: nothing here may come near to it
 
 
-def _watched(rank, world_size, scene, directory, *args):
+def _watched(rank, world_size, scene, directory, timeout_s, *args):
     """Run `scene` under a watchdog; what the rank prints on stderr goes to a file."""
     log = os.open(Path(directory) / f"stderr{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 2)
     mesh = HDPMesh.create(device="cpu")
-    with Watchdog.start(mesh, timeout_s=TIMEOUT_S) as watchdog:
+    with Watchdog.start(mesh, timeout_s=timeout_s) as watchdog:
         return scene(rank, mesh, watchdog, *args)
 
 
@@ -43,8 +43,9 @@ def _short_grace(monkeypatch):
 def _run(scene, world_size, directory, *args):
     """(results by rank or None, what went wrong in each rank)."""
     failures: dict[int, str] = {}
+    args = (scene, str(directory), patience(TIMEOUT_S), *args)
     try:
-        results = run_ranks(_watched, world_size, scene, str(directory), *args, timeout_s=FIRM_S)
+        results = run_ranks(_watched, world_size, *args, timeout_s=FIRM_S)
     except RankError as error:
         results = None
         parts = re.split(r"\n\nrank (\d+) (?:failed|hung|was left)", str(error))
@@ -65,7 +66,7 @@ def _train(rank, mesh, watchdog, culprit, fault, mark=True):
     for step in range(1000):
         watchdog.progress(step=step, microbatch=0)
         if step == 3 and rank == culprit:
-            time.sleep(0.3 * TIMEOUT_S)  # long enough to be told of
+            time.sleep(0.3 * watchdog.timeout_s)  # long enough to be told of
             fault()
         if mark:
             with watchdog.waiting(what="the reduction"):
@@ -160,20 +161,25 @@ def test_error_on_all_ranks_keeps_each_ones_traceback(tmp_path):
 # The store in rank 0's process, as without torchrun: it goes when rank 0 goes.
 
 
-def _store_in_rank_0(rank, world_size, port, directory, fault):
+def _store_in_rank_0(rank, world_size, directory, timeout_s, fault):
     dist.destroy_process_group()
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
-    )
-    return _watched(rank, world_size, _train, directory, 0, fault)
+    told, port = Path(directory) / "port", 0
+    if rank:
+        wait_for(told.exists)
+        port = int(told.read_text())
+    store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+    if rank == 0:
+        (Path(directory) / "new").write_text(str(store.port))
+        (Path(directory) / "new").rename(told)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    return _watched(rank, world_size, _train, directory, timeout_s, 0, fault)
 
 
 @pytest.mark.parametrize("fault", [_die, _freeze, _raise])
 def test_rank_that_hosts_the_store_is_named(tmp_path, fault):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    args = (str(tmp_path), patience(TIMEOUT_S), fault)
     with pytest.raises(RankError) as info:
-        run_ranks(_store_in_rank_0, 2, port, str(tmp_path), fault, timeout_s=FIRM_S)
+        run_ranks(_store_in_rank_0, 2, *args, timeout_s=FIRM_S)
     text = str(info.value) + (tmp_path / "stderr1").read_text()
     told = "rank 0 failed in step 3" if fault is _raise else "rank 0 (or its node )?stopped"
     assert re.search(told, text), text
@@ -185,11 +191,11 @@ def test_rank_that_hosts_the_store_is_named(tmp_path, fault):
 def _slow(rank, mesh, watchdog):
     with watchdog.allow(30, "tokenising"):
         if rank == 0:
-            ctypes.PyDLL(None).usleep(int(1.6 * TIMEOUT_S * 1e6))  # holds the interpreter lock
+            ctypes.PyDLL(None).usleep(int(1.6 * watchdog.timeout_s * 1e6))  # holds the lock
     _reduce()  # the others have been in here, unmarked
     if rank == 1:
         for _ in range(16):
-            time.sleep(0.1 * TIMEOUT_S)
+            time.sleep(0.1 * watchdog.timeout_s)
             watchdog.touch()
     _reduce()
     return True
@@ -203,7 +209,7 @@ def test_allowed_phase_is_no_hang_and_slow_rank_is_no_hang(tmp_path):
 def _finish_apart(rank, mesh, watchdog):
     last = rank == mesh.hdp_size - 1
     for _ in range(20 if last else 1):
-        time.sleep(0.1 * TIMEOUT_S)
+        time.sleep(0.1 * watchdog.timeout_s)
         watchdog.touch()
     return True
 
@@ -218,10 +224,11 @@ def _all_frozen(rank, mesh, watchdog):
     dist.all_gather(pids, torch.tensor([os.getpid()]))
     everyone = " ".join(str(int(pid)) for pid in pids)
     if rank == 0:
-        script = f"sleep 0.3; kill -STOP {everyone}; sleep {2.5 * TIMEOUT_S}; kill -CONT {everyone}"
+        frozen_s = 2.5 * watchdog.timeout_s
+        script = f"sleep 0.3; kill -STOP {everyone}; sleep {frozen_s}; kill -CONT {everyone}"
         subprocess.Popen(["sh", "-c", script])
     began = time.monotonic()
-    while time.monotonic() < began + 3.5 * TIMEOUT_S:
+    while time.monotonic() < began + 3.5 * watchdog.timeout_s:
         time.sleep(0.05)
         watchdog.touch()
     return True
@@ -267,7 +274,8 @@ from hdp.distributed.mesh import HDPMesh
 from hdp.distributed.watchdog import Watchdog
 
 first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-with HDPMesh.create(device="cpu") as mesh, Watchdog.start(mesh, timeout_s=5) as watchdog:
+patience_s = float(os.environ["PATIENCE_S"])
+with HDPMesh.create(device="cpu") as mesh, Watchdog.start(mesh, timeout_s=patience_s) as watchdog:
     for step in range(20):
         watchdog.progress(step=step)
         if first and step == 5 and mesh.hdp_rank == 1:
@@ -285,7 +293,8 @@ def test_torchrun_restarts_after_kill_9(tmp_path):
         [*command, "--max-restarts=1", str(script)],
         capture_output=True,
         text=True,
-        timeout=90,  # far below the collectives' own half hour: the survivor was told
+        env={**os.environ, "PATIENCE_S": str(patience(5))},
+        timeout=patience(90),  # far below the collectives' own half hour: the survivor was told
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr

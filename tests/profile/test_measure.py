@@ -14,6 +14,7 @@ import pytest
 
 from hdp.scheduler import CostModel
 from hdp.scheduler.costs.fit import Observation
+from tests.patience import patience
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,7 +57,7 @@ def test_profile_of_two_ranks(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=patience(240),
     )
     assert done.returncode == 0, done.stderr[:4000]
     assert "prediction error" in done.stdout

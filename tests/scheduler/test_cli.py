@@ -11,6 +11,7 @@ import pytest
 
 from hdp.scheduler import CostModel, StepPlan
 from hdp.scheduler.cli import main
+from tests.patience import patience
 
 CLUSTER = ["--hdp-size", "8", "--max-tokens-per-rank", "4K"]
 BATCH = ["workload:lognormal", "--num-sequences", "60", "--max-length", "16K"]
@@ -236,7 +237,7 @@ def test_help_needs_no_torch_and_no_matplotlib() -> None:
         "assert code == 0 and not {'torch', 'matplotlib'} & set(sys.modules), sys.modules"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=patience(60)
     )
     assert done.returncode == 0, done.stderr
     assert "workload:github-like" in done.stdout
@@ -246,6 +247,6 @@ def test_module_runs_and_pipes_may_close() -> None:
     command = (
         f"{sys.executable} -m hdp.scheduler plan {' '.join(BATCH + CLUSTER)} --json | head -c 1"
     )
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=patience(60))
     assert done.stdout == "{"
     assert done.stderr == ""

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.patience import patience
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -59,7 +61,7 @@ def test_a_table_of_two_ranks(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=patience(240),
     )
     assert done.returncode == 0, done.stderr[:4000]
     rows = [line.split()[0] for line in done.stdout.splitlines() if line.endswith("x")]

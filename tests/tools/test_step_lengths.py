@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hdp.scheduler import CostModel
+from tests.patience import patience
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -76,7 +77,7 @@ def test_one_command_measures_steps_by_length(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=patience(240),
     )
     assert done.returncode == 0, done.stderr[-4000:]
     content = json.loads((tmp_path / "rows.json").read_text())

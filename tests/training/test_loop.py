@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hdp.config import TrainConfig
+from tests.patience import patience
 from tests.run_ranks import RankError, run_ranks
 
 MODEL = {
@@ -58,7 +59,7 @@ def config(inputs, run_dir, **options) -> TrainConfig:
         "lr": 1e-2,
         "run_dir": str(run_dir),
         "tensorboard": False,
-        "timeout_s": 60.0,
+        "timeout_s": patience(60),
     }
     return TrainConfig(**{**defaults, **options})
 

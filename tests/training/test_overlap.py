@@ -14,6 +14,7 @@ import torch
 from hdp.attention.kernels import KERNELS, select_kernel
 from hdp.attention.layout import RingLayout
 from hdp.attention.ring import ring_attn_varlen_func
+from tests.patience import patience
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -238,7 +239,10 @@ def test_gpu_first_block_does_not_wait_for_keys(gathers: bool) -> None:
 def test_gpu_transfers_run_beside_compute_in_a_trace(tmp_path: Path) -> None:
     command = [sys.executable, str(TOOLS / "trace_overlap.py"), "--json", "--tokens", "65536"]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path / "t.json")], capture_output=True, text=True, timeout=300
+        [*command, "--out", str(tmp_path / "t.json")],
+        capture_output=True,
+        text=True,
+        timeout=patience(300),
     )
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
@@ -253,7 +257,7 @@ def test_gpu_nccl_transfers_run_beside_compute(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(torch.cuda.device_count())]
     command += [str(TOOLS / "trace_overlap.py"), "--json", "--out", str(tmp_path / "t.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(300))
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["hidden"] > 0.5, figures
