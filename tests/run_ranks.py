@@ -38,15 +38,22 @@ from tests.patience import patience
 
 GRACE_S = 5.0  # after a first failure the other ranks get this long to report what it did to them
 
-# One thread per rank, set before the fork server loads its numeric libraries.
-_ENVIRON = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+# One thread per rank, set before the fork server loads its numeric libraries; and the checkout that
+# is tested, not the one that happens to be installed.
+_ROOT = str(Path(__file__).resolve().parent.parent)
+_ENVIRON = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")])),
+}
 
-# Imported once, by the fork server; a module that is not installed is skipped.
+# Imported once, by the fork server, which saves each rank half a second of CPU; a module that is
+# not installed is skipped.
 _PRELOAD = [
-    "numpy",
-    "torch",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
+    "hypothesis",
+    "pytest",
+    "hdp.training.loop",  # and through it torch and most of hdp
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
