@@ -1,7 +1,10 @@
 # Each target sets up what it needs in $(VENV), once; a change of pyproject.toml or the constraints sets it up again.
 #
 #   make sft                     fine-tune a small model on mixed-length text over 4 processes (or all GPUs)
-#   make test                    all tests
+#   make test                    the tests, in under 10 minutes on 2 quiet cores
+#   make test-all                those and the slow ones: compilers, whole jobs
+#   make lint                    ruff and mypy
+#   make examples                every other program of examples/, to its end
 #   make sft STEPS=20 ARGS="--policy static --cp-size 4"
 #
 # torch is the build that pip finds first: on Linux the CUDA one, several GB, which runs on a CPU too. For the CPU build,
@@ -21,21 +24,30 @@ NPROC ?= $(or $(NUM_GPUS),4)
 TORCH_INDEX ?=
 
 BIN := $(VENV)/bin
+TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node $(NPROC)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIN := $(addprefix -c ,$(CONSTRAINTS))
 # One thread per process: ranks share the cores (torchrun's own default, made explicit).
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help sft test lint format clean
+.PHONY: help sft examples test test-all lint format clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
 sft: $(VENV)/.ready-hf
-	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/sft.py --steps $(STEPS) $(ARGS)
+	$(TORCHRUN) examples/sft.py --steps $(STEPS) $(ARGS)
+
+# Each takes no flags and about a minute on a CPU; the others have a target of their own.
+examples: $(VENV)/.ready-hf
+	@set -e; for file in $(filter-out examples/sft.py,$(sort $(wildcard examples/*.py))); do \
+	  echo "$(TORCHRUN) $$file"; $(TORCHRUN) $$file; done
 
 test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+
+test-all: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 lint: $(VENV)/.ready-dev

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ def make(
 ) -> subprocess.CompletedProcess[str]:
     """Run make without the variables of a make that runs this test, and without a GPU."""
     drop = ("MAKE", "MFLAGS", "TORCH_INDEX", "CONSTRAINTS", "VENV", "PYTHON", "STEPS", "NPROC")
+    drop += ("TEST_ARGS", "ARGS")
     env = {key: value for key, value in os.environ.items() if not key.startswith(drop)}
     no_gpu = checkout / "no-gpu"
     no_gpu.mkdir(exist_ok=True)
@@ -52,6 +54,33 @@ def test_sft_command(checkout: Path) -> None:
     )
     assert "-c constraints/cpu.txt" in plan
     assert "extra-index-url" not in plan
+
+
+def test_slow_tests_are_left_out_of_one_target_only(checkout: Path) -> None:
+    quick = make(checkout, "-n", "test", "TEST_ARGS=-x").stdout.splitlines()[-1]
+    assert quick == '.venv/bin/python -m pytest -m "not slow" -x'
+    whole = make(checkout, "-n", "test-all", "TEST_ARGS=-x").stdout.splitlines()[-1]
+    assert whole == ".venv/bin/python -m pytest -x"
+    steps = re.findall(r"^step make (\S+)", (ROOT / ".ci" / "run").read_text(), re.M)
+    assert steps == ["test-all", "sft", "examples", "lint"]
+
+
+def test_every_example_runs_and_one_that_fails_ends_it(checkout: Path) -> None:
+    (checkout / "examples").mkdir()
+    for name in ("sft", "bad", "good", "other"):
+        (checkout / "examples" / f"{name}.py").touch()
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    for stamp in (".created", ".ready-hf"):
+        (checkout / ".venv" / stamp).touch()
+    script = 'for last; do :; done; echo "ran $last"; [ $last != examples/bad.py ]'
+    executable(checkout / ".venv" / "bin" / "torchrun", script)
+    done = make(checkout, "examples")
+    assert done.returncode and "ran examples/bad.py" in done.stdout
+    assert "ran examples/good.py" not in done.stdout
+    (checkout / "examples" / "bad.py").unlink()
+    done = make(checkout, "examples")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"ran (\S+)", done.stdout) == ["examples/good.py", "examples/other.py"]
 
 
 def test_sft_fits_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +122,7 @@ def test_set_up_again_when_and_only_when_needed(checkout: Path) -> None:
     venv.mkdir()
     for stamp in (".created", ".ready-hf", ".ready-dev"):
         (venv / stamp).touch()
-    assert "pip install" not in make(checkout, "-n", "test").stdout
+    assert make(checkout, "-n", "test").stdout.split()[1:3] == ["-m", "pytest"]  # and nothing else
     later = (venv / ".ready-dev").stat().st_mtime + 10
     os.utime(checkout / "constraints" / "cpu.txt", (later, later))
     plan = make(checkout, "-n", "test").stdout
