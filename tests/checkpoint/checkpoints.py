@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import re
+import threading
 
 import torch
 from torch.distributed.checkpoint.state_dict import (
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hdp.checkpoint.checkpointer import Checkpointer
 from hdp.checkpoint.directory import ChecksumStream
+from tests.patience import patience
 
 CONFIG = {"hidden_size": 6, "layers": 2, "lib_version": "1", "_path": "/a"}
 
@@ -78,12 +80,20 @@ def assert_equal(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-def slow_down(write_s):
-    """From now on every write of this process takes a while."""
+def hold_writes():
+    """{step: event}: from now on what this process writes for a step waits for its event."""
+    gates = {step: threading.Event() for step in range(10)}
     write = ChecksumStream.write
 
-    def slow_write(self, data):
-        time.sleep(write_s)
+    def held(self, data):
+        step = int(re.search(r"step-(\d+)", self.name)[1])
+        assert gates[step].wait(patience(60)), f"nobody let the save of step {step} go on"
         return write(self, data)
 
-    ChecksumStream.write = slow_write
+    ChecksumStream.write = held
+    return gates
+
+
+def set_soon(event):
+    """In a moment, for a caller that is about to wait."""
+    threading.Timer(0.3, event.set).start()

@@ -21,8 +21,9 @@ from tests.checkpoint.checkpoints import (
     assert_equal,
     build,
     everything,
+    hold_writes,
     saver_for,
-    slow_down,
+    set_soon,
     step_once,
 )
 from tests.run_ranks import RankError, run_ranks
@@ -101,11 +102,12 @@ def test_failed_save_leaves_the_previous_one_and_error_reaches_all_ranks(tmp_pat
 def _error_in_training(rank, world_size, directory):
     mesh = HDPMesh.create(device="cpu")
     model, optimizer = build(mesh)
-    slow_down(0.0005)
+    gates = hold_writes()
     try:
         with saver_for(directory, mesh) as saver:
             saver.save(1, model=model, optimizer=optimizer)
             assert saver.busy
+            set_soon(gates[1])
             raise ValueError("non-finite loss")
     except ValueError:
         return committed(Path(directory))
