@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from tests.run_ranks import run_ranks
 
 # ---- resuming ----
 
+EXTRA = {"sampler": {"position": (24, 0)}, 7: None}  # JSON makes lists of tuples, text of keys
+
 
 def _save_run(rank, world_size, directory):
     mesh = HDPMesh.create(device="cpu")
@@ -36,7 +39,7 @@ def _save_run(rank, world_size, directory):
         assert saver.load(model=model, optimizer=optimizer) is None and saver.latest() is None
         losses = [step_once(model, optimizer, step) for step in range(3)]
         seed_rng(1, rank=rank)
-        saver.save(3, model=model, optimizer=optimizer, extra={"sampler": {"position": 24}})
+        saver.save(3, model=model, optimizer=optimizer, extra=EXTRA)
         draws = (torch.rand(2).tolist(), np.random.rand(), random.random())
         state = everything(model, optimizer)
         losses += [step_once(model, optimizer, step) for step in range(3, 6)]
@@ -50,7 +53,7 @@ def _load_run(rank, world_size, directory):
     with saver_for(directory, mesh) as saver:
         restored = saver.load(model=model, optimizer=optimizer)
         assert restored.path == Path(directory) / "step-00000003" == saver.latest()
-        assert restored.extra == {"sampler": {"position": 24}}
+        assert restored.extra == json.loads(json.dumps(EXTRA)) != EXTRA
         draws = (torch.rand(2).tolist(), np.random.rand(), random.random())
         state = everything(model, optimizer)
         losses = [step_once(model, optimizer, step) for step in range(restored.step, 6)]

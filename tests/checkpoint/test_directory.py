@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -165,9 +166,12 @@ def test_damaged_file(tmp_path, content, message):
         info.verify(final, info.files)
 
 
-def test_extra_that_json_changes_is_kept_as_json(tmp_path):
-    final = _save(tmp_path, 10)
-    assert json.loads((final / INFO_FILE).read_text())["format"] == "hdp-checkpoint"
+def test_the_seal_is_json_that_others_can_read(tmp_path):
+    seal = json.loads((_save(tmp_path, 10) / INFO_FILE).read_text())
+    assert (seal["format"], seal["version"]) == ("hdp-checkpoint", 1)
+    assert (seal["step"], seal["serial"], seal["world_size"]) == (10, 1, 1)
+    assert (seal["model_config"], seal["extra"]) == ({"layers": 2}, {"tokens": 7})
+    assert seal["files"] == {"0.distcp": {"num_bytes": 4, "crc32": zlib.crc32(b"data")}}
 
 
 _HOLD = """

@@ -42,13 +42,15 @@ def test_count_is_that_of_the_labels_of_all_ranks():
         _feed(1, lambda n: random_plan(n, 3, 0)) as b,
         _feed(2, lambda n: random_plan(n, 3, 0)) as c,
     ):
-        for steps in zip(iter(a), iter(b), iter(c), range(4), strict=False):
-            *ranks, _ = steps
+        counts = []
+        for *ranks, _ in zip(iter(a), iter(b), iter(c), range(4), strict=False):
             labels = [x.labels for step in ranks for x in step.batches]
             count = sum(int((x >= 0).sum()) for x in labels)
             assert {step.num_loss_tokens for step in ranks} == {count}
+            counts.append(count)
             assert len({step.plan.digest for step in ranks}) == 1
             assert len({step.next_position for step in ranks}) == 1
+        assert len(counts) == 4 and min(counts) > 0
 
 
 def test_tokens_are_on_the_device_before_the_caller_asks():
