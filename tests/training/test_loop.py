@@ -172,17 +172,22 @@ def _train_until(rank, world, options, last):
 
 def test_export_is_what_from_pretrained_loads(inputs, tmp_path):
     out = tmp_path / "exported"
-    options = config(inputs, tmp_path / "run", steps=3, export_hf=str(out))
+    whole = {"batch_tokens": 10_000, "lr": 3e-2}  # every step sees all documents
+    options = config(inputs, tmp_path / "run", steps=3, export_hf=str(out), **whole)
     trained = run_ranks(_train, 2, options)[0]
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     ids = tokenizer("alpha beta gamma", return_tensors="pt").input_ids
     assert model(ids).logits.isfinite().all()
-    # and it goes on as a model to train: its loss is where the run left it
-    again = config(inputs, tmp_path / "again", steps=1, model=str(out), random_init=False, lr=1e-9)
-    resumed = run_ranks(_train, 1, again)[0]
-    assert abs(resumed[0][1] - trained[-1][1]) < 0.6
+    # and it goes on as a model to train: its loss is that of the run's next step
+    further = dataclasses.replace(options, steps=4, export_hf=None)
+    fresh = {"model": str(out), "random_init": False, "steps": 1}
+    again = config(inputs, tmp_path / "again", **fresh, **whole)
+    want, got = (run_ranks(_train, 2, run)[0][0] for run in (further, again))
+    assert (want[0], got[0]) == (4, 1) and got[2:4] == want[2:4] == trained[0][2:4]
+    assert got[1] == pytest.approx(want[1], rel=1e-3)  # exported in bf16
+    assert trained[-1][1] > want[1] + 0.1, "an older export would pass as well"
 
 
 def test_export_into_the_run_folder_is_refused_before_training(inputs, tmp_path):
