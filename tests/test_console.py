@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import re
 
 import pytest
 
@@ -25,14 +26,23 @@ def test_progress_is_silent_off_a_terminal():
     assert stream.getvalue() == ""
 
 
-@pytest.mark.parametrize("total", [10, None])
-@pytest.mark.parametrize("unit", ["bytes", "steps", ""])
-def test_progress_draws_on_a_terminal(total, unit):
+@pytest.mark.parametrize(
+    ("total", "unit", "drawn"),
+    [
+        (10, "bytes", "10/10 bytes"),
+        (10, "steps", "10/10 steps"),
+        (10, "", "10/10"),
+        (None, "bytes", "10/? bytes"),
+        (None, "steps", "0:00:0"),
+    ],
+)
+def test_progress_draws_on_a_terminal(total, unit, drawn):
     pytest.importorskip("rich")
     stream = Terminal()
     with console.progress("work", total, unit=unit, stream=stream) as advance:
         advance(10)
-    assert "work" in stream.getvalue()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    assert "work" in text and drawn in text
 
 
 def test_progress_passes_errors_on():
