@@ -9,8 +9,8 @@ import pytest
 
 from hdp import __version__
 from hdp.cli import USAGE
+from tests.source_tree import PACKAGE, ROOT, name_of, sources
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 by_name = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -34,14 +34,27 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert anchor in map(slug, headings), f"{path.name}: no heading for #{anchor} in {name}"
 
 
+# `hdp/attention/ring.py` and the like, and whatever is said of tests: files, patterns, folders.
+NAMED = re.compile(
+    r"(?<![\w/.~-])((?:hdp|scheduler|csrc|examples|tools|docs)"
+    r"/[\w/.*-]*\w\.(?:py|md|txt|json|png|cpp|cu|cuh|h)\b|tests/[\w/.*-]*\w)"
+)
+
+
+def check_named_files(path: Path) -> None:
+    for name in NAMED.findall(path.read_text()):
+        assert any(ROOT.glob(name)), f"{name_of(path)} names {name}"
+
+
 @by_name
 def test_named_files_exist(path: Path) -> None:
-    """`hdp/attention/ring.py` and the like in backquotes, and files in commands."""
-    pattern = (
-        r"(?<![\w/.~-])((?:hdp|scheduler|csrc|examples|tests|tools|docs)/[\w/.-]*\w\.(?:py|md|txt))"
-    )
-    for name in re.findall(pattern, path.read_text()):
-        assert (ROOT / name).exists(), f"{path.name} names {name}"
+    check_named_files(path)
+
+
+def test_files_that_the_sources_name_exist() -> None:
+    """Docstrings say which tests hold an invariant, and where a figure or a derivation is."""
+    for path in [*PACKAGE, *sources("examples", "tools")]:
+        check_named_files(path)
 
 
 @by_name

@@ -22,7 +22,7 @@ names and shapes of all tensors - and raises ValueError on all ranks before anyt
 State is resharded to the ranks there are. Random number generators continue on the same number of
 ranks and are seeded from (seed, step, rank) on another one; the sampler does not depend on it.
 
-Invariants (tests of the same names in tests/runtime/test_checkpoint*.py): any_number_of_ranks,
+Invariants (tests of the same names in tests/checkpoint/test_*.py): any_number_of_ranks,
 killed_save_leaves_the_previous_one, failed_save_leaves_the_previous_one, error_reaches_all_ranks,
 one_save_at_a_time, staged_state_is_a_snapshot, damage_is_found_before_anything_changes.
 

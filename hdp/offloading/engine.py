@@ -19,7 +19,7 @@ Whole tensors and not a share of each one's rows, as the paper has it: the link 
 bytes at the same pace, but rows that stay would have to be copied out of their tensor in forward
 and beside the returning ones in backward, and until then both copies take memory.
 
-Invariants (each has a test of the same name in tests/runtime/test_offload*.py):
+Invariants (each has a test of the same name in tests/offloading/test_*.py):
 
 * gradients_are_bitwise_equal   to those without offload, for any ratio, windows and copy timing
 * no_race                       every two conflicting accesses are ordered by events

@@ -4,7 +4,7 @@ Three streams matter: the caller's (kernels run there), OUT (device to host) and
 device). `link.py` orders them by events and never waits on the host. The CPU twin (`twin.py`) has
 the same methods on simulated streams.
 
-CudaStreams is the reference of csrc/offload/cuda.cpp, and what runs where the extension was not
+CudaStreams is the reference of csrc/offload/cuda.cu, and what runs where the extension was not
 built.
 """
 
