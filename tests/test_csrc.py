@@ -177,6 +177,7 @@ def test_current_library_is_kept(monkeypatch, tmp_path):
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_wheel_holds_the_library(tmp_path):
     """One wheel for every Python; HDP_BUILD=none gives a pure one. The library in it works."""
     source = tmp_path / "source"
@@ -206,6 +207,7 @@ def test_wheel_holds_the_library(tmp_path):
 @needs_compiler
 @needs_nvcc
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_cuda_compiles_without_a_gpu(tmp_path):
     """For sm_80, sm_90 and sm_100; no kernel spills; the library loads in a torch without CUDA."""
     archs = build.cuda_archs(build.find_nvcc())
@@ -233,6 +235,7 @@ def test_cuda_compiles_without_a_gpu(tmp_path):
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_cuda_kernels_on_the_emulator(tmp_path):
     """All tests of the ops, with the CUDA kernels in the place of the CPU ones."""
     objects = []

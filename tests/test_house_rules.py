@@ -86,3 +86,17 @@ def test_no_ambient_state() -> None:
 def test_no_drawers_for_everything() -> None:
     vague = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
     assert not [name_of(path) for path in EVERYTHING if path.name in vague]
+
+
+def test_limits_have_patience() -> None:
+    """A limit of 60 s fails on a busy machine: `patience(60)` (tests/patience.py)."""
+    problems = [
+        f"{name_of(path)}:{node.lineno}: timeout={keyword.value.value}, not patience(...)"
+        for path in EVERYTHING
+        if name_of(path).startswith("tests/")
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "timeout" and isinstance(keyword.value, ast.Constant)
+    ]
+    assert not problems, "\n".join(problems)

@@ -59,6 +59,7 @@ def calls(head_dim: int, heads: int, kv_heads: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize(
     ("head_dim", "heads", "kv_heads", "deterministic"),
     [(128, 8, 2, False), (128, 8, 8, True), (64, 8, 2, True), (256, 8, 2, False)],

@@ -91,6 +91,7 @@ def _run(folder: Path, options: dict, place: str = "nowhere", step: int = 0) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(800)
 def test_killed_ranks_change_no_loss(inputs, tmp_path):  # noqa: F811
     def options(folder):
         made = config(inputs, folder / "run", steps=8, save_every=2, max_tokens_per_rank=352)
