@@ -3,7 +3,8 @@
 The plan is plain data, made from sequence lengths alone. Each sequence is a *piece* of one or more
 microbatches: it lives on the ranks of its ring, in ring order (one rank: a local piece). Each rank
 walks its own list of microbatches; lists differ in number and in content. A microbatch that holds a
-piece on several ranks starts when all of them reach it.
+piece on several ranks starts when all of them reach it. A ring goes round or is gathered: the plan
+says which, as ranks that run different algorithms would wait for each other for ever.
 
 Invariants, checked by `StepPlan.validate()` (each has a test of its name in
 tests/scheduler/test_validate.py):
@@ -14,6 +15,7 @@ tests/scheduler/test_validate.py):
 * one_ring_each         the multi-rank pieces of a (rank, microbatch) come first and share one ring,
                         and all ranks of that ring hold the same ones in the same order (hdp plans
                         have at most one such piece, or one unit; packed zigzag has several)
+* gathered_alone        a gathered sequence is on several ranks, and alone on its ring
 * acyclic_order         the order in which ranks meet in rings has no cycle: no deadlock
 * same_index_under_pp   with pp_size > 1 a shared microbatch has the same local index on all ranks
 * no_rank_without_work  every rank has at least one microbatch (it may be empty)
@@ -35,7 +37,7 @@ import numpy as np
 
 from .zigzag import rank_tokens
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # version 1 is read too: all of its rings go round
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,7 @@ class Microbatch:
     """What one rank runs at once: pieces of at most one ring, then local ones. May be empty."""
 
     pieces: tuple[Piece, ...] = ()
+    gathered: bool = False  # whether the ring is gathered: all keys at once, instead of going round
     offload_ratio: float = 0.0  # share of the tokens whose activations go to the host, [0, 1]
 
     @property
@@ -78,7 +81,7 @@ def _frozen(name: str, values: Any, dtype: type) -> np.ndarray:
     given = np.asarray(values)
     if given.dtype == dtype and given.flags.c_contiguous and not given.flags.writeable:
         return given
-    if given.size and given.dtype.kind not in "iuf":
+    if given.size and given.dtype.kind not in ("iufb" if dtype is np.bool_ else "iuf"):
         raise ValueError(f"{name} must be numbers, not {given.dtype}")
     column: np.ndarray = np.array(given, dtype=dtype, order="C", ndmin=1)
     if given.dtype != dtype and not np.array_equal(column, given.reshape(column.shape)):
@@ -109,6 +112,7 @@ class StepPlan:
     microbatch_offsets: np.ndarray  # (hdp_size + 1,) int64
     piece_offsets: np.ndarray  # (num_microbatches + 1,) int64
     piece_seqs: np.ndarray  # (num_pieces,) int32
+    gathered: np.ndarray  # (num_seqs,) bool, whether the sequence's ring is gathered
     offload_ratio: np.ndarray  # (num_microbatches,) float64
     offloadable: float = 0.0  # share of a token's activation bytes that can leave, [0, 1)
     predicted_s: float = float("nan")  # planner's finishing time of the step, seconds
@@ -156,7 +160,12 @@ class StepPlan:
             pieces = tuple(
                 Piece(seq=s, seqlen=int(self.seqlens[s]), ranks=self.ring(s)) for s in seqs
             )
-            result.append(Microbatch(pieces=pieces, offload_ratio=float(self.offload_ratio[m])))
+            microbatch = Microbatch(
+                pieces=pieces,
+                gathered=bool(seqs) and bool(self.gathered[seqs[0]]),
+                offload_ratio=float(self.offload_ratio[m]),
+            )
+            result.append(microbatch)
         return result
 
     @cached_property
@@ -231,14 +240,16 @@ class StepPlan:
         rings: Sequence[Sequence[int]],
         microbatches: Sequence[Sequence[Sequence[int]]],
         *,
+        gathered: Sequence[bool] | None = None,
         offload_ratio: Sequence[Sequence[float]] | None = None,
         **fields: Any,
     ) -> StepPlan:
         """Plan from plain lists.
 
-        `rings[s]` are the ranks of sequence s in ring order, `microbatches[r][i]` the sequences of
-        rank r's i-th microbatch, ring pieces first, and `offload_ratio[r][i]` its ratio. `hdp_size`
-        is `len(microbatches)`; `max_tokens_per_rank` and the other fields by keyword.
+        `rings[s]` are the ranks of sequence s in ring order and `gathered[s]` whether its ring is
+        gathered, `microbatches[r][i]` the sequences of rank r's i-th microbatch, ring pieces first,
+        and `offload_ratio[r][i]` its ratio. By default no ring is gathered and ratios are 0.
+        `hdp_size` is `len(microbatches)`; `max_tokens_per_rank` and the other fields by keyword.
         """
         flat = [seqs for rank in microbatches for seqs in rank]
         ratio = [0.0] * len(flat)
@@ -253,6 +264,7 @@ class StepPlan:
             microbatch_offsets=_offsets(microbatches),
             piece_offsets=_offsets(flat),
             piece_seqs=np.asarray([s for seqs in flat for s in seqs]),
+            gathered=np.asarray([False] * len(seqlens) if gathered is None else gathered),
             offload_ratio=np.asarray(ratio),
             **fields,
         )
@@ -261,16 +273,17 @@ class StepPlan:
         """JSON text: for each rank the ordered list of its microbatches, each with its pieces as
         [sequence, [ranks in ring order]].
 
-        {"version": 1, "policy": "hdp", "hdp_size": 2, "pp_size": 1, "max_tokens_per_rank": 8,
+        {"version": 2, "policy": "hdp", "hdp_size": 2, "pp_size": 1, "max_tokens_per_rank": 8,
          "offloadable": 0.0, "ranks_per_node": null, "seqlens": [10, 3],
          "predicted_s": 0.1, "lower_bound_s": 0.1, "notes": {},
-         "ranks": [[{"pieces": [[0, [0, 1]], [1, [0]]], "offload_ratio": 0.0}],
-                   [{"pieces": [[0, [0, 1]]], "offload_ratio": 0.0}]]}
+         "ranks": [[{"pieces": [[0, [0, 1]], [1, [0]]], "gathered": false, "offload_ratio": 0.0}],
+                   [{"pieces": [[0, [0, 1]]], "gathered": false, "offload_ratio": 0.0}]]}
         """
         ranks = [
             [
                 {
                     "pieces": [[p.seq, list(p.ranks)] for p in mb.pieces],
+                    "gathered": mb.gathered,
                     "offload_ratio": mb.offload_ratio,
                 }
                 for mb in self.microbatches(rank)
@@ -294,23 +307,29 @@ class StepPlan:
 
     @classmethod
     def from_json(cls, text: str) -> StepPlan:
-        """Inverse of `to_json`. Raises ValueError for text that is no plan of this version."""
+        """Inverse of `to_json`. Raises ValueError for text that is no plan of this version or an
+        earlier one, and where ranks differ in whether a ring is gathered."""
         try:
             data = json.loads(text)
             version = data["version"]
-            if version != FORMAT_VERSION:
+            if version not in range(1, FORMAT_VERSION + 1):
                 raise ValueError(
-                    f"plan has version {version}, this library reads version {FORMAT_VERSION}"
+                    f"plan has version {version}, this library reads versions 1 to {FORMAT_VERSION}"
                 )
             rings: list[list[int]] = [[] for _ in data["seqlens"]]
-            for rank in data["ranks"]:
-                for mb in rank:
-                    for seq, ring in mb["pieces"]:
-                        rings[seq] = ring
+            gathered: dict[int, bool] = {}  # by the first sequence of each microbatch
+            for mb in (mb for rank in data["ranks"] for mb in rank):
+                for seq, ring in mb["pieces"]:
+                    rings[seq] = ring
+                for seq, _ in mb["pieces"][:1]:
+                    mode = version > 1 and mb["gathered"]
+                    if gathered.setdefault(seq, mode) != mode:
+                        raise ValueError(f"plan gathers sequence {seq} on some of its ranks only")
             return cls.from_lists(
                 data["seqlens"],
                 rings,
                 [[[seq for seq, _ in mb["pieces"]] for mb in rank] for rank in data["ranks"]],
+                gathered=[gathered.get(seq, False) for seq in range(len(rings))],
                 offload_ratio=[[mb["offload_ratio"] for mb in rank] for rank in data["ranks"]],
                 policy=data["policy"],
                 pp_size=data["pp_size"],
@@ -342,6 +361,7 @@ _COLUMNS: dict[str, type] = {
     "microbatch_offsets": np.int64,
     "piece_offsets": np.int64,
     "piece_seqs": np.int32,
+    "gathered": np.bool_,
     "offload_ratio": np.float64,
 }
 

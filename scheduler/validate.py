@@ -31,6 +31,7 @@ def validate_plan(plan: StepPlan) -> None:
     every_token_once(plan)
     capacity_kept(plan)
     meetings = one_ring_each(plan)
+    gathered_alone(plan, meetings)
     acyclic_order(plan, meetings)
     same_index_under_pp(plan, meetings)
     no_rank_without_work(plan)
@@ -69,6 +70,11 @@ def columns_are_sound(plan: StepPlan) -> None:
         raise ValueError(
             f"columns_are_sound: {len(plan.offload_ratio)} offload ratios "
             f"for {num_microbatches} microbatches"
+        )
+    if len(plan.gathered) != plan.num_seqs:
+        raise ValueError(
+            f"columns_are_sound: {len(plan.gathered)} values of gathered "
+            f"for {plan.num_seqs} sequences"
         )
     for column, low, high in (
         ("seqlens", 1, np.inf),
@@ -157,6 +163,32 @@ def one_ring_each(plan: StepPlan) -> np.ndarray:
         if len({plan.ring(s) for s in seqs}) > 1:
             raise ValueError(f"one_ring_each: sequences {seqs} share a microbatch but not one ring")
     return meetings
+
+
+def gathered_alone(plan: StepPlan, meetings: np.ndarray) -> None:
+    """A gathered sequence is on several ranks, and alone on its ring (beside local ones).
+
+    The price of a gathered ring, its memory and its node are the planner's concern.
+    """
+    if not plan.gathered.any():
+        return
+    local = np.flatnonzero(plan.gathered & (plan.degrees == 1))
+    if len(local):
+        raise ValueError(
+            f"gathered_alone: sequence {local[0]} is gathered, but on one rank; "
+            "only rings of two or more can be"
+        )
+    # one_ring_each has shown that a meeting has the same sequences on all of its ranks.
+    seqs = plan.piece_seqs
+    meeting = np.repeat(meetings, np.diff(plan.piece_offsets))
+    others = np.flatnonzero((plan.degrees[seqs] > 1) & (seqs != meeting))
+    bad = others[plan.gathered[seqs[others]] | plan.gathered[meeting[others]]]
+    if len(bad):
+        first, other = int(meeting[bad[0]]), int(seqs[bad[0]])
+        raise ValueError(
+            f"gathered_alone: sequences {first} and {other} share a ring, "
+            "and one of them is gathered; let them go round"
+        )
 
 
 def acyclic_order(plan: StepPlan, meetings: np.ndarray) -> None:

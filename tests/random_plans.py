@@ -1,4 +1,4 @@
-"""Random valid plans: any degree, any ring order, unequal and empty microbatches."""
+"""Random valid plans: any degree, ring order and mode, unequal and empty microbatches."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ def random_plan(seqlens: Sequence[int], hdp_size: int, seed: int) -> StepPlan:
     for mine in microbatches:
         if not mine or rng.random() < 0.2:
             mine.insert(int(rng.integers(len(mine) + 1)), [])
+    gathered = [len(ring) > 1 and rng.random() < 0.5 for ring in rings]
     plan = StepPlan.from_lists(seqlens, rings, microbatches, max_tokens_per_rank=1 << 40)
     return StepPlan.from_lists(
         seqlens,
         rings,
         microbatches,
+        gathered=gathered,
         max_tokens_per_rank=max(1, int(plan.microbatch_tokens.max(initial=0))),
         policy="random",
     ).validate()

@@ -39,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "errors": set(),
     # attention over the ranks of a ring, and a model around it
     "ops": set(),
-    "attention": {"ops", "scheduler", "scheduler.zigzag"},
+    "attention": {"ops", "scheduler.zigzag"},
     "models": {"attention", "ops"},
     # what backward needs leaves the device meanwhile
     "offloading": {"attention", "errors", "ops", "scheduler", "scheduler.costs"},

@@ -171,12 +171,12 @@ def variants(load: Workload, device: torch.device, ring_rank: int, names: list[s
             layout = RingLayout(local_seqlens=load.seqlens)
             ours.append(_through_ring(f"hdp {label}", layout, None, choice.kernel, tensors))
             continue
-        layout = ring_layout(sum(load.seqlens), load.ring_size, ring_rank)
         shard = dict(
             zip(("q", "k", "v", "dout"), whole.shard(load.ring_size, ring_rank), strict=True)
         )
-        for mode, gathers in (("hdp", False), ("hdp gathered", True)):
-            comm = EmulatedComm(whole, layout, gathers=gathers)
+        for mode, gathered in (("hdp", False), ("hdp gathered", True)):
+            layout = ring_layout(sum(load.seqlens), load.ring_size, ring_rank, gathered=gathered)
+            comm = EmulatedComm(whole, layout)
             ours.append(_through_ring(f"{mode} {label}", layout, comm, choice.kernel, shard))
     return ours + direct
 

@@ -55,11 +55,9 @@ class Sequence:
 class EmulatedComm(RingComm):
     """What `layout.ring_rank` would exchange with the other positions of its ring."""
 
-    def __init__(
-        self, sequence: Sequence, layout: RingLayout, *, gathers: bool = False, copies: bool = False
-    ) -> None:
+    def __init__(self, sequence: Sequence, layout: RingLayout, *, copies: bool = False) -> None:
         device = sequence.q.device
-        super().__init__(None, device, gathers=lambda ring, seqlens: gathers)
+        super().__init__(None, device)
         self._layout = layout
         self._blocks = []
         for position in range(layout.ring_size):
@@ -86,7 +84,7 @@ class EmulatedComm(RingComm):
         return self._copied([(tensor.new_empty(recv_shape), source)])
 
     def swap(self, sends: Peers, receives: Peers) -> Arrival:
-        """Keys and values of all others into the receivers' tensors (gather mode)."""
+        """Keys and values of all others into the receivers' tensors (gathered rings)."""
         pairs = []
         for i, (tensor, peer) in enumerate(receives):
             if tensor.dtype == torch.float32:
@@ -129,6 +127,13 @@ class Arrival(Transfer):
         return self._tensors()
 
 
-def ring_layout(seqlen: int, ring_size: int, position: int) -> RingLayout:
+def ring_layout(
+    seqlen: int, ring_size: int, position: int, *, gathered: bool = False
+) -> RingLayout:
     """One sequence on a ring of ranks 0, 1, ..."""
-    return RingLayout(ring=tuple(range(ring_size)), ring_rank=position, ring_seqlens=(seqlen,))
+    return RingLayout(
+        ring=tuple(range(ring_size)),
+        ring_rank=position,
+        ring_seqlens=(seqlen,),
+        gathered=gathered,
+    )

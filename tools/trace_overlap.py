@@ -117,14 +117,12 @@ def trace_ring(args: argparse.Namespace, rank: int, world: int, device: torch.de
     emulated = world == 1
     ring_size = args.ring_size if emulated else world
     position = min(args.ring_rank, ring_size - 1) if emulated else rank
-    layout = emulated_ring.ring_layout(args.tokens, ring_size, position)
+    layout = emulated_ring.ring_layout(args.tokens, ring_size, position, gathered=args.gathered)
     comm: RingComm
     if emulated:
-        comm = emulated_ring.EmulatedComm(
-            sequence, layout, gathers=args.gathered, copies=device.type == "cuda"
-        )
+        comm = emulated_ring.EmulatedComm(sequence, layout, copies=device.type == "cuda")
     else:
-        comm = RingComm(None, device, gathers=lambda ring, seqlens: args.gathered)
+        comm = RingComm(None, device)
     q, k, v, dout = sequence.shard(ring_size, position)
     leaves = [x.requires_grad_() for x in (q, k, v)]
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -63,9 +62,7 @@ class RingComm:
     `stats` grows until `take_stats` is called: a loop of one's own calls it every step.
 
     group: the HDP axis, the default group if None. device: where the tensors live. on_exchange is
-    called when a transfer has arrived: a sign of life for a watchdog. gathers(ring, ring_seqlens):
-    whether these sequences are gathered instead of going round (`gather.gather_pays`); it must give
-    the same answer on all ranks, so it may depend on the plan and the cost model alone.
+    called when a transfer has arrived: a sign of life for a watchdog.
     """
 
     def __init__(
@@ -74,11 +71,9 @@ class RingComm:
         device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
         *,
         on_exchange: Callable[[], None] = lambda: None,
-        gathers: Callable[[tuple[int, ...], tuple[int, ...]], bool] = lambda ring, seqlens: False,
     ) -> None:
         self.group = group
         self.on_exchange = on_exchange
-        self.gathers = lru_cache(maxsize=256)(gathers)  # every layer asks
         self.clock = Clock(device)
         self.stats = CommStats()
 

@@ -15,8 +15,9 @@ needs is the first part of what 3 needs: nothing is copied. Backward fetches the
 sends each rank the gradients of its own, fp32, added up in ring order: the same on every run.
 
 The price is memory (all keys of the sequence at once) and transfers that only step 2 hides, so this
-is for short sequences inside a node. `gather_pays` decides from the cost model and the plan alone:
-all ranks decide alike. The sums are those of the ring: tests/attention/test_ring.py.
+is for short sequences inside a node. The plan decides (`StepPlan.gathered`, by the rule and the
+price in scheduler/costs/), so all ranks run the same algorithm. The sums are those of the ring:
+tests/attention/test_gather.py.
 """
 
 from __future__ import annotations
@@ -27,45 +28,11 @@ from functools import cached_property
 from torch import Tensor
 
 from hdp.ops.native import merge_lse_
-from hdp.scheduler import CostModel
 from hdp.scheduler.zigzag import rank_chunks
 
 from .comm import RingComm, Transfer
 from .kernels import BlockKernel, backward_block, forward_block
 from .layout import RingLayout, Segments
-
-MAX_GATHERED_BYTES = 1 << 30  # of keys, values and their gradients, at once
-
-
-def gather_pays(
-    ring: tuple[int, ...],
-    seqlens: tuple[int, ...],
-    *,
-    cost: CostModel,
-    ranks_per_node: int | None = None,
-) -> bool:
-    """Whether a ring with these sequences is faster gathered than going round.
-
-    ring: ranks of the HDP axis; seqlens: of the whole sequences on it; ranks_per_node: consecutive
-    ranks that share a node, None: all links are alike. The same on all ranks of a plan.
-    """
-    degree, tokens = len(ring), sum(seqlens)
-    if degree < 3 or len(seqlens) != 1:
-        return False
-    if ranks_per_node is not None and len({rank // ranks_per_node for rank in ring}) > 1:
-        return False
-    # forward and backward: keys and values twice, their gradients in fp32 once (CostModel)
-    bytes_per_token = 2 * cost.kv_bytes_per_token / cost.num_layers
-    if tokens * bytes_per_token > MAX_GATHERED_BYTES:
-        return False
-    transfer_s = float(cost.transfer_s(tokens, degree)) * (degree - 1)
-    block_s = float(cost.attention_s(tokens, degree)) / degree
-    ring_s = float(cost.piece_s(tokens, degree))
-    # three calls on a shard where the ring makes `degree`, two merges where it makes degree - 1
-    saved_s = cost.quadratic_s * cost.small_shard_tokens * tokens * (1 - 3 / degree)
-    saved_s += cost.ring_step_s * (degree - 3)
-    exposed_s = transfer_s - min(transfer_s / 2, block_s)  # gradients travel alone
-    return float(cost.compute_s(tokens, degree)) - saved_s + exposed_s < ring_s
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,7 @@ class RingLayout:
     ring           hdp ranks in ring order, () when everything is local
     ring_rank      this rank's position in `ring`
     ring_seqlens   tokens of each whole sequence on the ring, in packing order
+    gathered       the ring's one sequence is gathered (gather.py) instead of going round (ring.py)
     local_seqlens  tokens of each sequence that only this rank holds
 
     Raises ValueError for a ring of one rank, a ring without sequences, and empty sequences.
@@ -133,6 +134,7 @@ class RingLayout:
     ring: tuple[int, ...] = ()
     ring_rank: int = 0
     ring_seqlens: tuple[int, ...] = ()
+    gathered: bool = False
     local_seqlens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -143,6 +145,11 @@ class RingLayout:
             )
         if self.ring and not 0 <= self.ring_rank < len(self.ring):
             raise ValueError(f"ring_rank {self.ring_rank} is not a position in ring {self.ring}")
+        if self.gathered and len(self.ring_seqlens) != 1:
+            raise ValueError(
+                f"gathered ring {self.ring} with ring_seqlens {self.ring_seqlens}: a ring that is "
+                "gathered has one sequence; let several go round (gathered=False)"
+            )
         if min(self.ring_seqlens + self.local_seqlens, default=1) < 1:
             raise ValueError(f"sequences need a length of 1 or more, got {self}")
 
@@ -154,6 +161,7 @@ class RingLayout:
             ring=ring,
             ring_rank=ring.index(rank) if ring else 0,
             ring_seqlens=tuple(p.seqlen for p in microbatch.pieces if p.degree > 1),
+            gathered=microbatch.gathered,
             local_seqlens=tuple(p.seqlen for p in microbatch.pieces if p.degree == 1),
         )
 

@@ -8,9 +8,8 @@ Forward (numbers are those in the code):
   2. meanwhile attend to what is here: local sequences and our own shard, one causal varlen call
   3. for each block that arrives: send it on, attend to it, merge (out, lse)
 Backward walks the same blocks with the global (out, lse). The gradient of a key block travels with
-it, one step behind, gathers every rank's part and comes home after a full round. Small rings inside
-a node fetch all keys at once instead (hdp/attention/gather.py), where `RingComm` was told that it
-pays.
+it, one step behind, gathers every rank's part and comes home after a full round. A ring that the
+plan has as gathered (`layout.gathered`) fetches all keys at once instead (hdp/attention/gather.py).
 
 Merging two partial softmax results (peers.md: all rings do this, in fp32):
   out = out - sigmoid(block_lse - lse) * (out - block_out);  lse = log(exp(lse) + exp(block_lse))
@@ -91,10 +90,10 @@ def _forward(
     softmax_scale: float,
     kernel: BlockKernel,
 ) -> tuple[Tensor, Tensor]:
-    if not layout.steps:
+    if not layout.ring:
         return forward_block(kernel, q, k, v, layout.first, softmax_scale)
     assert comm is not None  # _check_inputs
-    if comm.gathers(layout.ring, layout.ring_seqlens):
+    if layout.gathered:
         return gather_forward(q, k, v, layout, comm, softmax_scale, kernel)
     num_ring = layout.num_ring_tokens
     blocks = _Rotation(_stacked(k[:num_ring], v[:num_ring], k.dtype), layout, comm)  # 1
@@ -125,10 +124,10 @@ def _backward(
     softmax_scale: float,
     kernel: BlockKernel,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not layout.steps:
+    if not layout.ring:
         return backward_block(kernel, dout, q, k, v, out, lse, layout.first, softmax_scale)
     assert comm is not None
-    if comm.gathers(layout.ring, layout.ring_seqlens):
+    if layout.gathered:
         return gather_backward(dout, q, k, v, out, lse, layout, comm, softmax_scale, kernel)
     num_ring = layout.num_ring_tokens
     blocks = _Rotation(_stacked(k[:num_ring], v[:num_ring], k.dtype), layout, comm)

@@ -324,7 +324,8 @@ def _explain_disagreement(mesh: HDPMesh, plan: StepPlan) -> str:
 def _contents(plan: StepPlan) -> dict[str, object]:
     """The fields that the digest covers, in its order: scalars first, then columns."""
     values = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
-    scalars = {name: values[name] for name in ("hdp_size", "max_tokens_per_rank", "pp_size")}
+    names = ("hdp_size", "max_tokens_per_rank", "pp_size", "offloadable")
+    scalars = {name: values[name] for name in names}
     return scalars | {name: v for name, v in values.items() if isinstance(v, np.ndarray)}
 
 

@@ -56,7 +56,7 @@ class PlannedOffload:
         """What is kept, sent and made again of a microbatch."""
         ring = np.array(layout.ring_seqlens, dtype=np.float64)
         local = np.array(layout.local_seqlens, dtype=np.float64)
-        compute_s = self.cost.compute_s(ring, max(layout.ring_size, 1)).sum()
+        compute_s = self.cost.compute_s(ring, layout.ring_size, layout.gathered).sum()
         compute_s += self.cost.compute_s(local, 1).sum()
         return plan_microbatch(
             self.cost,

@@ -13,6 +13,17 @@ rank runs d such blocks with x = L / d: that is the small-shard term, which no d
 KV travels while the previous block is computed; only what does not fit under it is exposed. The
 bandwidth is that of the slowest link of the ring: inside a node, or across nodes.
 
+That is a ring that goes round. One that holds a single sequence may instead be *gathered*: each
+rank fetches all keys at once and runs 3 blocks with 2 merges, whatever d is. Half of the transfer
+(keys, not their gradients) hides under the first block, the rank's own shard:
+
+    attention   quadratic_s * (L^2 / d + small_shard_tokens * L * 3 / d)
+    the rest    linear_s * L / d
+    ring steps  ring_step_s * 2
+    exposed     t - min(t / 2, first block),  t = (d - 1) * L / d * kv_bytes_per_token / bandwidth
+
+When that is allowed, and faster: gathering.py.
+
 A microbatch takes `fixed_s` plus the sum of its pieces, and a step ends with `reduce_s` for the
 reduction of gradients. Bytes: see `offloadable`, `hidden_ratio` (ByteScale Eq. 3).
 
@@ -39,6 +50,9 @@ import numpy as np
 
 FORMAT_VERSION = 1
 _PRESETS = Path(__file__).with_name("presets")
+
+# A gathered ring runs 3 blocks and 2 merges, which a ring of 3 ranks does anyway.
+GATHER_LEAST_RANKS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,17 +112,20 @@ class CostModel:
 
     # ---- time ----
 
-    def attention_s(self, seqlen: Any, degree: Any) -> np.ndarray:
+    def attention_s(self, seqlen: Any, degree: Any, gathered: Any = False) -> np.ndarray:
         """Seconds of attention kernels on each rank, forward + backward. Broadcasts."""
         seqlen = np.asarray(seqlen, dtype=np.float64)
-        return self.quadratic_s * (seqlen * seqlen / degree + self.small_shard_tokens * seqlen)
+        blocks = np.where(gathered, 3.0 / np.asarray(degree), 1.0)  # of d that the ring runs
+        return self.quadratic_s * (
+            seqlen * seqlen / degree + self.small_shard_tokens * seqlen * blocks
+        )
 
-    def compute_s(self, seqlen: Any, degree: Any) -> np.ndarray:
+    def compute_s(self, seqlen: Any, degree: Any, gathered: Any = False) -> np.ndarray:
         """Seconds of all kernels of a piece on each rank, forward + backward. Broadcasts."""
         seqlen = np.asarray(seqlen, dtype=np.float64)
-        steps = np.asarray(degree) - 1
+        steps = np.where(gathered, 2, np.asarray(degree) - 1)
         dense_s = self.linear_s * seqlen / degree
-        return self.attention_s(seqlen, degree) + dense_s + self.ring_step_s * steps
+        return self.attention_s(seqlen, degree, gathered) + dense_s + self.ring_step_s * steps
 
     def transfer_s(self, seqlen: Any, degree: Any, across_nodes: Any = False) -> np.ndarray:
         """Seconds that one ring step of a piece is on the wire, forward + backward. Broadcasts."""
@@ -116,33 +133,58 @@ class CostModel:
         bytes_per_s = np.where(across_nodes, slowest, self.intra_node_bytes_per_s)
         return np.asarray(seqlen, dtype=np.float64) / degree * self.kv_bytes_per_token / bytes_per_s
 
-    def exposed_s(self, seqlen: Any, degree: Any, across_nodes: Any = False) -> np.ndarray:
+    def exposed_s(
+        self, seqlen: Any, degree: Any, across_nodes: Any = False, gathered: Any = False
+    ) -> np.ndarray:
         """Seconds of P2P of a piece that attention does not hide, on each rank. Broadcasts."""
+        steps = np.asarray(degree) - 1
         block_s = self.attention_s(seqlen, degree) / degree
-        late_s = self.transfer_s(seqlen, degree, across_nodes) - block_s
-        return (np.asarray(degree) - 1) * np.maximum(late_s, 0.0)
+        transfer_s = self.transfer_s(seqlen, degree, across_nodes)
+        all_s = steps * transfer_s
+        return np.where(
+            gathered,
+            all_s - np.minimum(all_s / 2, block_s),
+            steps * np.maximum(transfer_s - block_s, 0.0),
+        )
 
-    def piece_s(self, seqlen: Any, degree: Any, across_nodes: Any = False) -> np.ndarray:
+    def piece_s(
+        self, seqlen: Any, degree: Any, across_nodes: Any = False, gathered: Any = False
+    ) -> np.ndarray:
         """Seconds of a piece on each of its ranks, forward + backward, without `fixed_s`.
 
         seqlen: tokens of the whole sequence; degree: ranks that it is spread over; across_nodes:
-        whether they are on more than one node. Numbers or broadcastable arrays; returns float64.
+        whether they are on more than one node; gathered: whether its ring is gathered instead of
+        going round. Numbers or broadcastable arrays; returns float64.
         """
-        return self.compute_s(seqlen, degree) + self.exposed_s(seqlen, degree, across_nodes)
+        exposed_s = self.exposed_s(seqlen, degree, across_nodes, gathered)
+        return self.compute_s(seqlen, degree, gathered) + exposed_s
 
     def unit_s(
-        self, squares: Any, tokens: Any, degree: Any, across_nodes: Any = False
+        self,
+        squares: Any,
+        tokens: Any,
+        degree: Any,
+        across_nodes: Any = False,
+        may_gather: Any = False,
     ) -> np.ndarray:
         """Seconds of pieces that share one ring, on each of its ranks, without `fixed_s`.
 
         They go round together, so only the sums over the pieces matter: squares of their squared
-        lengths, tokens of their lengths. For one piece this is piece_s. Broadcasts.
+        lengths, tokens of their lengths. For one piece this is piece_s; where that `may_gather`, it
+        is the cheaper of the two ways. Broadcasts.
         """
         steps = np.asarray(degree) - 1
         attention_s = self.quadratic_s * (squares / degree + self.small_shard_tokens * tokens)
         kernels_s = attention_s + self.linear_s * tokens / degree + self.ring_step_s * steps
         late_s = self.transfer_s(tokens, degree, across_nodes) - attention_s / degree
-        return kernels_s + steps * np.maximum(late_s, 0.0)
+        round_s = kernels_s + steps * np.maximum(late_s, 0.0)
+        if may_gather is False:
+            return round_s
+        may_gather = may_gather & (steps >= GATHER_LEAST_RANKS - 1) & ~np.asarray(across_nodes)
+        if not may_gather.any():
+            return round_s
+        gathered_s = self.piece_s(tokens, degree, gathered=True)
+        return np.where(may_gather, np.minimum(round_s, gathered_s), round_s)
 
     # ---- memory ----
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hdp.scheduler.costs.cost_model import CostModel
+from hdp.scheduler.costs.gathering import may_gather
 
 # What columns and float64 hold exactly, and what a planner can be meant for.
 _MOST_RANKS, _MOST_STAGES, _MOST_TOKENS = 2**24, 1024, 2**53
@@ -66,10 +67,16 @@ class Batch:
             return -(-self.seqlens // degree)
         return self.job_sum(-(-self.seqlens // self.by_seq(degree)))
 
+    @property
+    def may_gather(self) -> np.ndarray:
+        """(num_jobs,) bool: whether the ring of each job may be gathered, inside a node."""
+        alone = np.diff(self.job_offsets) == 1
+        return alone & may_gather(self.cost, self.job_tokens)
+
     def seconds(self, degree: np.ndarray) -> np.ndarray:
         """(num_jobs,) float64: seconds of each job on each of its `degree` ranks, no fixed_s."""
         across = degree > (self.ranks_per_node or self.hdp_size)
-        return self.cost.unit_s(self.job_squares, self.job_tokens, degree, across)
+        return self.cost.unit_s(self.job_squares, self.job_tokens, degree, across, self.may_gather)
 
     def by_seq(self, per_job: np.ndarray) -> np.ndarray:
         """(num_seqs,): each sequence's value of a column over jobs."""

@@ -14,6 +14,7 @@ What the paper leaves open is decided as follows.
 * The first step of Algorithm 2, when no rank is behind: all ranks are targets.
 * Fewer targets than D(s): the ranks that are the least ahead join them, and all start together.
 * delta is 0, and ties go to the lower rank. NUM_BUCKETS buckets of equal work.
+* Rings are gathered where that is faster, as under every policy (to_step_plan.py).
 * With pp_size > 1 a shared microbatch has one local index; ranks that are behind get empty ones.
 """
 

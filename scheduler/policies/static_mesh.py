@@ -6,6 +6,9 @@ short, is cut over all ranks of one ring (with cp_size 1 it is local).
 1. Pack: best fit, longest first. A pack is one microbatch of a whole ring; its fullest rank holds
    at most max_tokens_per_rank tokens.
 2. Deal the packs to the rings in turn, in the order in which they were opened.
+
+A pack of one sequence is gathered where that is faster, as under every policy: what is compared
+with HDP is the mesh, not its attention.
 """
 
 from __future__ import annotations

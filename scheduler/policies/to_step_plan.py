@@ -1,7 +1,8 @@
 """From where pieces were put to the columns of a StepPlan.
 
 Policies decide two things, each in flat arrays: the ring of every sequence, and for every
-(sequence, rank of its ring) the index of the microbatch in that rank's list. The rest follows.
+(sequence, rank of its ring) the index of the microbatch in that rank's list. The rest follows,
+also which rings are gathered: those of any policy where the cost model says that it is faster.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from hdp.scheduler.costs.cost_model import GATHER_LEAST_RANKS
+from hdp.scheduler.costs.gathering import gathers, may_gather
 from hdp.scheduler.step_plan import StepPlan
 
 from .batch import Batch
@@ -32,7 +35,8 @@ def assemble(
     that rank. An index that nothing uses is closed up; but with pp_size > 1, when a shared
     microbatch has one index, or with equal counts, it is an empty microbatch. Microbatches that are
     over the capacity get the smallest offload ratio with which they fit; notes["ranks_saved"] says
-    how many ranks fewer sequences have than without offload.
+    how many ranks fewer sequences have than without offload. A sequence that is alone on its ring,
+    inside a node, is gathered where that is faster (costs/gathering.py).
     """
     seq = np.repeat(np.arange(batch.num_seqs), degree)
     if batch.pp_size == 1 and not batch.equal_counts:
@@ -65,10 +69,31 @@ def assemble(
         microbatch_offsets=microbatch_offsets,
         piece_offsets=np.concatenate([[0], np.cumsum(num_pieces)]),
         piece_seqs=seq[order],
+        gathered=_gathered(batch, degree, ring_ranks, microbatch),
         offload_ratio=ratio,
         offloadable=batch.cost.offloadable if batch.offload else 0.0,
         notes=notes or {},
     )
+
+
+def _gathered(
+    batch: Batch, degree: np.ndarray, ring_ranks: np.ndarray, microbatch: np.ndarray
+) -> np.ndarray:
+    """(num_seqs,) bool: whose ring is gathered."""
+    gathered = np.zeros(batch.num_seqs, dtype=bool)
+    some = np.flatnonzero(degree >= GATHER_LEAST_RANKS)
+    some = some[may_gather(batch.cost, batch.seqlens[some])]
+    if not len(some):
+        return gathered
+    starts = np.cumsum(degree) - degree
+    node = batch.ranks_per_node or batch.hdp_size
+    nodes = ring_ranks // node
+    first, last = (f.reduceat(nodes, starts)[some] for f in (np.minimum, np.maximum))
+    on_ring = np.bincount(microbatch[np.repeat(degree > 1, degree)])
+    alone = on_ring[microbatch[starts[some]]] == 1  # what holds on one rank holds on all
+    faster = gathers(batch.cost, batch.seqlens[some], degree[some], first != last)
+    gathered[some] = alone & faster
+    return gathered
 
 
 def _closed_up(ranks: np.ndarray, index: np.ndarray, hdp_size: int) -> np.ndarray:

@@ -117,4 +117,4 @@ def _weights(plan: StepPlan, cost: CostModel | None) -> np.ndarray:
     """(num_pieces,) float64 > 0: seconds of compute of each piece on its rank."""
     if cost is None:
         cost = CostModel.from_coefficients(quadratic_s=1 / 32768, linear_s=1.0)
-    return cost.compute_s(plan.seqlens, plan.degrees)[plan.piece_seqs]
+    return cost.compute_s(plan.seqlens, plan.degrees, plan.gathered)[plan.piece_seqs]

@@ -53,6 +53,7 @@ def summarise(
         "exposed_offload": float(timeline.seconds("offload").mean() / step_s) if step_s else 0.0,
         "kv_token_steps": token_steps,
         "sent_bytes": token_steps * cost.kv_bytes_per_token,
+        "gathered_rings": int(plan.gathered.sum()),
         "rings_by_degree": dict(zip(degrees.tolist(), rings.tolist(), strict=True)),
         "microbatches_per_rank": {"min": int(counts.min()), "max": int(counts.max())},
         "tokens": int(plan.seqlens.sum()),
@@ -62,8 +63,12 @@ def summarise(
 
 
 def kv_token_steps(plan: StepPlan) -> int:
-    """Sum over rings of tokens times ring steps: what travels, in tokens' KV."""
-    return int((plan.seqlens * (plan.degrees - 1)).sum())
+    """Sum over rings of tokens times ring steps: what travels, in tokens' KV.
+
+    Round a ring everything passes everybody; of a gathered ring a quarter is seen by nobody.
+    """
+    quarters = np.where(plan.gathered, 3, 4)
+    return int((plan.seqlens * (plan.degrees - 1) * quarters).sum()) // 4
 
 
 # ---- tables ----
@@ -95,6 +100,8 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
     else:
         row("KV tokens sent", [f"{s['kv_token_steps']:,}" for s in summaries])
     row("rings, degree x count", [_rings(s["rings_by_degree"]) for s in summaries])
+    if any(s["gathered_rings"] for s in summaries):
+        row("  of them gathered", [f"{s['gathered_rings']:,}" for s in summaries])
     row("microbatches per rank", [_range(s["microbatches_per_rank"]) for s in summaries])
     row("planning", [seconds_text(s["planning_s"]) for s in summaries])
     return align(rows)
@@ -250,7 +257,9 @@ def _letters(plan: StepPlan) -> tuple[np.ndarray, list[str]]:
     legend = []
     for name, seq in zip(names, long, strict=False):
         letters[seq] = name
-        legend.append(f"{name} {tokens_text(int(plan.seqlens[seq]))} on {int(plan.degrees[seq])}")
+        how = ", gathered" if plan.gathered[seq] else ""
+        tokens = tokens_text(int(plan.seqlens[seq]))
+        legend.append(f"{name} {tokens} on {int(plan.degrees[seq])}{how}")
     letters[long[len(names) :]] = "#"
     if len(long) > len(names):
         legend.insert(0, f"# {len(long) - len(names)} more long ones")

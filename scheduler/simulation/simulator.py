@@ -46,7 +46,8 @@ def microbatch_times(plan: StepPlan, cost: CostModel) -> MicrobatchTimes:
     """Seconds of each microbatch of the plan, columnar.
 
     Pieces of one microbatch that share a ring go round together: a long one hides the transfer of a
-    short one, and they take the ring's steps once (`test_pieces_of_a_ring_go_round_together`).
+    short one, and they take the ring's steps once (`test_pieces_of_a_ring_go_round_together`). A
+    gathered one is alone on its ring and has a price of its own (`test_price_of_a_gathered_ring`).
     """
     degrees, num_microbatches = plan.degrees, len(plan.offload_ratio)
     owner = np.repeat(np.arange(num_microbatches), np.diff(plan.piece_offsets))
@@ -54,21 +55,26 @@ def microbatch_times(plan: StepPlan, cost: CostModel) -> MicrobatchTimes:
     def by_microbatch(per_seq: np.ndarray) -> np.ndarray:
         return np.bincount(owner, weights=per_seq[plan.piece_seqs], minlength=num_microbatches)
 
-    on_ring = degrees > 1
+    gathered, on_ring = plan.gathered, (degrees > 1) & ~plan.gathered
+    across = rings_across_nodes(plan)
     block_s = cost.attention_s(plan.seqlens, degrees) / degrees
-    transfer_s = cost.transfer_s(plan.seqlens, degrees, rings_across_nodes(plan))
+    transfer_s = cost.transfer_s(plan.seqlens, degrees, across)
     steps = np.zeros(num_microbatches)
     np.maximum.at(steps, owner, degrees[plan.piece_seqs] - 1)
     late_s = by_microbatch(np.where(on_ring, transfer_s - block_s, 0.0))
     rings_beyond_one = np.maximum(by_microbatch(on_ring.astype(float)) - 1, 0)
-    kernels_s = by_microbatch(cost.compute_s(plan.seqlens, degrees))
+    kernels_s = by_microbatch(cost.compute_s(plan.seqlens, degrees, gathered))
     kernels_s = kernels_s - cost.ring_step_s * steps * rings_beyond_one
+    comm_s = steps * np.maximum(late_s, 0.0)
+    if gathered.any():
+        exposed_s = cost.exposed_s(plan.seqlens, degrees, across, gathered=True)
+        comm_s += by_microbatch(np.where(gathered, exposed_s, 0.0))
     offload_s = np.zeros(num_microbatches)
     if plan.offload_ratio.any():
         offload_s = cost.offload_s(plan.microbatch_tokens, plan.offload_ratio, kernels_s)
     return MicrobatchTimes(
         compute_s=kernels_s + cost.fixed_s,
-        comm_s=steps * np.maximum(late_s, 0.0),
+        comm_s=comm_s,
         offload_s=offload_s,
     )
 

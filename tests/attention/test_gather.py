@@ -1,18 +1,18 @@
-"""Gather mode computes what the ring computes, and is chosen by plan-pure data alone."""
+"""A gathered ring computes what one that goes round computes; the layout says which it is."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from hdp.attention.comm import RingComm
-from hdp.attention.gather import MAX_GATHERED_BYTES, _Shares, gather_pays
+from hdp.attention.gather import _Shares
 from hdp.attention.layout import RingLayout
 from hdp.attention.ring import ring_attn_varlen_func
-from hdp.scheduler import CostModel
 from tests.attention.test_ring import SCALE, _data, _layouts, _shard
 from tests.run_ranks import run_ranks
 
@@ -29,10 +29,6 @@ CASES = {
 }
 
 
-def always(ring, seqlens):
-    return len(seqlens) == 1
-
-
 def _check_cases(rank, world, dtype, kernel_name, tolerance):
     from hdp.attention.kernels import KERNELS
 
@@ -40,6 +36,7 @@ def _check_cases(rank, world, dtype, kernel_name, tolerance):
         if case[0] != world:
             continue
         layout = list(_layouts(*case))[rank]
+        layout = replace(layout, gathered=bool(layout.ring))
         data = _data(*case, dtype)
         parts = [_shard(layout, rank, {key: x[0][j] for key, x in data.items()}) for j in range(4)]
         want = [_shard(layout, rank, {key: x[1][j] for key, x in data.items()}) for j in range(4)]
@@ -47,7 +44,7 @@ def _check_cases(rank, world, dtype, kernel_name, tolerance):
             parts = [torch.empty(0, h, 16, dtype=dtype) for h in (4, 2, 2, 4)]
             want = [x.double() for x in (parts[3], *parts[:3])]
         leaves = [x.clone().requires_grad_() for x in parts[:3]]
-        comm = RingComm(gathers=always)
+        comm = RingComm()
         kernel = KERNELS[kernel_name]()
         out = ring_attn_varlen_func(*leaves, layout, comm=comm, softmax_scale=SCALE, kernel=kernel)
         grads = torch.autograd.grad(out, leaves, parts[3])
@@ -93,8 +90,9 @@ def _compare_modes(rank, world):
             for h in (4, 2, 2)
         ]
         results = []
-        for gathers in (lambda *_: False, always, always):
-            out = ring_attn_varlen_func(*leaves, layout, comm=RingComm(gathers=gathers))
+        for gathered in (False, True, True):
+            layout = replace(layout, gathered=gathered)
+            out = ring_attn_varlen_func(*leaves, layout, comm=RingComm())
             results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
         for ring, gathered, again in zip(*results, strict=True):
             torch.testing.assert_close(gathered, ring, rtol=0, atol=1e-12)
@@ -106,26 +104,29 @@ def test_gathered_equals_ring():
 
 
 def _packed_ring(rank, world):
-    """Several sequences on one ring go round, whatever the cost model says."""
+    """Several sequences on one ring go round."""
     layout = RingLayout(ring=(0, 1, 2), ring_rank=rank, ring_seqlens=(20, 9))
     x = torch.randn(layout.total_tokens, 2, 8)
-    cost = CostModel.from_coefficients(quadratic_s=1e-9, linear_s=0.0, ring_step_s=1.0)
-    comm = RingComm(gathers=lambda ring, seqlens: gather_pays(ring, seqlens, cost=cost))
+    comm = RingComm()
     ring_attn_varlen_func(x, x, x, layout, comm=comm)
     return len(comm.stats.waits)
 
 
 def test_packed_zigzag_goes_round():
     assert run_ranks(_packed_ring, 3) == [2, 2, 2]
+    with pytest.raises(ValueError, match=r"\(20, 9\): a ring that is gathered has one"):
+        RingLayout(ring=(0, 1, 2), ring_seqlens=(20, 9), gathered=True)
+    with pytest.raises(ValueError, match="gathered"):
+        RingLayout(local_seqlens=(9,), gathered=True)
 
 
 def _bytes_sent(rank, world):
     layout = RingLayout(ring=tuple(range(world)), ring_rank=rank, ring_seqlens=(80,))
     sent = []
-    for gathers in (lambda *_: False, always):
-        comm = RingComm(gathers=gathers)
+    for gathered in (False, True):
+        comm = RingComm()
         x = torch.zeros(layout.total_tokens, 2, 8)
-        ring_attn_varlen_func(x, x, x, layout, comm=comm)
+        ring_attn_varlen_func(x, x, x, replace(layout, gathered=gathered), comm=comm)
         dist.barrier()
         sent.append(comm.take_stats().bytes_sent)
     return sent
@@ -160,68 +161,3 @@ def test_shares_of_all_ranks_fit(size, seqlen):
             late_at + i + 1 for i in range(late)
         )
         assert seen + causal == want
-
-
-# ---- choosing ----
-
-H200 = CostModel.from_transformer(
-    num_layers=32,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_heads=32,
-    num_kv_heads=8,
-    vocab_size=128256,
-    intra_node_bytes_per_s=300e9,
-    small_shard_tokens=512,
-    ring_step_s=32 * 60e-6,
-)
-
-
-def test_short_sequences_are_gathered_and_long_ones_go_round():
-    ring = tuple(range(8))
-    lengths = [1 << n for n in range(8, 21)]
-    chosen = [gather_pays(ring, (n,), cost=H200, ranks_per_node=8) for n in lengths]
-    assert chosen[0] and not chosen[-1]
-    assert chosen == sorted(chosen, reverse=True), dict(zip(lengths, chosen, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("ring", "seqlens", "ranks_per_node"),
-    [
-        ((0, 1), (1024,), 8),  # one step: nothing to save
-        ((6, 7, 8, 9), (1024,), 8),  # two nodes
-        (tuple(range(8)), (1024, 512), 8),  # packed zigzag
-        (tuple(range(8)), (1 << 20,), 8),  # too large to hold
-    ],
-)
-def test_never_gathered(ring, seqlens, ranks_per_node):
-    assert not gather_pays(ring, seqlens, cost=H200, ranks_per_node=ranks_per_node)
-
-
-def test_without_a_node_size_all_links_are_alike():
-    assert gather_pays(tuple(range(8)), (1024,), cost=H200)
-    assert gather_pays(tuple(range(8, 16)), (1024,), cost=H200, ranks_per_node=8)
-
-
-def test_memory_of_gathered_keys_is_bounded():
-    heavy = CostModel.from_coefficients(
-        quadratic_s=1e-12, linear_s=0.0, ring_step_s=1.0, kv_bytes_per_token=1 << 16
-    )
-    longest = MAX_GATHERED_BYTES // (2 << 16)
-    assert gather_pays((0, 1, 2, 3), (longest,), cost=heavy)
-    assert not gather_pays((0, 1, 2, 3), (longest + 1,), cost=heavy)
-
-
-def test_free_rings_go_round():
-    """Where neither launches nor small shards cost anything, there is nothing to gain."""
-    free = CostModel.from_coefficients(quadratic_s=1e-9, linear_s=1e-6)
-    for seqlen in (1, 100, 100_000):
-        assert not gather_pays(tuple(range(8)), (seqlen,), cost=free)
-
-
-def test_the_answer_is_asked_for_once():
-    asked = []
-    comm = RingComm(gathers=lambda ring, seqlens: bool(asked.append((ring, seqlens))))
-    for _ in range(3):
-        comm.gathers((0, 1, 2), (40,))
-    assert len(asked) == 1

@@ -117,6 +117,22 @@ def test_ranks_without_tokens_have_the_same_columns():
         assert batch.total_tokens == 1 and not batch.columns["teacher"].any()
 
 
+def test_what_the_plan_gathers_is_gathered():
+    """On every rank of the ring, also on those that got no token of it."""
+    rng = np.random.default_rng(0)
+    lists = [[[1], [0]], [[1]], [[1], [0]], [[1, 2]]]
+    rings = [[0, 2], [3, 1, 0, 2], [3]]
+    plan = StepPlan.from_lists(
+        [9, 2, 5], rings, lists, gathered=[False, True, False], max_tokens_per_rank=16
+    ).validate()
+    samples = [_sample(n, rng, masked=False) for n in (9, 2, 5)]
+    for rank in range(4):
+        layouts = [batch.layout for batch in pack_rank(plan, rank, samples)]
+        assert [layout.gathered for layout in layouts] == [True, False][: len(layouts)]
+        assert layouts[0].ring == (3, 1, 0, 2)
+    assert any(pack_rank(plan, rank, samples)[0].layout.num_ring_tokens == 0 for rank in range(4))
+
+
 def test_each_sample_is_asked_for_once():
     asked = []
 

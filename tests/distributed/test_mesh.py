@@ -270,11 +270,22 @@ def test_first_difference_of_each_kind():
         "hdp_size = 3, not 2": _local_plan(3),
         "the length of seqlens = 3, not 2": longer,
         "ring_ranks[0] = 1, not 0": swapped,
+        "offloadable = 0.5, not 0.0": _local_plan(2, offloadable=0.5),
     }
     # A tie: the plan of the lowest rank is the reference.
     messages = _disagreements(*[[good, bad] for bad in cases.values()])
     for expected, message in zip(cases, messages, strict=True):
         assert "1 of 2 ranks (1)" in message and expected in message, message
+
+
+def test_a_ring_that_is_gathered_on_some_ranks_is_no_hang():
+    """Else one rank would shift and the other swap, each waiting for what is never sent."""
+    going_round, gathered = (
+        _plan([[[0]], [[0]]], rings=((0, 1),), gathered=[mode]) for mode in (False, True)
+    )
+    passed, message = _disagreements([gathered] * 2, [going_round, gathered])
+    assert passed == ""
+    assert "1 of 2 ranks (1)" in message and "gathered[0] = True, not False" in message
 
 
 def test_what_is_no_disagreement():

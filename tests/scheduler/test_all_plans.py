@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hdp.scheduler import CostModel, StepPlan, finish_s, plan
+from hdp.scheduler.costs.gathering import may_gather
 from hdp.scheduler.policies.batch import Batch
 from hdp.scheduler.policies.memory import min_degrees
 from hdp.scheduler.simulation.simulator import microbatch_times
@@ -30,7 +31,7 @@ def best_s(
 ) -> float:
     """Of plans whose host copies are hidden."""
     best = math.inf
-    for made in all_plans(lengths, **arguments):
+    for made in all_plans(lengths, may_gather=may_gather(cost, lengths).tolist(), **arguments):
         if (made.degrees < least_degrees).any():
             continue
         if made.offload_ratio.any() and not copies_are_hidden(made, cost):

@@ -15,6 +15,7 @@ from hdp.scheduler.render.text import (
     markdown,
     seconds_text,
     summarise,
+    table,
     tokens_text,
 )
 from hdp.scheduler.workloads.generate import draw
@@ -157,6 +158,22 @@ def test_summary_adds_up() -> None:
     ring_steps = sum(n * (len(made.ring(s)) - 1) for s, n in enumerate(made.seqlens.tolist()))
     assert kv_token_steps(made) == ring_steps
     assert summary["sent_bytes"] == ring_steps * 1e6
+
+
+def test_gathered_rings_are_told() -> None:
+    """In the table, in the legend, and in what travels: a quarter of the keys is seen by nobody."""
+    cost = CostModel.from_coefficients(
+        quadratic_s=0.0, linear_s=1e-3, ring_step_s=0.1, kv_bytes_per_token=1.0
+    )
+    made = plan([1000], hdp_size=8, max_tokens_per_rank=500, cost=cost)
+    timeline = simulate(made, cost)
+    summary = summarise(made, cost, timeline)
+    assert summary["gathered_rings"] == 1 and summary["sent_bytes"] == 1000 * 7 * 3 / 4
+    assert "  of them gathered" in table([summary])
+    assert "A 1000 on 8, gathered" in ascii_timeline(made, timeline, cost=cost, width=60)
+    around = plan([1000], hdp_size=2, max_tokens_per_rank=500, cost=cost)
+    assert "gathered" not in table([summarise(around, cost, simulate(around, cost))])
+    assert "gathered" not in ascii_timeline(around, simulate(around, cost), cost=cost, width=60)
 
 
 @pytest.mark.parametrize(

@@ -66,20 +66,58 @@ def test_json_round_trip(case) -> None:
 
 def test_json_is_what_the_documentation_says() -> None:
     data = json.loads(small().to_json())
-    assert data["version"] == 1 and data["hdp_size"] == 3 and data["seqlens"] == [10, 3, 4]
+    assert data["version"] == 2 and data["hdp_size"] == 3 and data["seqlens"] == [10, 3, 4]
     assert data["predicted_s"] is None and data["lower_bound_s"] is None
     assert data["ranks"][2] == [
-        {"pieces": [[0, [2, 0]]], "offload_ratio": 0.0},
-        {"pieces": [[2, [2]]], "offload_ratio": 0.0},
+        {"pieces": [[0, [2, 0]]], "gathered": False, "offload_ratio": 0.0},
+        {"pieces": [[2, [2]]], "gathered": False, "offload_ratio": 0.0},
     ]
+
+
+def test_gathered_rings() -> None:
+    """Per sequence in columns, per microbatch in objects and in JSON, on all ranks of the ring."""
+    made = dataclasses.replace(small(), gathered=[True, False, False]).validate()
+    assert [mb.gathered for rank in range(3) for mb in made.microbatches(rank)] == [
+        *(True, False, True, False)
+    ]
+    again = StepPlan.from_json(made.to_json())
+    assert again == made and again.gathered.tolist() == [True, False, False]
+    assert made.digest != small().digest
+
+
+def test_json_of_version_1_goes_round() -> None:
+    data = json.loads(small().to_json())
+    data["version"] = 1
+    for rank in data["ranks"]:
+        for microbatch in rank:
+            del microbatch["gathered"]
+    assert StepPlan.from_json(json.dumps(data)) == small()
+
+
+def test_json_whose_ranks_differ_in_the_mode() -> None:
+    data = json.loads(small().to_json())
+    data["ranks"][2][0]["gathered"] = True
+    with pytest.raises(ValueError, match="plan gathers sequence 0 on some of its ranks only"):
+        StepPlan.from_json(json.dumps(data))
+    data["ranks"][0][0]["gathered"] = True
+    assert StepPlan.from_json(json.dumps(data)).gathered.tolist() == [True, False, False]
+    data["ranks"][2][1]["gathered"] = True
+    with pytest.raises(ValueError, match="gathered_alone: sequence 2 is gathered, but on one rank"):
+        StepPlan.from_json(json.dumps(data)).validate()
+    data["ranks"][2][1]["gathered"] = "yes"
+    with pytest.raises(ValueError, match="gathered must be"):
+        StepPlan.from_json(json.dumps(data))
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"version": 2}', "null", '{"version": 1, "seqlens": 3, "ranks": []}'],
+    [
+        *("", "[]", "{}", '{"version": 2}', "null", '{"version": 3}', '{"version": "x"}'),
+        '{"version": 1, "seqlens": 3, "ranks": []}',
+    ],
 )
 def test_json_that_is_no_plan(text: str) -> None:
-    with pytest.raises(ValueError, match=r"not a StepPlan|version 2"):
+    with pytest.raises(ValueError, match=r"not a StepPlan|version 3|version x"):
         StepPlan.from_json(text)
 
 

@@ -69,6 +69,21 @@ def test_one_ring_each() -> None:
     )
 
 
+def test_gathered_alone() -> None:
+    both = [[0, 1], [0, 1]]
+    make([4, 3], [[0, 1], [1]], [[[0]], [[0, 1]]], gathered=[True, False]).validate()
+    make([4, 4], both, [[[0], [1]], [[0], [1]]], gathered=[True, False]).validate()
+    refused(
+        make([4, 3], [[0, 1], [1]], [[[0]], [[0, 1]]], gathered=[True, True]),
+        "gathered_alone: sequence 1 is gathered, but on one rank",
+    )
+    for gathered in ([True, False], [False, True], [True, True]):
+        refused(
+            make([4, 4], both, [[[0, 1]], [[0, 1]]], gathered=gathered),
+            "gathered_alone: sequences 0 and 1 share a ring, and one of them is gathered",
+        )
+
+
 def test_acyclic_order() -> None:
     rings = [[0, 1], [1, 2], [2, 0]]
     make([4, 4, 4], rings, [[[0], [2]], [[0], [1]], [[1], [2]]]).validate()
@@ -108,6 +123,7 @@ def test_no_rank_without_work() -> None:
         ({"offload_ratio": [0.0, 1.5]}, r"offload_ratio\[1\] is 1.5"),
         ({"offload_ratio": [0.0, float("nan")]}, r"offload_ratio\[1\] is nan"),
         ({"offload_ratio": [0.0]}, "1 offload ratios for 2"),
+        ({"gathered": [True]}, "1 values of gathered for 2 sequences"),
         ({"ring_offsets": [0, 3, 2]}, "ring_offsets must rise"),
         ({"microbatch_offsets": [0, 2]}, "microbatch_offsets must rise"),
         ({"piece_offsets": [1, 1, 3]}, "piece_offsets must rise"),

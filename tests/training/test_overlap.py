@@ -44,11 +44,11 @@ class Logged:
         return self._inner.backward(dout, q, k, v, out, lse, segments, softmax_scale)
 
 
-def logged_comm(gathers: bool, log: list):
+def logged_comm(gathered: bool, log: list):
     """An emulated ring of three that notes sends and waits."""
     emulated = tool("emulated_ring")
     sequence = emulated.Sequence.random(48, 4, 2, 16, torch.device("cpu"))
-    layout = emulated.ring_layout(48, 3, 1)
+    layout = emulated.ring_layout(48, 3, 1, gathered=gathered)
 
     class Comm(emulated.EmulatedComm):
         def note(self, tensor, arrival):
@@ -64,11 +64,11 @@ def logged_comm(gathers: bool, log: list):
         def swap(self, sends, receives):
             return self.note(sends[0][0], super().swap(sends, receives))
 
-    return Comm(sequence, layout, gathers=gathers), layout, sequence
+    return Comm(sequence, layout), layout, sequence
 
 
 @pytest.mark.parametrize(
-    ("gathers", "forward", "backward"),
+    ("gathered", "forward", "backward"),
     [
         (
             False,
@@ -91,9 +91,11 @@ def logged_comm(gathers: bool, log: list):
     ],
     ids=["ring", "gathered"],
 )
-def test_every_transfer_is_posted_before_the_work_that_hides_it(gathers, forward, backward) -> None:
+def test_every_transfer_is_posted_before_the_work_that_hides_it(
+    gathered, forward, backward
+) -> None:
     log: list[str] = []
-    comm, layout, sequence = logged_comm(gathers, log)
+    comm, layout, sequence = logged_comm(gathered, log)
     q, k, v, dout = sequence.shard(3, 1)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     kernel = Logged(KERNELS["reference"](), log)
@@ -115,9 +117,9 @@ def test_without_a_ring_nothing_is_sent() -> None:
     assert log == ["causal", "causal"]
 
 
-@pytest.mark.parametrize("gathers", [False, True])
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("ring_size", [2, 3, 8])
-def test_emulated_ring_gives_the_rows_of_the_whole_sequence(ring_size: int, gathers: bool) -> None:
+def test_emulated_ring_gives_the_rows_of_the_whole_sequence(ring_size: int, gathered: bool) -> None:
     """What benchmarks and traces run is the real thing: out and dq of each position."""
     torch.manual_seed(0)
     emulated = tool("emulated_ring")
@@ -129,8 +131,8 @@ def test_emulated_ring_gives_the_rows_of_the_whole_sequence(ring_size: int, gath
     want_dq = torch.autograd.grad(want_out, leaves, whole.dout)[0]
     whole = emulated.Sequence(**{n: getattr(whole, n).detach() for n in ("q", "k", "v", "dout")})
     for position in range(ring_size):
-        layout = emulated.ring_layout(101, ring_size, position)
-        comm = emulated.EmulatedComm(whole, layout, gathers=gathers)
+        layout = emulated.ring_layout(101, ring_size, position, gathered=gathered)
+        comm = emulated.EmulatedComm(whole, layout)
         for _ in range(2):  # the communicator starts over by itself
             q, k, v, dout = whole.shard(ring_size, position)
             parts = [x.requires_grad_() for x in (q, k, v)]
@@ -196,13 +198,13 @@ def test_the_tool_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gathers", [False, True])
-def test_gpu_first_block_does_not_wait_for_keys(gathers: bool) -> None:
+@pytest.mark.parametrize("gathered", [False, True])
+def test_gpu_first_block_does_not_wait_for_keys(gathered: bool) -> None:
     """With a transfer of 100 ms the first block is over long before its keys are there."""
     emulated = tool("emulated_ring")
     device = torch.device("cuda")
     sequence = emulated.Sequence.random(8192, 8, 2, 128, device)
-    layout = emulated.ring_layout(8192, 4, 2)
+    layout = emulated.ring_layout(8192, 4, 2, gathered=gathered)
     q, k, v, _ = sequence.shard(4, 2)
     arrivals, blocks = [], []
 
@@ -225,7 +227,7 @@ def test_gpu_first_block_does_not_wait_for_keys(gathers: bool) -> None:
             return result
 
     inner = select_kernel(device, torch.bfloat16, head_dim=128)
-    comm = Slow(sequence, layout, gathers=gathers, copies=True)
+    comm = Slow(sequence, layout, copies=True)
     for _ in range(2):  # the first run compiles
         arrivals.clear()
         blocks.clear()

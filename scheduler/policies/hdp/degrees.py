@@ -4,9 +4,16 @@
           nodes, any degree
 * low     the fewest ranks that memory allows; it is also the least work, because rank-seconds never
           fall with the degree (`test_work_never_falls`)
-* fit     the fewest ranks with which a job ends in time. Inside one class of links (one node, or
-          across nodes) a job's time falls with the degree, up to one point from which communication
-          wins and it rises (`test_time_has_one_valley`), so both are found by bisection
+* fit     the fewest ranks with which a job ends in time
+
+A job's time is that of the cheaper way, round or gathered, so it can have several valleys over all
+degrees. It has one in each of three classes, and there bisection finds the bottom and the fit:
+
+* inside    rings that go round inside a node: the time falls with the degree up to one point, from
+            which communication wins and it rises (`test_time_has_one_valley`)
+* gathered  gathered rings, also inside a node: the time falls with every rank
+            (`test_gathered_time_never_rises`)
+* across    rings of whole nodes, which go round: as inside
 
 Times are integer ticks (a power of two of a second): sums are exact, whatever their order, so every
 machine makes the same plan from them.
@@ -15,9 +22,12 @@ machine makes the same plan from them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
+from hdp.scheduler.costs.cost_model import GATHER_LEAST_RANKS
 from hdp.scheduler.policies.batch import Batch
 from hdp.scheduler.policies.memory import min_degrees
 
@@ -34,6 +44,8 @@ class Degrees:
         self.batch = batch
         self.node = batch.ranks_per_node or batch.hdp_size
         self.squares, self.tokens = batch.job_squares, batch.job_tokens
+        self.may_gather = batch.may_gather
+        self.some_gather = bool(self.may_gather.any())
         low = min_degrees(batch)
         self.low = np.where(low <= self.node, low, -(-low // self.node) * self.node)
         self.tick_s = self._tick_s()
@@ -41,10 +53,29 @@ class Degrees:
         self.low_ticks = self.ticks(slice(None), self.low)
 
     def ticks(self, jobs: np.ndarray | slice | int, degree: np.ndarray | int) -> np.ndarray:
-        """int64: ticks of these jobs on each of `degree` ranks, with fixed_s."""
-        seconds = self.batch.cost.unit_s(
-            self.squares[jobs], self.tokens[jobs], degree, np.asarray(degree) > self.node
+        """int64: ticks of these jobs on each of `degree` ranks, with fixed_s, the cheaper way."""
+        return self._cheaper(jobs, degree, self.some_gather and self.may_gather[jobs])
+
+    def round_ticks(self, jobs: np.ndarray, degree: np.ndarray) -> np.ndarray:
+        """The same where all rings go round."""
+        return self._cheaper(jobs, degree, False)
+
+    def gathered_ticks(self, jobs: np.ndarray, degree: np.ndarray | int) -> np.ndarray:
+        """The same where all rings are gathered, of jobs that may be."""
+        return self._rounded(self.batch.cost.piece_s(self.tokens[jobs], degree, gathered=True))
+
+    def _cheaper(
+        self,
+        jobs: np.ndarray | slice | int,
+        degree: np.ndarray | int,
+        may_gather: np.ndarray | bool,
+    ) -> np.ndarray:
+        across, cost = np.asarray(degree) > self.node, self.batch.cost
+        return self._rounded(
+            cost.unit_s(self.squares[jobs], self.tokens[jobs], degree, across, may_gather)
         )
+
+    def _rounded(self, seconds: np.ndarray) -> np.ndarray:
         ticks = np.minimum(seconds / self.tick_s, 2.0**_MOST_BITS)
         return np.rint(ticks).astype(np.int64) + self.fixed
 
@@ -68,47 +99,64 @@ class Degrees:
         return math.ldexp(1.0, math.frexp(longest_s)[1] - TICK_BITS)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rings:
+    """Rings of one class. Their time falls with the degree from `bottom` to `best`."""
+
+    at: np.ndarray  # (num,) int64: which jobs of a Widening may have them
+    bottom: np.ndarray  # (num,) int64: degree
+    best: np.ndarray  # (num,) int64: degree with the shortest time
+    best_ticks: np.ndarray  # (num,) int64
+    ticks: Callable[[np.ndarray, np.ndarray], np.ndarray]  # of jobs and degrees
+
+
 class Widening:
-    """Some jobs of a batch, and how wide they become when they must end in time."""
+    """Some jobs of a batch, and how wide they become when they must end in time.
+
+    cap (num_jobs,) int64 is the degree with the shortest time, best_ticks (num_jobs,) that time.
+    """
 
     def __init__(self, degrees: Degrees, jobs: np.ndarray) -> None:
         self.degrees, self.jobs, self.node = degrees, jobs, degrees.node
         self.low, self.low_ticks = degrees.low[jobs], degrees.low_ticks[jobs]
-        # The valley inside a node, then the one across nodes.
-        width = degrees.batch.hdp_size
-        self.inside = self._valley(self.low, np.maximum(self.low, self.node))
-        self.inside_ticks = degrees.ticks(jobs, self.inside)
-        self.across, self.across_ticks = self.inside, self.inside_ticks
-        if width > self.node:
-            bottom = np.maximum(self.low, 2 * self.node)
-            self.across = self._valley(bottom, np.full_like(self.low, width))
-            self.across_ticks = degrees.ticks(jobs, self.across)
-
-    @property
-    def cap(self) -> np.ndarray:
-        """(num_jobs,) int64: the degree with the shortest time."""
-        return np.where(self.across_ticks < self.inside_ticks, self.across, self.inside)
-
-    @property
-    def best_ticks(self) -> np.ndarray:
-        """(num_jobs,) int64: the shortest time."""
-        return np.minimum(self.across_ticks, self.inside_ticks)
+        node, width, everybody = degrees.node, degrees.batch.hdp_size, np.arange(len(jobs))
+        inside = np.maximum(self.low, node)
+        self._classes = [self._rings(everybody, self.low, inside, degrees.round_ticks)]
+        if node >= GATHER_LEAST_RANKS and degrees.some_gather:
+            at = np.flatnonzero(degrees.may_gather[jobs] & (self.low <= node))
+            bottom = np.maximum(self.low[at], GATHER_LEAST_RANKS)
+            self._classes.append(self._rings(at, bottom, inside[at], degrees.gathered_ticks))
+        if width > node:
+            bottom, top = np.maximum(self.low, 2 * node), np.full_like(self.low, width)
+            self._classes.append(self._rings(everybody, bottom, top, degrees.round_ticks))
+        first, *others = self._classes
+        self.cap, self.best_ticks = first.best.copy(), first.best_ticks.copy()
+        for rings in others:
+            better = rings.best_ticks < self.best_ticks[rings.at]
+            self.cap[rings.at[better]] = rings.best[better]
+            self.best_ticks[rings.at[better]] = rings.best_ticks[better]
 
     def fit(self, target: int) -> tuple[np.ndarray, np.ndarray]:
         """The fewest ranks with which each job takes <= target ticks, and its ticks then.
 
         Jobs that cannot are as fast as they get.
         """
-        inside = (self.inside_ticks <= target) | (self.inside_ticks <= self.across_ticks)
-        bottom = np.where(inside, self.low, np.maximum(self.low, 2 * self.node))
-        low, high = self._rung(bottom), self._rung(np.where(inside, self.inside, self.across))
-        while bool((open_ := low < high).any()):
-            middle = (low + high) // 2
-            good = self.degrees.ticks(self.jobs, self._degree(middle)) <= target
-            high = np.where(open_ & good, middle, high)
-            low = np.where(open_ & ~good, middle + 1, low)
-        degree = self._degree(high)
-        return degree, self.degrees.ticks(self.jobs, degree)
+        first, *others = self._classes
+        degree = self._fewest(first, slice(None), target)
+        ticks = first.ticks(self.jobs, degree)
+        for rings in others:
+            some = np.flatnonzero((ticks[rings.at] > target) | (degree[rings.at] > rings.bottom))
+            if not len(some):
+                continue
+            at = rings.at[some]
+            new = self._fewest(rings, some, target)
+            new_ticks = rings.ticks(self.jobs[at], new)
+            fewer = (new < degree[at]) | (ticks[at] > target)
+            better = np.where(new_ticks <= target, fewer, new_ticks < ticks[at])
+            degree[at[better]], ticks[at[better]] = new[better], new_ticks[better]
+        if self.degrees.some_gather:  # at the same degree the cheaper way
+            ticks = self.degrees.ticks(self.jobs, degree)
+        return degree, ticks
 
     def even(self, degree: np.ndarray) -> np.ndarray:
         """The next degrees that are a k-th of the ranks, or of a node, rounded down: k of them fit.
@@ -122,17 +170,35 @@ class Widening:
         wider = steps[np.searchsorted(steps, degree)]
         return np.where(wider <= self.cap, wider, degree)
 
-    def _valley(self, bottom: np.ndarray, top: np.ndarray) -> np.ndarray:
-        """The legal degree in [bottom, top] from which a wider ring is no faster."""
-        low, high = self._rung(bottom), self._rung(top)
+    def _rings(
+        self,
+        at: np.ndarray,
+        bottom: np.ndarray,
+        top: np.ndarray,
+        ticks: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    ) -> _Rings:
+        """The class of rings of degrees [bottom, top], up to where a wider one is no faster."""
+        jobs, low, high = self.jobs[at], self._rung(bottom), self._rung(top)
         while bool((open_ := low < high).any()):
             middle = np.minimum((low + high) // 2, np.maximum(high - 1, 0))
-            here = self.degrees.ticks(self.jobs, self._degree(middle))
-            next_ = self.degrees.ticks(self.jobs, self._degree(middle + 1))
+            here = ticks(jobs, self._degree(middle))
+            next_ = ticks(jobs, self._degree(middle + 1))
             falling = next_ < here
             low = np.where(open_ & falling, middle + 1, low)
             high = np.where(open_ & ~falling, middle, high)
-        return self._degree(low)
+        best = self._degree(low)
+        return _Rings(at=at, bottom=bottom, best=best, best_ticks=ticks(jobs, best), ticks=ticks)
+
+    def _fewest(self, rings: _Rings, some: np.ndarray | slice, target: int) -> np.ndarray:
+        """The fewest ranks of a class with which these jobs of it end in time, else its best."""
+        jobs = self.jobs[rings.at[some]]
+        low, high = self._rung(rings.bottom[some]), self._rung(rings.best[some])
+        while bool((open_ := low < high).any()):
+            middle = (low + high) // 2
+            good = rings.ticks(jobs, self._degree(middle)) <= target
+            high = np.where(open_ & good, middle, high)
+            low = np.where(open_ & ~good, middle + 1, low)
+        return self._degree(high)
 
     def _rung(self, degree: np.ndarray) -> np.ndarray:
         """Position of legal degrees in their rising list."""

@@ -15,9 +15,9 @@ hdp_size * T rank-seconds. The bound is the smallest T, up to 0.1 %, for which i
            is done: fixed_s for each
 * reduce   what of the reduction of gradients no backward can hide (`step_bound_s`)
 
-It is a bound for plans in which a ring is one job's and keeps to its nodes, and host copies are
-hidden as memory.py has it: each job has the ranks that it needs alone, and nothing that a ring
-adds is counted on.
+It is a bound for plans in which a ring is one job's, keeps to its nodes and is gathered only where
+costs/gathering.py allows it, and host copies are hidden as memory.py has it: each job has the ranks
+that it needs alone, and nothing that a ring adds is counted on.
 """
 
 from __future__ import annotations
