@@ -1,12 +1,13 @@
 """Agreement between ranks: a failure on one rank becomes the same error on all, not a hang.
 
 A rank that raises while the others go on into a collective leaves them waiting for it. `on_rank_0`
-and `on_all_ranks` run what may fail, and then all ranks return or all raise ValueError, together.
+and `on_all_ranks` run what may fail, and then all ranks return or all raise ValueError, together;
+`agree_on_values` does so where ranks were given different values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
@@ -47,6 +48,26 @@ def on_all_ranks(call: Callable[[], T], group: dist.ProcessGroup) -> T:
         if text:
             raise ValueError(f"{text} (found by rank {rank})")
     return cast(T, result)
+
+
+def agree_on_values(
+    ours: Mapping[str, Any], group: dist.ProcessGroup, *, problem: str, remedy: str
+) -> None:
+    """ValueError on all ranks if `ours` is not the same mapping on all of them. Collective.
+
+    The text is the problem, the first name that differs, both of its values, and the remedy.
+    """
+    theirs = on_rank_0(lambda: dict(ours), group)
+
+    def compare() -> None:
+        for name in [*theirs, *ours]:
+            here, there = (values.get(name, "missing") for values in (ours, theirs))
+            if here != there:
+                raise ValueError(
+                    f"{problem}: {name} is {here!r} here and {there!r} on rank 0; {remedy}"
+                )
+
+    on_all_ranks(compare, group)
 
 
 _BROKEN = (

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hdp.checkpoint.checkpointer import Checkpointer
 from hdp.config import TrainConfig
-from hdp.distributed.agree import on_all_ranks, on_rank_0
+from hdp.distributed.agree import agree_on_values, on_rank_0
 from hdp.distributed.fsdp import full_state_dict
 from hdp.distributed.mesh import HDPMesh
 from hdp.distributed.watchdog import Watchdog
@@ -75,20 +75,14 @@ def _check_same_options(config: TrainConfig, mesh: HDPMesh) -> None:
     """ValueError on all ranks if nodes were started with different flags. Collective.
 
     Much would go unnoticed: each rank updates its shards by its own learning rate. Places may
-    differ: nodes have their own copies and caches.
+    differ: nodes have their own copies and caches. What a cost file says may not (`open_cost`).
     """
-    ours = {name: value for name, value in asdict(config).items() if name not in _PLACES}
-    theirs = on_rank_0(lambda: ours, mesh.hdp_group)
-
-    def compare() -> None:
-        for name, value in theirs.items():
-            if ours[name] != value:
-                raise ValueError(
-                    f"ranks were started with different options: {name} is {ours[name]!r} here and "
-                    f"{value!r} on rank 0; give all nodes the same command"
-                )
-
-    on_all_ranks(compare, mesh.hdp_group)
+    agree_on_values(
+        {name: value for name, value in asdict(config).items() if name not in _PLACES},
+        mesh.hdp_group,
+        problem="ranks were started with different options",
+        remedy="give all nodes the same command",
+    )
 
 
 def _steps(

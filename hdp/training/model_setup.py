@@ -6,14 +6,14 @@ by the same call as the policy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from hdp.attention.kernels import Choice, choose_kernel
 from hdp.config import DEMO_MODEL, TrainConfig
-from hdp.distributed.agree import on_all_ranks
+from hdp.distributed.agree import agree_on_values, on_all_ranks
 from hdp.distributed.fsdp import shard
 from hdp.distributed.mesh import HDPMesh
 from hdp.models.causal_lm import CausalLM, transformer_shape
@@ -55,10 +55,7 @@ def set_up_model(
     dtype = _compute_dtype(config, mesh.device)
     model = _open_model(config, mesh, dtype, vocab_size, config.seed if seed is None else seed)
     shape = transformer_shape(model)
-    if config.cost:
-        cost = CostModel.find(config.cost)
-    else:
-        cost = estimate_cost(shape, device_type=mesh.device.type, bytes_per_element=dtype.itemsize)
+    cost = open_cost(config, mesh, shape, dtype)
     offload: PlannedOffload | None = None
     if config.offload_gib:
         offload = _open_offload(config, model, mesh, dtype, cost)
@@ -82,6 +79,30 @@ def set_up_model(
         layers=layers + ("; under torch.compile" if config.compile else ""),
         attention=choose_kernel(mesh.device, dtype, config.attention, head_dim=shape["head_dim"]),
     )
+
+
+def open_cost(
+    config: TrainConfig, mesh: HDPMesh, shape: dict[str, Any], dtype: torch.dtype
+) -> CostModel:
+    """The cost model that every rank plans with: from its file, else from the model's shape.
+
+    Collective. Raises ValueError on all ranks if any cannot read its file, or has another cost
+    model than rank 0: they would plan other steps.
+    """
+
+    def read() -> CostModel:
+        if config.cost:
+            return CostModel.find(config.cost)
+        return estimate_cost(shape, device_type=mesh.device.type, bytes_per_element=dtype.itemsize)
+
+    cost = on_all_ranks(read, mesh.hdp_group)
+    agree_on_values(
+        asdict(cost),
+        mesh.hdp_group,
+        problem="ranks have different cost models",
+        remedy="copy one file to all nodes and give all of them --cost",
+    )
+    return cost
 
 
 def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hdp.config import TrainConfig
+from hdp.scheduler import CostModel
 from tests.patience import patience
 from tests.run_ranks import RankError, run_ranks
 
@@ -265,6 +266,23 @@ def test_data_that_changed_but_not_in_length_are_told(inputs, tmp_path):
     path.write_text(path.read_text().swapcase())
     again = dataclasses.replace(options, steps=3)
     assert "not those of that run, though all lengths" in run_ranks(_train_and_listen, 1, again)[0]
+
+
+def _train_with_own_cost(rank, world, options, costs):
+    return _train(rank, world, dataclasses.replace(options, cost=costs[rank]))
+
+
+def test_nodes_with_other_cost_files_stop_before_the_first_step(inputs, tmp_path):
+    """They would plan other rings, or run other algorithms on the same ones: no hang, a message."""
+    cost = CostModel.from_coefficients(quadratic_s=1e-8, linear_s=1e-5, ring_step_s=1e-3)
+    paths = [str(tmp_path / f"{rank}.json") for rank in range(4)]
+    for rank, path in enumerate(paths):
+        dataclasses.replace(cost, ring_step_s=1e-4 if rank == 2 else 1e-3).save(path)
+    options = config(inputs, tmp_path / "run", max_tokens_per_rank=176)
+    with pytest.raises(RankError, match=r"ring_step_s is 0\.0001 here and 0\.001 on") as info:
+        run_ranks(_train_with_own_cost, 4, options, paths)
+    assert len(info.value.ranks) == 4 and "(found by rank 2)" in str(info.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_more_tokens_than_positions_are_told(inputs, tmp_path):
