@@ -54,6 +54,7 @@ def main() -> None:
                 data.seqlens[ids],
                 hdp_size=mesh.hdp_size,
                 max_tokens_per_rank=MAX_LENGTH // mesh.hdp_size + 1024,
+                ranks_per_node=mesh.ranks_per_node,
                 cost=cost,
             )
             step = hdp.make_step(data, ids, plan, mesh.hdp_rank).to(mesh.device)
