@@ -1,7 +1,8 @@
 """Data: from files, tables and chats to token sequences, global batches, and one rank's tokens.
 
 Reading order: documents -> sources -> tokenizer (chat) -> build -> cache -> dataset -> sampler ->
-pack -> feed. Names are loaded on first use; all but `pack` and `feed` work without torch.
+pack -> feed. Names are imported on first use; everything except `pack` and `feed` works without
+torch.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""TokenDataset: sequences of tokens that cost nothing until they are read.
+"""TokenDataset: token sequences that are read from disk only when used.
 
-A dataset is an index (lengths) over memory maps (tokens). Indexing gives views: a rank that holds a
-thirty-second of a sequence reads a thirty-second of it. Every rank opens the same files.
+A dataset is an index (lengths) over memory maps (tokens). Indexing returns views: a rank that holds
+1/32 of a sequence reads 1/32 of it. Every rank opens the same files.
 
-Invariants, each with a test of its name in tests/data/test_dataset.py:
+Invariants, each with a test of the same name in tests/data/test_dataset.py:
 
-* nothing_is_cut_unasked     a document over max_length is an error unless `overlong` says otherwise
-* every_row_is_accounted     rows of the source = documents + rejections, and the report has all
-* views_read_nothing         indexing gives views of the maps, not copies
+* nothing_is_cut_by_default    a document over max_length is an error unless `overlong` allows it
+* every_row_is_accounted_for   source rows = documents + rejections, and the report shows all
+* views_read_nothing           indexing returns views of the maps, not copies
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from .views import Overlong, Sequences, choose
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """What became of the rows of a source. `str()` is for people."""
+    """What became of the rows of a source. `str()` gives a readable summary."""
 
     label: str
     tokenizer: str
     cache_path: str
     num_rows: int  # of the source
-    num_rejected: dict[str, int]  # rows that are no documents, by reason
+    num_rejected: dict[str, int]  # rows that did not become documents, by reason
     examples: dict[str, list[tuple[str, str]]]  # (name, detail) of the first few of each reason
     num_documents: int
     num_sequences: int  # after max_length and overlong
-    num_tokens: int  # in the sequences
+    num_tokens: int  # in all sequences
     num_loss_tokens: int
     longest_tokens: int
     max_length: int | None
     overlong: str
     num_overlong: int  # documents longer than max_length
-    lost_tokens: int  # that drop or truncate leave out
-    num_without_loss: int  # sequences left out because they have no token to learn
+    lost_tokens: int  # left out by drop or truncate
+    num_without_loss: int  # sequences left out because they have no loss tokens
 
     def __str__(self) -> str:
         lines = [
@@ -60,28 +60,29 @@ class DataReport:
         ]
         for reason, count in self.num_rejected.items():
             name, detail = self.examples[reason][0]
-            lines.append(f"skipped {count:,} {reason}, first {name}{detail and f' ({detail})'}")
+            detail = f" ({detail})" if detail else ""
+            lines.append(f"rows skipped ({reason}): {count:,}, first {name}{detail}")
         if self.num_overlong:
-            done = {"drop": "dropped", "truncate": "truncated", "split": "split"}[self.overlong]
-            lost = f", {self.lost_tokens:,} tokens left out" if self.lost_tokens else ""
+            action = {"drop": "dropped", "truncate": "truncated", "split": "split"}[self.overlong]
+            lost = f"; {self.lost_tokens:,} tokens left out" if self.lost_tokens else ""
             lines.append(
-                f"{done} {self.num_overlong:,} documents over {self.max_length:,} tokens{lost}"
+                f"documents over {self.max_length:,} tokens, {action}: {self.num_overlong:,}{lost}"
             )
         if self.num_without_loss:
-            lines.append(f"skipped {self.num_without_loss:,} sequences without a token to learn")
+            lines.append(f"sequences skipped (no loss tokens): {self.num_without_loss:,}")
         return "\n".join(lines)
 
 
 class TokenDataset:
-    """Token sequences over a cache folder. `open_dataset` and `open_cache` make it.
+    """Token sequences in a cache folder. Created by `open_dataset` and `open_cache`.
 
     Attributes:
         seqlens: (n,) int64, tokens per sequence.
-        num_loss_tokens: (n,) int64, labels per sequence: positions from 1 on that have a loss.
+        num_loss_tokens: (n,) int64, labels per sequence: tokens after the first that have a loss.
         vocab_size: ids are in [0, vocab_size).
         is_chat: whether samples have a loss mask.
-        tokenizer: what made the ids; None if the cache was opened by its path alone.
-        fingerprint: names these very sequences: source, tokenizer, options, limit.
+        tokenizer: the tokenizer of the ids; None if only the path of the cache was given.
+        fingerprint: identifies exactly these sequences: source, tokenizer, options and limit.
         report: what became of the source's rows.
     """
 
@@ -122,9 +123,9 @@ class TokenDataset:
         return len(self.seqlens)
 
     def __getitem__(self, index: int) -> Sample:
-        """Sequence `index` as views: nothing is read until they are sliced.
+        """Sequence `index` as views, which are read only when sliced.
 
-        Raises IndexError outside of [-len, len).
+        Raises IndexError outside [-len, len).
         """
         start = int(self._sequences.starts[index])
         stop = start + int(self.seqlens[index])
@@ -135,11 +136,11 @@ class TokenDataset:
         return (self[index] for index in range(len(self)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as a path: the copy maps the same files."""
+        """Pickle only the path: the copy maps the same files."""
         return _reopen, (self._path, *self._limit, self.tokenizer)
 
     def name(self, index: int) -> str:
-        """Where sequence `index` comes from: a path, "chats.jsonl:17", or "dataset row 3"."""
+        """The origin of sequence `index`: a path, "chats.jsonl:17", or "dataset row 3"."""
         document = int(self._sequences.documents[index])
         name = self._document_name(document)
         offsets = _map_npy(self._path / "offsets.npy")
@@ -149,10 +150,10 @@ class TokenDataset:
         return name if is_whole else f"{name} [tokens {start}:{stop}]"
 
     def check_fits(self, *, hdp_size: int, max_tokens_per_rank: int | np.ndarray) -> None:
-        """Raises ValueError if a sequence is longer than all ranks together can hold.
+        """Raise ValueError if a sequence is longer than all ranks together can hold.
 
-        max_tokens_per_rank: of any sequence, or (num_seqs,) of each. The message names the longest
-        sequence that does not fit and what would hold it.
+        max_tokens_per_rank: one limit for all sequences, or (num_seqs,) limits. The message names
+        the longest sequence that does not fit and the settings with which it would.
         """
         held = np.broadcast_to(max_tokens_per_rank, self.seqlens.shape)
         over = self.seqlens > hdp_size * held
@@ -163,13 +164,13 @@ class TokenDataset:
         capacity, count = hdp_size * per_rank, int(np.count_nonzero(over))
         raise ValueError(
             f"{self.name(longest)} has {seqlen:,} tokens, but {hdp_size} ranks of "
-            f"{per_rank:,} tokens hold {capacity:,} ({count:,} sequences are longer): "
+            f"{per_rank:,} tokens hold {capacity:,} ({count:,} sequences do not fit): "
             f"use {-(-seqlen // per_rank):,} ranks, or --max-tokens-per-rank "
             f"{-(-seqlen // hdp_size)}, or --max-length {capacity} --overlong drop|truncate|split"
         )
 
     def save_lengths(self, path: str | Path) -> None:
-        """Writes `seqlens` as .npy, which `hdp plan --lengths` and numpy read."""
+        """Write `seqlens` as .npy, for `hdp plan --lengths` and numpy."""
         with open(path, "wb") as file:
             np.save(file, np.asarray(self.seqlens, dtype=np.int64))
 
@@ -189,16 +190,18 @@ def open_cache(
     strict: bool = False,
     tokenizer: Tokenizer | None = None,
 ) -> TokenDataset:
-    """Opens a folder that `open_dataset` built (its `report.cache_path`), without the source.
+    """Open a folder that `open_dataset` built (`report.cache_path`), without its source.
 
-    path is the folder; max_length, overlong and strict are as in `open_dataset`; tokenizer: what
-    made the ids, for decoding and export. Raises ValueError if the folder is missing or broken,
-    under `strict` if rows were damaged, and if sequences break the limit.
+    path is the folder; max_length, overlong and strict are as in `open_dataset`; tokenizer: the
+    tokenizer of the ids, for decoding and export. Raises ValueError if the folder is missing or
+    damaged, if documents exceed the limit, and under `strict` if rows were damaged.
     """
     path = Path(path)
     meta = read_seal(path)
     if meta is None or "num_documents" not in meta:
-        raise ValueError(f"{path} is no token cache, or a broken one: open its data again")
+        raise ValueError(
+            f"{path} is not a token cache, or is damaged: build it with hdp.data.open_dataset"
+        )
     for reason in DAMAGE if strict else ():
         for name, detail in meta["examples"].get(reason, ()):
             raise ValueError(damage_message(name, reason, detail))
@@ -236,7 +239,7 @@ def _report(
 
 
 def _map(path: Path, dtype: str) -> np.ndarray:
-    """A plain array over the mapped file: np.memmap's own slices are ten times as slow to make."""
+    """A plain array over the mapped file, as slicing an np.memmap is ten times slower."""
     return np.asarray(np.memmap(path, dtype=np.dtype(dtype), mode="r"))
 
 

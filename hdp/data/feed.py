@@ -1,15 +1,15 @@
 """StepFeed: plans, packs and uploads step t + 1 while step t runs.
 
-Every rank computes the same plan from the same lengths, so there is no scheduler process and
-nothing is broadcast. One background thread does, per step:
+Every rank computes the same plan from the same lengths, so there is no scheduler process and no
+broadcast. For each step, one background thread does the following:
 
-  1. take the step's sequence ids from the sampler, a function of the position and not of the past
+  1. take the step's sequence ids from the sampler, a function of the position, not of history
   2. plan from their lengths
   3. read this rank's tokens and pack its microbatches
-  4. copy them to the device, on a stream of its own
+  4. copy them to the device on a separate stream
 
-The sampler's position travels with the step: a checkpoint stores the position *after* the step that
-was trained, however far the thread has run ahead.
+The sampler's position travels with the step: a checkpoint stores the position *after* the last
+trained step, no matter how far ahead the thread has run.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from .sampler import Position
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """One rank's work of one step."""
+    """One rank's work for one step."""
 
     plan: StepPlan
     batches: tuple[PackedBatch, ...]  # this rank's microbatches, in order; at least one
-    seq_ids: np.ndarray  # (num_seqs,) int64: ids, in the source, of the plan's sequences
-    num_loss_tokens: int  # over all ranks: what the loss is divided by
-    next_position: Position | None = None  # of the sampler, after this step
-    wait_s: float = 0.0  # time that the caller waited for this step
+    seq_ids: np.ndarray  # (num_seqs,) int64: the plan's sequences, as ids in the source
+    num_loss_tokens: int  # over all ranks: the denominator of the loss
+    next_position: Position | None = None  # the sampler's position after this step
+    wait_s: float = 0.0  # how long the caller waited for this step
 
     def to(self, device: torch.device) -> StepBatch:
         """The same step with its microbatches on `device`."""
@@ -54,23 +54,23 @@ def make_step(
     *,
     next_position: Position | None = None,
 ) -> StepBatch:
-    """Rank `rank`'s work of a planned step, on the CPU.
+    """Rank `rank`'s work for a planned step, on the CPU.
 
-    source: where the samples are. seq_ids: (num_seqs,) their ids there, in the order in which the
-    plan got the lengths. next_position: of the sampler, after this step. Raises ValueError if plan
-    and samples are of different batches.
+    source: provides the samples. seq_ids: (num_seqs,) ids in `source`, in the order of the lengths
+    that were planned. next_position: the sampler's position after this step. Raises ValueError if
+    the samples do not match the plan.
     """
     return StepBatch(
         plan=plan,
-        batches=pack_rank(plan, rank, _Chosen(source, seq_ids)),
+        batches=pack_rank(plan, rank, _PlanSamples(source, seq_ids)),
         seq_ids=np.asarray(seq_ids),
         num_loss_tokens=int(source.num_loss_tokens[seq_ids].sum()),
         next_position=next_position,
     )
 
 
-class _Chosen:
-    """samples[s] of a plan: a source's sample by its place in the batch."""
+class _PlanSamples:
+    """The samples of a plan: sequence s of the plan is sample seq_ids[s] of the source."""
 
     def __init__(self, source: SampleSource, seq_ids: np.ndarray) -> None:
         self._source, self._seq_ids = source, seq_ids
@@ -80,7 +80,7 @@ class _Chosen:
 
 
 class Batches(Protocol):
-    """Global batches as a pure function of a position: a `Sampler`, or another order."""
+    """Global batches as a pure function of a position: a `Sampler`, or your own order."""
 
     def batch_at(self, position: Position, /) -> tuple[np.ndarray, Position]:
         """(sequence ids of the batch at `position`, position of the next batch)."""
@@ -88,7 +88,7 @@ class Batches(Protocol):
 
 
 class StepFeed:
-    """Iterates over StepBatches on `device` for ever. A context manager: it owns a thread."""
+    """Iterates over StepBatches on `device` forever. A context manager, as it owns a thread."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class StepFeed:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hdp-feed")
 
     def make(self, position: Position) -> StepBatch:
-        """The step at `position`, made in the calling thread."""
+        """The step at `position`, computed in the calling thread."""
         seq_ids, next_position = self._sampler.batch_at(position)  # 1
         plan = self._make_plan(self._source.seqlens[seq_ids])  # 2
         step = make_step(self._source, seq_ids, plan, self._rank, next_position=next_position)  # 3
@@ -130,11 +130,11 @@ class StepFeed:
 
 
 class _Upload:
-    """Copies a step to a device, so that neither the training thread nor its stream waits for it.
+    """Copies a step to a device without blocking the training thread or its stream.
 
-    The feed's thread pins, copies on a stream of its own, and waits until the copies have arrived.
-    The tensors are used on the stream that was current when the feed was made: `record_stream`
-    keeps their memory from being given to the next copies while that stream still reads them.
+    The feed's thread pins the tensors, copies them on a separate stream, and waits for the copies.
+    The tensors are used on the stream that was current when the feed was created: `record_stream`
+    keeps their memory from being reused for later copies while that stream still reads them.
     """
 
     def __init__(self, device: torch.device) -> None:

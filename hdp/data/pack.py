@@ -1,9 +1,9 @@
-"""pack_rank(): a rank's part of a StepPlan becomes rows of tokens, one row per microbatch.
+"""pack_rank(): packs a rank's part of a StepPlan, one row of tokens per microbatch.
 
 Only this rank's tokens are read: the samples' arrays may be memory maps over terabytes. Position
-ids are positions in the whole sequence, and labels and columns are shifted before anything is cut,
-so a chunk boundary changes neither (the label of a chunk's last token is the first token of the
-next chunk, which lives on another rank).
+ids count from the start of the whole sequence, and labels and columns are shifted before sequences
+are cut, so a chunk boundary does not affect them (the label of a chunk's last token is the first
+token of the next chunk, which lives on another rank).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hdp.scheduler import Microbatch, StepPlan
 
 from .sample import IGNORE_INDEX, Sample
 
-# name -> shape of one token's entry, and dtype
+# column name -> (shape of one token's entry, dtype)
 _Columns = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
 
@@ -34,7 +34,7 @@ class PackedBatch:
     seqs: tuple[int, ...]  # indices into StepPlan.seqlens, in packing order; () when empty
     layout: RingLayout
     offload_ratio: float = 0.0
-    # (total_tokens, ...) each, shifted as labels are: row by row, of the token in `labels`
+    # (total_tokens, ...) each, shifted like labels: entry i is about the token predicted at i
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -43,7 +43,7 @@ class PackedBatch:
         return len(self.input_ids)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> PackedBatch:
-        """A copy on `device`. non_blocking: from pinned memory, without waiting for it."""
+        """A copy on `device`. non_blocking: copy from pinned memory and do not wait."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             if non_blocking:
@@ -60,20 +60,20 @@ class PackedBatch:
 
 
 class Samples(Protocol):
-    """Sequence s of a plan by index: a list, or something that reads when asked."""
+    """A plan's samples by sequence index: a list, or an object that reads them on demand."""
 
     def __getitem__(self, index: int, /) -> Sample: ...
 
 
 def pack_rank(plan: StepPlan, rank: int, samples: Samples) -> tuple[PackedBatch, ...]:
-    """All of rank `rank`'s microbatches of the plan, in order, on the CPU: at least one.
+    """Rank `rank`'s microbatches of the plan, in order, on the CPU: at least one.
 
-    samples[s] is sequence s of the plan; only those of this rank are asked for, once each. A plan
-    may give a rank no microbatch, but gradients are reduced by all ranks, after a backward: it gets
-    an empty one, with the same columns.
+    samples[s] is sequence s of the plan; only this rank's samples are read, once each. All ranks
+    take part in the gradient reduction, which needs a backward pass, so a rank without microbatches
+    gets an empty one with the same columns.
 
-    Raises ValueError if a sample has another length than the plan says, or other columns than the
-    rest.
+    Raises ValueError if a sample's length differs from the plan's, or its columns from those of the
+    other samples.
     """
     microbatches = plan.microbatches(rank) or [Microbatch()]
     seqs = sorted({piece.seq for microbatch in microbatches for piece in microbatch.pieces})
@@ -81,27 +81,27 @@ def pack_rank(plan: StepPlan, rank: int, samples: Samples) -> tuple[PackedBatch,
     for seq, sample in mine.items():
         if len(sample.input_ids) != plan.seqlens[seq]:
             raise ValueError(
-                f"sequence {seq} has {len(sample.input_ids)} tokens, the plan was made for "
-                f"{plan.seqlens[seq]}: plan and data are from different batches"
+                f"sequence {seq} has {len(sample.input_ids)} tokens, but the plan was made for "
+                f"{plan.seqlens[seq]}; pass the samples of the batch that was planned"
             )
     columns = _columns_of(mine)
     return tuple(_pack(microbatch, rank, mine, columns) for microbatch in microbatches)
 
 
 def _columns_of(samples: Mapping[int, Sample]) -> _Columns:
-    """The columns that all of these samples have."""
+    """The columns of these samples, which must all be the same."""
     (first, sample), *others = samples.items()
     columns = {name: (x.shape[1:], x.dtype) for name, x in sorted(sample.columns.items())}
     for seq, other in others:
         if {name: (x.shape[1:], x.dtype) for name, x in other.columns.items()} != columns:
             raise ValueError(
-                f"sequence {first} has columns {_described(sample)} and sequence {seq} has "
-                f"{_described(other)}; give all samples of a step the same names and dtypes"
+                f"sequence {first} has columns {_describe_columns(sample)} and sequence {seq} has "
+                f"{_describe_columns(other)}; give all samples of a step the same names and dtypes"
             )
     return columns
 
 
-def _described(sample: Sample) -> str:
+def _describe_columns(sample: Sample) -> str:
     return ", ".join(f"{name} ({x.dtype})" for name, x in sample.columns.items()) or "none"
 
 
@@ -109,12 +109,12 @@ def _pack(
     microbatch: Microbatch, rank: int, samples: Mapping[int, Sample], columns: _Columns
 ) -> PackedBatch:
     layout = RingLayout.from_microbatch(microbatch, rank)
-    about: dict[str, Any] = {
+    common: dict[str, Any] = {
         "seqs": tuple(piece.seq for piece in microbatch.pieces),
         "offload_ratio": microbatch.offload_ratio,
     }
     if not layout.total_tokens:
-        return _padding(layout, columns, about)
+        return _padding(layout, columns, common)
     input_ids = np.empty(layout.total_tokens, dtype=np.int64)
     position_ids = np.empty_like(input_ids)
     labels = np.empty_like(input_ids)
@@ -124,7 +124,7 @@ def _pack(
     }
     row = 0
     for i, start, stop in layout.spans():
-        sample, rows = samples[about["seqs"][i]], slice(row, row + stop - start)
+        sample, rows = samples[common["seqs"][i]], slice(row, row + stop - start)
         input_ids[rows] = sample.input_ids[start:stop]
         position_ids[rows] = np.arange(start, stop)
         labels[rows] = sample.labels(start, stop)
@@ -137,13 +137,16 @@ def _pack(
         labels=torch.from_numpy(labels),
         columns={name: torch.from_numpy(column) for name, column in packed.items()},
         layout=layout,
-        **about,
+        **common,
     )
 
 
-def _padding(layout: RingLayout, columns: _Columns, about: dict[str, Any]) -> PackedBatch:
-    """A rank without tokens runs one padding token without a label: it takes part in its ring, in
-    every layer, and in the gradient reduction, and adds exactly zero."""
+def _padding(layout: RingLayout, columns: _Columns, common: dict[str, Any]) -> PackedBatch:
+    """One padding token without a label, for a rank without tokens.
+
+    It lets the rank take part in its ring in every layer, and in the gradient reduction, and
+    contributes exactly zero.
+    """
     token = torch.zeros(1, dtype=torch.int64)
     return PackedBatch(
         input_ids=token,
@@ -154,5 +157,5 @@ def _padding(layout: RingLayout, columns: _Columns, about: dict[str, Any]) -> Pa
             for name, (shape, dtype) in columns.items()
         },
         layout=replace(layout, local_seqlens=(1,)),
-        **about,
+        **common,
     )

@@ -1,4 +1,4 @@
-"""Sample: one sequence of tokens, and what is known about each of them. No torch."""
+"""Sample: one sequence of tokens with per-token data for the objective. No torch."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Protocol
 
 import numpy as np
 
-IGNORE_INDEX = -100  # a label that has no loss
+IGNORE_INDEX = -100  # the label of a position without loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One sequence. Arrays may be memory maps: nothing is read until it is sliced.
+    """One sequence. Arrays may be memory maps: data is read only when it is sliced.
 
-    columns: what an objective needs to know about each token, by name: weights, advantages, log
-        probabilities of an earlier policy. Entry p belongs to token p, as `input_ids[p]` does.
-        (seqlen, ...) arrays of numbers or booleans; all samples of a step have the same names.
+    columns: per-token inputs of the objective, by name: weights, advantages, log-probabilities of
+        an earlier policy. Entry p belongs to token p, like `input_ids[p]`. (seqlen, ...) arrays of
+        numbers or booleans; all samples of a step must have the same names.
 
-    Raises ValueError if an array has another length than `input_ids`.
+    Raises ValueError if the length of an array differs from that of `input_ids`.
     """
 
     input_ids: np.ndarray  # (seqlen,) any integer dtype
-    loss_mask: np.ndarray | None = None  # (seqlen,) bool: tokens to learn to predict; None: all
+    loss_mask: np.ndarray | None = None  # (seqlen,) bool: tokens that get a loss; None: all
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -36,9 +36,9 @@ class Sample:
                 )
 
     def labels(self, start: int, stop: int) -> np.ndarray:
-        """(stop - start,) int64: what positions start..stop-1 predict; IGNORE_INDEX for nothing.
+        """(stop - start,) int64: labels of positions start..stop-1; IGNORE_INDEX means no loss.
 
-        Position p predicts token p + 1; the last position predicts nothing.
+        The label of position p is token p + 1; the last position has none.
         """
         labels = np.full(stop - start, IGNORE_INDEX, dtype=np.int64)
         targets = self.input_ids[start + 1 : stop + 1]
@@ -49,8 +49,10 @@ class Sample:
         return labels
 
     def shifted(self, name: str, start: int, stop: int) -> np.ndarray:
-        """(stop - start, ...): column `name` of the tokens that positions start..stop-1 predict,
-        as `labels` has them; 0 where nothing is predicted."""
+        """(stop - start, ...): column `name`, shifted like `labels`.
+
+        Position p gets the entry of token p + 1; the last position gets 0.
+        """
         column = self.columns[name]
         entries = column[start + 1 : stop + 1]
         values = np.zeros((stop - start, *column.shape[1:]), dtype=column.dtype)
@@ -59,33 +61,33 @@ class Sample:
 
     @property
     def num_loss_tokens(self) -> int:
-        """Labels of the whole sequence. Reads the loss mask."""
+        """Number of labels in the whole sequence. Reads the loss mask."""
         if self.loss_mask is None:
             return max(len(self.input_ids) - 1, 0)
         return int(np.count_nonzero(self.loss_mask[1:]))
 
 
 class SampleSource(Protocol):
-    """Whatever has lengths: a `TokenDataset`, a `SampleList`, or a class of your own.
+    """Anything that has lengths: a `TokenDataset`, a `SampleList`, or your own class.
 
     Batches are planned from the lengths; a rank reads only the samples that it runs.
     """
 
     @property
     def seqlens(self) -> np.ndarray:
-        """(num_samples,) int64, tokens of each."""
+        """(num_samples,) int64, tokens per sample."""
         ...
 
     @property
     def num_loss_tokens(self) -> np.ndarray:
-        """(num_samples,) int64, labels of each."""
+        """(num_samples,) int64, labels per sample."""
         ...
 
     def __getitem__(self, index: int, /) -> Sample: ...
 
 
 class SampleList:
-    """Samples in memory, such as the rollouts of a step, as a `SampleSource`."""
+    """Samples in memory, such as the rollouts of one step, as a `SampleSource`."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = list(samples)

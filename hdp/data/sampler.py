@@ -1,21 +1,22 @@
-"""Sampler: which sequences make global batch after batch, as a pure function of a position.
+"""Sampler: the sequences of each global batch, as a pure function of a position.
 
-Sequences come in a shuffled order that depends on (seed, epoch) alone; a batch takes the next ones
-up to a budget of tokens. Ranks, world size and history do not occur, so every rank computes the
-same batches by itself, the planner looks ahead for free, and a run resumes on any number of ranks
-from two integers.
+Sequences come in a shuffled order that depends only on (seed, epoch); a batch takes the next ones
+up to a token budget. Rank, world size and history play no part, so every rank computes the same
+batches on its own, the planner looks ahead for free, and a run resumes on any number of ranks from
+two integers.
 
-The order is not a list. A permutation of n ids is a small block cipher on [0, n): a Feistel network
-maps place to id, rounds of it again where the id falls outside ("cycle walking"). Any part of the
-order costs only itself, in time and memory, also in epochs of 100 million sequences, and the cipher
-is spelled out here, so an order never changes with a library's version.
+The order is never stored. A permutation of n ids is a small block cipher on [0, n): a Feistel
+network maps a place in the order to an id, and is applied again while the id is out of range
+("cycle walking"). Any part of the order can be computed without the rest, even in epochs of 100
+million sequences, and the cipher is implemented here, so the order never changes with a library
+version.
 
-Invariants, each with a test of its name in tests/data/test_sampler.py:
+Invariants, each with a test of the same name in tests/data/test_sampler.py:
 
-* once_per_epoch       each sequence is in one batch of each epoch; no batch spans two epochs
-* budget_kept          a batch has at most batch_tokens tokens, or is one sequence that is longer
-* batches_are_full     the next sequence of the epoch would not have fitted
-* position_is_all      batch_at(position) is the same in any process, in any order of calls
+* once_per_epoch             each sequence is in one batch per epoch; no batch spans two epochs
+* within_budget              a batch has at most batch_tokens tokens, or is one longer sequence
+* batches_are_full           the next sequence of the epoch would not have fit
+* position_determines_batch  batch_at(position) is the same in any process, in any order of calls
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-Position = tuple[int, int]  # (epoch, sequences of the epoch that are in earlier batches)
+Position = tuple[int, int]  # (epoch, number of the epoch's sequences in earlier batches)
 
 _NUM_ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -34,17 +35,17 @@ _WORD = (1 << 64) - 1
 
 
 class Sampler:
-    """Global batches for ever, epoch after epoch.
+    """Global batches forever, epoch after epoch.
 
     Args:
         seqlens: (n,) integers, tokens per sequence.
-        seed: any integer from 0 on.
-        batch_tokens: most tokens of a batch; a longer sequence is a batch alone.
-        batch_sequences: sequences of a batch instead; give one of the two.
-        shuffle: False keeps the order of the ids in every epoch.
+        seed: any integer >= 0.
+        batch_tokens: maximum tokens per batch; a longer sequence is a batch of its own.
+        batch_sequences: sequences per batch; give either this or batch_tokens.
+        shuffle: False keeps the sequences in the order of their ids in every epoch.
 
-    Iterating goes on from `position`, which is the state. Raises ValueError for an empty dataset
-    and for budgets that are not given once.
+    Iteration continues from `position`, which is the only state. Raises ValueError for an empty
+    dataset, and unless exactly one budget is given.
     """
 
     def __init__(
@@ -61,14 +62,15 @@ class Sampler:
         budget = batch_tokens if batch_sequences is None else batch_sequences
         if budget is None or (batch_tokens is not None and batch_sequences is not None):
             raise ValueError(
-                f"batch_tokens {batch_tokens}, batch_sequences {batch_sequences}: give one of them"
+                f"batch_tokens={batch_tokens} and batch_sequences={batch_sequences}: "
+                "give exactly one of them"
             )
         if budget < 1 or seed < 0:
-            raise ValueError(f"a batch of {budget} with seed {seed}: 1 or more, seed 0 or more")
+            raise ValueError(f"batch size {budget} must be at least 1, seed {seed} at least 0")
         self._seqlens, self._seed, self._shuffle = seqlens, seed, shuffle
         self._budget, self._counts_tokens = budget, batch_tokens is not None
         self.position: Position = (0, 0)
-        # Places to look at first: some more than a batch will take. Only speed depends on it.
+        # How many places to look up at first: a few more than a batch takes. Only affects speed.
         probe = self._ids(0, np.linspace(0, len(seqlens) - 1, num=min(len(seqlens), 1024)))
         mean = float(np.mean(seqlens[probe])) if self._counts_tokens else 1.0
         self._window = int(min(len(seqlens), 16 + 1.25 * budget / max(mean, 1.0)))
@@ -77,14 +79,14 @@ class Sampler:
         """The batch at `position` and the position of the next one.
 
         Returns ((num_seqs,) int64 sequence ids, (epoch, index)). Does not move the sampler. Raises
-        ValueError for a position that no batch of this dataset can have.
+        ValueError for a position outside of this dataset.
         """
         epoch, start = position
         num_sequences = len(self._seqlens)
         if epoch < 0 or not 0 <= start < num_sequences:
             raise ValueError(
-                f"position (epoch {epoch}, sequence {start}) in a dataset of {num_sequences} "
-                "sequences: it belongs to another dataset"
+                f"position (epoch {epoch}, sequence {start}) is out of range for {num_sequences} "
+                "sequences; it belongs to another dataset: resume with that one"
             )
         window = self._window
         while True:
@@ -98,13 +100,13 @@ class Sampler:
         return ids[:count], (epoch, start) if start < num_sequences else (epoch + 1, 0)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Batches from `position` on, without end; handing one out moves the position."""
+        """Batches from `position` on, without end; each one advances the position."""
         while True:
             ids, self.position = self.batch_at(self.position)
             yield ids
 
     def num_batches(self, epoch: int) -> int:
-        """Batches of an epoch. Takes a pass over the lengths."""
+        """Number of batches in an epoch. Takes a pass over the lengths."""
         position, count = (epoch, 0), 0
         while position[0] == epoch:
             _, position = self.batch_at(position)
@@ -112,13 +114,13 @@ class Sampler:
         return count
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and what it is a position of (JSON)."""
+        """The position, and what identifies the data it belongs to (JSON)."""
         return {"epoch": self.position[0], "index": self.position[1], **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Moves to a saved position. The budget may differ from that of the saved run.
+        """Move to a saved position. The budget may differ from the saved run's.
 
-        Raises ValueError if the state is of other sequences, another seed or another order.
+        Raises ValueError if the sequences, the seed or the order differ from the saved run's.
         """
         identity = self._identity()
         different = {
@@ -129,11 +131,11 @@ class Sampler:
         if different:
             changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in different.items())
             raise ValueError(
-                f"the saved position is of other batches ({changes}): resume with the data, limits "
-                "and seed of that run, or start a new one"
+                f"the saved position belongs to other data ({changes}): resume with the data, "
+                "length limit and seed of the saved run, or start a new run"
             )
         position = (int(state["epoch"]), int(state["index"]))
-        self.batch_at(position)  # raises if there is no such position
+        self.batch_at(position)  # raises if the position is out of range
         self.position = position
 
     def _identity(self) -> dict[str, Any]:
@@ -152,14 +154,14 @@ class Sampler:
         return crc
 
     def _num_fitting(self, ids: np.ndarray) -> int:
-        """How many of the next sequences the batch takes: at least one."""
+        """How many of the next sequences fit into the batch: at least one."""
         if not self._counts_tokens:
             return min(len(ids), self._budget)
         totals = np.cumsum(self._seqlens[ids], dtype=np.int64)
         return max(1, int(np.searchsorted(totals, self._budget, side="right")))
 
     def _ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """(num,) int64 ids at places of an epoch's order."""
+        """(num,) int64 ids at `places` in the epoch's order."""
         places = np.asarray(places, dtype=np.int64)
         if not self._shuffle:
             return places
@@ -167,11 +169,11 @@ class Sampler:
 
 
 def permute(places: np.ndarray, size: int, *, key: int) -> np.ndarray:
-    """(num,) int64 images of `places` under the permutation of [0, size) that `key` names.
+    """(num,) int64 images of `places` under the permutation of [0, size) selected by `key`.
 
     An alternating Feistel network over the fewest bits that hold size - 1: each round changes one
-    part of the bits by a hash of the other, which is invertible whatever the hash. A place that
-    leaves [0, size) goes round again until it is inside; it does, as its cycle began inside.
+    half of the bits by a hash of the other half, which is invertible for any hash. An image outside
+    [0, size) is permuted again until it is inside; this ends because its cycle began inside.
     """
     num_bits = max(2, (size - 1).bit_length())
     low_bits = np.uint64(num_bits // 2)
@@ -192,7 +194,7 @@ def permute(places: np.ndarray, size: int, *, key: int) -> np.ndarray:
 
 
 def _mix(value: int) -> int:
-    """splitmix64's finaliser: every bit of the result depends on every bit of the value."""
+    """splitmix64's finalizer: every bit of the result depends on every bit of the value."""
     value = (value + _GOLDEN) & _WORD
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _WORD

@@ -1,9 +1,9 @@
-"""choose(): which sequences of a token cache a run sees. Works on the index; tokens stay unread.
+"""choose(): the sequences of a token cache that a run sees. Reads the index, not the tokens.
 
-A document longer than `max_length` is an error, or is dropped, truncated or split, as the user
-says; there is no default that loses tokens. A sequence without a token to learn (one token long, or
-a part of a chat in which the assistant says nothing) is left out and counted: it would cost a
-forward pass and teach nothing.
+A document longer than `max_length` is an error by default; the user can choose to drop, truncate or
+split it, so no tokens are lost unless asked for. A sequence without loss tokens (one token long, or
+part of a chat in which the assistant says nothing) is left out and counted: it would cost a forward
+pass and teach nothing.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ OVERLONG = ("error", "drop", "truncate", "split")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequences:
-    """n sequences over the tokens of a cache."""
+    """n sequences in the tokens of a cache."""
 
-    starts: np.ndarray  # (n,) int64, where they begin in the cache's tokens
+    starts: np.ndarray  # (n,) int64, where they start in the cache's tokens
     seqlens: np.ndarray  # (n,) int64
     num_loss_tokens: np.ndarray  # (n,) int64
-    documents: np.ndarray  # (n,) int64, of which document each is (a part)
+    documents: np.ndarray  # (n,) int64, the document that each sequence is or is part of
     num_overlong: int = 0  # documents over max_length
     lost_tokens: int = 0  # of dropped and truncated documents
-    num_without_loss: int = 0  # sequences left out: nothing to learn
+    num_without_loss: int = 0  # sequences left out because they have no loss tokens
 
     def __len__(self) -> int:
         return len(self.seqlens)
@@ -44,31 +44,36 @@ def choose(
     overlong: Overlong,
     name: Callable[[int], str],
 ) -> Sequences:
-    """The sequences of a cache under a limit.
+    """The sequences of a cache after a length limit.
 
     Args:
         offsets: (n + 1,) int64, where documents start in the tokens.
         seqlens: (n,) int64, tokens per document.
         num_loss_tokens: (n,) int64, labels per document.
-        loss_mask: (num_tokens,) bool, or None where every token but a document's first has a loss.
-        max_length: tokens; None: no limit.
+        loss_mask: (num_tokens,) bool; None if every token except a document's first has a loss.
+        max_length: maximum tokens per sequence; None: no limit.
         overlong: what happens to longer documents.
-        name: name(document) for messages.
+        name: returns a document's name for messages.
 
     Raises ValueError if a document is too long under "error", and if no sequence is left.
     """
     if overlong not in OVERLONG:
         raise ValueError(f"overlong must be one of {', '.join(OVERLONG)}, not {overlong!r}")
     if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length {max_length}: one token predicts the next, so 2 or more")
+        raise ValueError(
+            f"max_length={max_length} must be at least 2, as one token predicts the next"
+        )
     if max_length is None and overlong != "error":
-        raise ValueError(f"overlong {overlong!r} needs a max_length to go by")
+        raise ValueError(
+            f"overlong={overlong!r} requires max_length: the length above which it applies"
+        )
     sequences = _limit(offsets, seqlens, num_loss_tokens, loss_mask, max_length, overlong, name)
     keep = sequences.num_loss_tokens > 0
     if not keep.any():
         raise ValueError(
             f"no sequence is left of {len(seqlens):,} documents: {sequences.num_overlong:,} are "
-            f"over max_length {max_length} ({overlong}), {len(keep):,} have no token to learn"
+            f"over max_length={max_length} ({overlong}), and {len(keep):,} sequences have no loss "
+            "tokens; raise max_length or check the data"
         )
     if keep.all():
         return sequences
@@ -103,8 +108,8 @@ def _limit(
     if overlong == "error":
         longest = int(np.argmax(seqlens))
         raise ValueError(
-            f"{name(longest)} has {seqlens[longest]:,} tokens, more than max_length "
-            f"{max_length:,} ({num_overlong:,} of {len(seqlens):,} documents are longer): raise "
+            f"{name(longest)} has {seqlens[longest]:,} tokens, more than max_length="
+            f"{max_length} ({num_overlong:,} of {len(seqlens):,} documents are too long): raise "
             f"it to {seqlens[longest]}, or choose --overlong drop, truncate or split"
         )
     if overlong == "drop":
@@ -141,7 +146,7 @@ def _count_loss(
     is_cut: np.ndarray,
     loss_mask: np.ndarray | None,
 ) -> np.ndarray:
-    """Labels per sequence: known for whole documents, counted in the mask for parts of them."""
+    """Labels per sequence: known for whole documents, counted from the mask for parts."""
     if loss_mask is None:
         return seqlens - 1
     counts = np.array(of_documents)

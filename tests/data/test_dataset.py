@@ -1,4 +1,4 @@
-"""TokenDataset: limits on lengths, what is counted, and that nothing is read too early."""
+"""TokenDataset: length limits, counts, and lazy reading."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hdp.scheduler.workloads.read import read_lengths
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Texts of 1 to 100 bytes; some files that are no documents; chats in another file."""
+    """Texts of 1 to 100 bytes; files that are not documents; chats in a separate file."""
     path = tmp_path_factory.mktemp("data")
     (path / "texts").mkdir()
     for i in range(1, 101):
@@ -48,24 +48,24 @@ def chats(folder: Path, **options) -> TokenDataset:
     return open_dataset(data, cache_dir=folder / "cache", tokenizer="bytes", **options)
 
 
-def test_nothing_is_cut_unasked(folder):
+def test_nothing_is_cut_by_default(folder):
     message = (
-        r"100.txt has 100 tokens, more than max_length 70 \(30 of 100 documents are longer\): "
+        r"100.txt has 100 tokens, more than max_length=70 \(30 of 100 documents are too long\): "
         r"raise it to 100, or choose --overlong drop, truncate or split"
     )
     with pytest.raises(ValueError, match=message):
         texts(folder, max_length=70)
-    assert len(texts(folder, max_length=100)) == 99  # all but the one of a single token
-    with pytest.raises(ValueError, match="needs a max_length"):
+    assert len(texts(folder, max_length=100)) == 99  # all but the single-token text
+    with pytest.raises(ValueError, match="overlong='drop' requires max_length"):
         texts(folder, overlong="drop")
     with pytest.raises(ValueError, match="error, drop, truncate, split, not 'cut'"):
         texts(folder, max_length=10, overlong="cut")
-    with pytest.raises(ValueError, match="2 or more"):
+    with pytest.raises(ValueError, match="max_length=1 must be at least 2"):
         texts(folder, max_length=1, overlong="split")
 
 
-def test_every_row_is_accounted(folder):
-    """Rows of the source = documents + rejections; tokens = kept + lost + without loss."""
+def test_every_row_is_accounted_for(folder):
+    """Source rows = documents + rejections; tokens = kept + lost + without loss."""
     for dataset in (texts(folder), chats(folder)):
         report = dataset.report
         assert report.num_rows == report.num_documents + sum(report.num_rejected.values())
@@ -74,8 +74,8 @@ def test_every_row_is_accounted(folder):
     assert chats(folder).report.examples["malformed"][0][0].endswith("chats.jsonl:1")
     for overlong in ("drop", "truncate", "split"):
         report = texts(folder, max_length=30, overlong=overlong).report
-        alone = report.num_without_loss  # each is one token here
-        assert report.num_tokens + report.lost_tokens + alone == 5050
+        num_skipped = report.num_without_loss  # each has one token here
+        assert report.num_tokens + report.lost_tokens + num_skipped == 5050
 
 
 def test_drop_truncate_split(folder):
@@ -85,7 +85,7 @@ def test_drop_truncate_split(folder):
     truncate = texts(folder, max_length=30, overlong="truncate")
     assert truncate.seqlens.tolist() == [*range(2, 31), *[30] * 70]
     split = texts(folder, max_length=30, overlong="split")
-    whole = limit_lengths(np.arange(1, 101), 30, "split")  # what `hdp plan` would plan for
+    whole = limit_lengths(np.arange(1, 101), 30, "split")  # as `hdp plan` splits
     assert split.seqlens.tolist() == [n for n in whole.tolist() if n > 1]
     assert split.report.lost_tokens == 0
     parts = [i for i in range(len(split)) if "100.txt" in split.name(i)]
@@ -102,7 +102,7 @@ def test_drop_truncate_split(folder):
 
 @pytest.mark.parametrize("overlong", ["drop", "truncate", "split"])
 @pytest.mark.parametrize("max_length", [2, 40, 90])
-def test_num_loss_tokens_are_what_samples_have(folder, overlong, max_length):
+def test_num_loss_tokens_match_the_samples(folder, overlong, max_length):
     limit = {"max_length": max_length, "overlong": overlong}
     datasets = [texts(folder, **limit)]
     if max_length > 81 or (max_length > 2 and overlong != "drop"):  # each chat has 81 tokens
@@ -123,7 +123,7 @@ def test_num_loss_tokens_are_what_samples_have(folder, overlong, max_length):
     st.booleans(),
 )
 def test_choose_against_a_loop(documents, max_length, overlong, has_mask):
-    """The columns of choose() equal those of the obvious loop over documents."""
+    """choose() gives the same result as a simple loop over documents."""
     seqlens = np.array([seqlen for seqlen, _ in documents])
     offsets = np.concatenate([[0], np.cumsum(seqlens)])
     mask = np.ones(offsets[-1], bool)
@@ -186,12 +186,12 @@ def test_open_cache_without_the_source(folder, tmp_path):
     assert again.vocab_size == 256 and again.name(0) == dataset.name(0)
     with pytest.raises(ValueError, match=r"bad.* is not UTF-8"):
         open_cache(dataset.report.cache_path, strict=True)
-    with pytest.raises(ValueError, match="no token cache"):
+    with pytest.raises(ValueError, match="is not a token cache"):
         open_cache(tmp_path)
 
 
 def test_lengths_for_the_planner(folder, tmp_path):
-    """The cache's folder and a saved array are both what `hdp plan --lengths` reads."""
+    """`hdp plan --lengths` reads both a cache folder and saved lengths."""
     dataset = texts(folder, max_length=50, overlong="truncate")
     cached = read_lengths(dataset.report.cache_path)
     assert cached.tolist() == list(range(1, 101))
@@ -203,7 +203,7 @@ def test_check_fits(folder):
     dataset = texts(folder)
     dataset.check_fits(hdp_size=4, max_tokens_per_rank=25)
     message = (
-        r"100.txt has 100 tokens, but 4 ranks of 24 tokens hold 96 \(4 sequences are longer\): use "
+        r"100.txt has 100 tokens, but 4 ranks of 24 tokens hold 96 \(4 sequences do not fit\): use "
         r"5 ranks, or --max-tokens-per-rank 25, or --max-length 96 --overlong drop\|truncate\|split"
     )
     with pytest.raises(ValueError, match=message):
@@ -215,19 +215,20 @@ def test_all_sequences_without_loss(folder):
         chats(folder, max_length=2, overlong="truncate")
 
 
-def test_report_for_people(folder):
+def test_report_summary(folder):
     text = str(texts(folder, max_length=50, overlong="truncate").report)
     assert text.splitlines() == [
         f"{folder / 'texts'}: 99 sequences, 3,774 tokens (bytes), 3,675 with loss, longest 50",
-        f"skipped 1 not UTF-8, first {folder / 'texts' / 'zz-bad'} (byte 0: invalid start byte)",
-        f"skipped 1 empty, first {folder / 'texts' / 'zz-empty'}",
-        "truncated 50 documents over 50 tokens, 1,275 tokens left out",
-        "skipped 1 sequences without a token to learn",
+        f"rows skipped (not UTF-8): 1, first {folder / 'texts' / 'zz-bad'} "
+        "(byte 0: invalid start byte)",
+        f"rows skipped (empty): 1, first {folder / 'texts' / 'zz-empty'}",
+        "documents over 50 tokens, truncated: 50; 1,275 tokens left out",
+        "sequences skipped (no loss tokens): 1",
     ]
 
 
 def test_cache_folder_may_be_read_only(folder, tmp_path):
-    """Ranks that only read need no right to write."""
+    """Ranks that only read the cache need no write permission."""
     path = Path(texts(folder).report.cache_path)
     mode = path.stat().st_mode
     os.chmod(path, 0o555)

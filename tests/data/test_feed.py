@@ -1,4 +1,4 @@
-"""StepFeed: the count that losses are divided by, and errors of its thread."""
+"""StepFeed: the denominator of the loss, uploads, and errors in its thread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEQLENS = np.array([5, 17, 1, 40, 9, 3, 22])
 
 
 class Data:
-    """Samples with masks, and the counts that an index would have."""
+    """Samples with loss masks, and the counts that an index would have."""
 
     def __init__(self):
         rng = np.random.default_rng(0)
@@ -36,7 +36,7 @@ def _feed(rank, make_plan):
     return StepFeed(Data(), sampler, make_plan, rank=rank, position=(0, 0))
 
 
-def test_count_is_that_of_the_labels_of_all_ranks():
+def test_num_loss_tokens_counts_the_labels_of_all_ranks():
     with (
         _feed(0, lambda n: random_plan(n, 3, 0)) as a,
         _feed(1, lambda n: random_plan(n, 3, 0)) as b,
@@ -53,8 +53,8 @@ def test_count_is_that_of_the_labels_of_all_ranks():
         assert len(counts) == 4 and min(counts) > 0
 
 
-def test_tokens_are_on_the_device_before_the_caller_asks():
-    """Packed, pinned and copied in the feed's thread, columns too."""
+def test_steps_are_packed_and_uploaded_in_the_background():
+    """The feed's thread does all the work, for columns too."""
     threads = set()
 
     def make_plan(seqlens):
@@ -74,7 +74,7 @@ def test_tokens_are_on_the_device_before_the_caller_asks():
         assert {x.device.type for x in tensors} == {"meta"}
 
 
-def test_a_list_of_samples_has_lengths():
+def test_sample_list_has_lengths():
     data = Data()
     source = SampleList(data.samples)
     assert (source.seqlens == data.seqlens).all()
@@ -86,7 +86,7 @@ def test_a_list_of_samples_has_lengths():
     assert labels == steps[0].num_loss_tokens == data.num_loss_tokens[ids].sum()
 
 
-def test_an_error_of_the_thread_reaches_the_caller():
+def test_error_in_the_thread_reaches_the_caller():
     def fail(seqlens):
         raise ValueError(f"no plan for {len(seqlens)} sequences")
 
@@ -94,7 +94,7 @@ def test_an_error_of_the_thread_reaches_the_caller():
         next(iter(feed))
 
 
-def test_steps_are_those_of_the_positions():
+def test_steps_depend_only_on_the_position():
     with _feed(0, lambda n: random_plan(n, 2, 0)) as feed:
         first, second = (step for step, _ in zip(feed, range(2), strict=False))
         again = feed.make(first.next_position)

@@ -1,4 +1,4 @@
-"""pack_rank(): labels and positions are those of the whole sequence, whatever the cut."""
+"""pack_rank(): labels and positions do not depend on how sequences are cut."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.random_plans import random_plan
 
 
 class Recorded(np.ndarray):
-    """An array that notes which elements were read."""
+    """An array that records which elements were read."""
 
     def __getitem__(self, key):
         if isinstance(key, slice):
@@ -30,7 +30,7 @@ def _sample(n, rng, masked):
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(1, 6), st.integers(0, 99))
-def test_every_token_has_its_place_and_label(seqlens, hdp_size, seed):
+def test_every_token_is_packed_once_with_its_label(seqlens, hdp_size, seed):
     rng = np.random.default_rng(seed)
     samples = [_sample(n, rng, masked=bool(i % 2)) for i, n in enumerate(seqlens)]
     plan = random_plan(seqlens, hdp_size, seed)
@@ -58,15 +58,15 @@ def test_every_token_has_its_place_and_label(seqlens, hdp_size, seed):
     for i, sample in enumerate(samples):
         for p, token in enumerate(sample.input_ids.tolist()):
             last = p == seqlens[i] - 1
-            learn = not last and (sample.loss_mask is None or sample.loss_mask[p + 1])
-            label = sample.input_ids[p + 1] if learn else IGNORE_INDEX
+            has_loss = not last and (sample.loss_mask is None or sample.loss_mask[p + 1])
+            label = sample.input_ids[p + 1] if has_loss else IGNORE_INDEX
             assert got.pop((i, p)) == (token, label)
     assert not got
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 5), st.integers(0, 99))
-def test_columns_are_shifted_as_labels_are(seqlens, hdp_size, seed):
-    """A row has the entry of the token that it predicts, whatever the cut; 0 where it has none."""
+def test_columns_are_shifted_like_labels(seqlens, hdp_size, seed):
+    """A position has the entry of the token that it predicts, for any cut; 0 if it has none."""
     rng = np.random.default_rng(seed)
     samples = [
         Sample(
@@ -104,7 +104,7 @@ def test_columns_are_shifted_as_labels_are(seqlens, hdp_size, seed):
 def test_ranks_without_tokens_have_the_same_columns():
     columns = {"advantages": np.ones(2, np.float32), "teacher": np.ones((2, 4))}
     samples = [Sample(input_ids=np.arange(2), columns=columns)]
-    # rank 1 of the ring holds no token, rank 2 no microbatch, rank 3 an empty one
+    # rank 1 of the ring has no tokens, rank 2 no microbatch, rank 3 an empty one
     ring = StepPlan.from_lists([2], [[0, 1]], [[[0]], [[0]], [], [[]]], max_tokens_per_rank=2)
     shapes = {
         rank: {name: (x.shape[1:], x.dtype) for name, x in batch.columns.items()}
@@ -133,12 +133,12 @@ def test_what_the_plan_gathers_is_gathered():
     assert any(pack_rank(plan, rank, samples)[0].layout.num_ring_tokens == 0 for rank in range(4))
 
 
-def test_each_sample_is_asked_for_once():
-    asked = []
+def test_each_sample_is_read_once():
+    requested = []
 
     class Source:
         def __getitem__(self, index):
-            asked.append(index)
+            requested.append(index)
             return Sample(input_ids=np.arange(40 + index))
 
     seqlens = [40 + index for index in range(5)]
@@ -149,10 +149,10 @@ def test_each_sample_is_asked_for_once():
         max_tokens_per_rank=100,
     )
     pack_rank(plan, 0, Source())
-    assert asked == [0, 1, 3, 4]
+    assert requested == [0, 1, 3, 4]
 
 
-def test_columns_of_another_length_or_name_are_refused():
+def test_columns_with_wrong_length_or_name_are_rejected():
     ids = np.arange(4)
     with pytest.raises(ValueError, match="advantages has 3 entries for 4 tokens"):
         Sample(input_ids=ids, columns={"advantages": np.zeros(3)})
@@ -173,11 +173,11 @@ def test_only_own_tokens_are_read():
     plan = StepPlan.from_lists([1000], [[0, 1, 2, 3]], [[[0]]] * 4, max_tokens_per_rank=250)
     batch = pack_rank(plan, 1, [Sample(input_ids=ids)])[0]
     assert batch.input_ids.tolist() == [*range(125, 250), *range(750, 875)]
-    # own chunks, and shifted by one for the labels
+    # own chunks, and one more token each for the labels
     assert set(ids.reads) == {*range(125, 251), *range(750, 876)}
 
 
-def test_a_plan_for_other_data_is_refused():
+def test_plan_for_other_data_is_rejected():
     plan = StepPlan.from_lists([5], [[0]], [[[0]]], max_tokens_per_rank=8)
-    with pytest.raises(ValueError, match="has 6 tokens, the plan was made for 5"):
+    with pytest.raises(ValueError, match="has 6 tokens, but the plan was made for 5"):
         pack_rank(plan, 0, [Sample(input_ids=np.arange(6))])

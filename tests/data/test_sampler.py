@@ -1,4 +1,4 @@
-"""The sampler's invariants, each under its name, over random lengths, budgets and seeds."""
+"""The sampler's invariants, by name, over random lengths, budgets and seeds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_once_per_epoch(seqlens, seed, batch_tokens, epoch, shuffle):
 
 
 @given(lengths, seeds, budgets)
-def test_budget_kept(seqlens, seed, batch_tokens):
+def test_within_budget(seqlens, seed, batch_tokens):
     for ids in epoch_batches(Sampler(seqlens, seed=seed, batch_tokens=batch_tokens), 0):
         assert len(ids) == 1 or seqlens[ids].sum() <= batch_tokens
 
@@ -48,23 +48,19 @@ def test_batches_are_full(seqlens, seed, batch_tokens):
 
 
 @given(lengths, seeds, budgets, st.lists(st.integers(0, 30), max_size=8))
-def test_position_is_all(seqlens, seed, batch_tokens, steps):
-    """Any order of calls on any instance, iterated or asked, gives the same batches."""
+def test_position_determines_batch(seqlens, seed, batch_tokens, steps):
+    """Iterating, or calling batch_at in any order on any instance, gives the same batches."""
     sampler = Sampler(seqlens, seed=seed, batch_tokens=batch_tokens)
     positions, position, batches = [], (0, 0), []
     for _ in range(31):
         positions.append(position)
         ids, position = sampler.batch_at(position)
         batches.append(ids)
-    other = Sampler(list_like(seqlens), seed=seed, batch_tokens=batch_tokens)
+    other = Sampler(seqlens.astype(np.uint16), seed=seed, batch_tokens=batch_tokens)
     for step in steps:
         np.testing.assert_array_equal(other.batch_at(positions[step])[0], batches[step])
     for ids, expected in zip(islice(sampler, 31), batches, strict=True):
         np.testing.assert_array_equal(ids, expected)
-
-
-def list_like(seqlens: np.ndarray) -> np.ndarray:
-    return seqlens.astype(np.uint16)  # another dtype, same lengths
 
 
 @given(lengths, seeds, budgets, st.integers(0, 40))
@@ -93,21 +89,21 @@ def test_permute_stays_inside_and_is_injective_at_any_size(size, key, data):
 
 
 def test_orders_are_uniform():
-    """Every order of four items about equally often; every item at every place about equally."""
+    """Every order of four items is about equally likely, and so is every place for every item."""
     from collections import Counter
 
     orders = Counter(tuple(permute(np.arange(4), 4, key=key)) for key in range(12000))
     assert len(orders) == 24
     assert max(abs(count - 500) for count in orders.values()) < 120  # 5 standard deviations
-    at = np.zeros((30, 30))
+    counts = np.zeros((30, 30))
     for key in range(6000):
-        at[np.arange(30), permute(np.arange(30), 30, key=key)] += 1
-    chi2 = ((at - 200) ** 2 / 200).sum() / 29**2
+        counts[np.arange(30), permute(np.arange(30), 30, key=key)] += 1
+    chi2 = ((counts - 200) ** 2 / 200).sum() / 29**2
     assert 0.85 < chi2 < 1.15, chi2
 
 
 def test_order_is_pinned():
-    """A changed order would break the resumption of runs that were started before."""
+    """A changed order would break resuming existing runs."""
     sampler = Sampler(np.full(10, 5), seed=1, batch_tokens=50)
     assert [sampler.batch_at((epoch, 0))[0].tolist() for epoch in (0, 1)] == PINNED
 
@@ -124,7 +120,7 @@ def test_epochs_and_seeds_differ():
     assert len(orders) == 100
 
 
-def test_long_sequence_is_a_batch_alone():
+def test_long_sequence_is_a_batch_of_its_own():
     sampler = Sampler(np.array([5, 100, 5]), seed=0, batch_tokens=20, shuffle=False)
     assert [ids.tolist() for ids in epoch_batches(sampler, 0)] == [[0], [1], [2]]
 
@@ -134,15 +130,15 @@ def test_batch_sequences():
     assert [len(ids) for ids in epoch_batches(sampler, 0)] == [4, 4, 2]
 
 
-def test_window_grows_where_lengths_deceive():
-    """A batch of many more sequences than the mean length foretells."""
+def test_window_grows_when_the_mean_length_misleads():
+    """A batch with many more sequences than the mean length suggests."""
     seqlens = np.array([1] * 5000 + [10**9] * 5000)
     sampler = Sampler(seqlens, batch_tokens=5000, shuffle=False)
     assert len(sampler.batch_at((0, 0))[0]) == 5000
 
 
-def test_huge_dataset_costs_a_batch_only():
-    """100 million sequences of a shared length: nothing of that size is made."""
+def test_huge_dataset_costs_only_one_batch():
+    """100 million sequences of the same length: nothing of that size is allocated."""
     import tracemalloc
 
     seqlens = np.broadcast_to(np.int64(1000), (100_000_000,))
@@ -155,7 +151,7 @@ def test_huge_dataset_costs_a_batch_only():
     assert peak < 10 << 20, peak
 
 
-def test_epoch_that_was_saved_with_another_budget_goes_on():
+def test_saved_epoch_continues_with_another_budget():
     seqlens = np.arange(1, 101)
     small = Sampler(seqlens, seed=1, batch_tokens=100)
     seen = list(islice(small, 7))
@@ -169,10 +165,10 @@ def test_epoch_that_was_saved_with_another_budget_goes_on():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give one of them"),
-        ({"batch_tokens": 1, "batch_sequences": 1}, "give one of them"),
-        ({"batch_tokens": 0}, "1 or more"),
-        ({"batch_tokens": 5, "seed": -1}, "0 or more"),
+        ({}, "give exactly one of them"),
+        ({"batch_tokens": 1, "batch_sequences": 1}, "give exactly one of them"),
+        ({"batch_tokens": 0}, "batch size 0 must be at least 1"),
+        ({"batch_tokens": 5, "seed": -1}, "seed -1 at least 0"),
     ],
 )
 def test_bad_budgets(arguments, message):
