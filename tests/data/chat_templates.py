@@ -1,18 +1,18 @@
-"""Chat templates of the kinds that models ship, and what each must give.
+"""Chat templates like those that models ship, and the expected result of each.
 
-Every template comes with an oracle: a Python function that writes the same text piece by piece and
-says of each piece whether the assistant has to generate it. The templates were written for these
+Every template comes with an oracle: a Python function that produces the same text piece by piece,
+and for each piece, whether the assistant has to generate it. The templates were written for these
 tests; each has the peculiarity that makes its kind hard.
 """
 
-# ruff: noqa: E501  (a template is easier to read in its own lines)
+# ruff: noqa: E501  (templates are easier to read without line breaks)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 Messages = list[dict]
-Pieces = Iterator[tuple[str, bool]]  # (text, whether it is to be learnt)
+Pieces = Iterator[tuple[str, bool]]  # (text, whether the assistant generates it)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def chatml(messages: Messages) -> Pieces:
         yield "\n", False
 
 
-# The same without a generation prompt: nothing but the content tells where a turn starts.
+# The same without a generation prompt: only the content shows where a turn starts.
 NO_PROMPT = """\
 {% for m in messages %}<|im_start|>{{ m['role'] }}
 {{ m['content'] }}<|im_end|>
@@ -58,7 +58,7 @@ def no_prompt(messages: Messages) -> Pieces:
         yield "\n", False
 
 
-# Llama 3: a begin of text, contents are trimmed, blank line after the header.
+# Llama 3: a begin-of-text token, trimmed contents, a blank line after the header.
 LLAMA3 = """\
 {{- bos_token }}
 {%- for m in messages %}
@@ -75,7 +75,7 @@ def llama3(messages: Messages) -> Pieces:
         yield f"{m['content'].strip()}<|eot_id|>", m["role"] == "assistant"
 
 
-# Llama 3.1 with a date in the system turn, which is always there.
+# Llama 3.1: always a system turn, with a date in it.
 LLAMA31 = """\
 {{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
@@ -98,7 +98,7 @@ def llama31(messages: Messages) -> Pieces:
     yield from list(llama3(messages))[1:]
 
 
-# Mistral: the system prompt moves to the last user turn, so histories are no prefixes.
+# Mistral: the system prompt moves to the last user turn, so a rendered history is not a prefix.
 MISTRAL = """\
 {%- set ns = namespace(system='') -%}
 {%- if messages[0]['role'] == 'system' -%}
@@ -127,7 +127,7 @@ def mistral(messages: Messages) -> Pieces:
             yield f"{m['content']}</s>", True
 
 
-# Qwen3: reasoning of turns before the last question is dropped; the last turn always has a block.
+# Qwen3: drops the reasoning of turns before the last question; the last turn always has a block.
 THINK = """\
 {%- set ns = namespace(last=0) -%}
 {%- for m in messages -%}{%- if m['role'] == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}
@@ -161,7 +161,7 @@ def think(messages: Messages) -> Pieces:
         yield "\n", False
 
 
-# Phi-3: an end of text after the chat, but not after its beginnings.
+# Phi-3: an end-of-text token after the last turn, so a rendered history is not a prefix.
 PHI3 = """\
 {% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"""
@@ -175,7 +175,7 @@ def phi3(messages: Messages) -> Pieces:
     yield "<|endoftext|>", False
 
 
-# Zephyr: headers are plain text, only the end is a token.
+# Zephyr: headers are plain text; only the end of a turn is a special token.
 ZEPHYR = """\
 {%- for m in messages -%}{{- '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' -}}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"""
@@ -188,7 +188,7 @@ def zephyr(messages: Messages) -> Pieces:
         yield "\n", False
 
 
-# Alpaca: no token at all; an empty line ends a turn.
+# Alpaca: no special tokens; an empty line ends a turn.
 ALPACA = """\
 {%- for m in messages -%}{{- '### ' + m['role'] + ':\\n' + m['content'] + '\\n\\n' -}}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- '### assistant:\\n' -}}{%- endif -%}"""
@@ -200,7 +200,7 @@ def alpaca(messages: Messages) -> Pieces:
         yield f"{m['content']}\n\n", m["role"] == "assistant"
 
 
-# A turn that nothing ends: the token after it opens the next one and must stay outside.
+# Turns without an end: the token after one opens the next and must stay outside the span.
 NO_END = """\
 {{- bos_token -}}{%- for m in messages -%}{{- '<|' + m['role'] + '|>' + m['content'] -}}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"""
@@ -245,10 +245,10 @@ KINDS = {
 
 
 def expected(kind: Kind, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
-    """The text and the spans by the oracle; pieces to learn that touch are of different turns."""
+    """The oracle's text and spans; adjacent generated pieces belong to different turns."""
     text, spans = "", []
-    for piece, is_learnt in kind.oracle(messages):
-        if is_learnt:
+    for piece, is_generated in kind.oracle(messages):
+        if is_generated:
             spans.append((len(text), len(text) + len(piece)))
         text += piece
     return text, spans

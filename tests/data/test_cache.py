@@ -1,4 +1,4 @@
-"""open_dataset(): the same tokens however they were made, and nothing half made."""
+"""open_dataset(): the same tokens for any way of building them, and no partial caches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILES = ("tokens.bin", "seqlens.npy", "offsets.npy", "num_loss_tokens.npy", "row
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Files of 0.5 to 70 KB in shards of 10: one file, and several, to a shard."""
+    """Files of 0.5 to 70 KB in shards of 10 KB, so shards contain one or several files."""
     monkeypatch.setattr("hdp.data.prepare.build._MIN_SHARD_BYTES", 10_000)
     path = tmp_path / "docs"
     path.mkdir()
@@ -44,7 +44,7 @@ def contents(dataset: TokenDataset) -> dict[str, bytes]:
     return {name: (path / name).read_bytes() for name in FILES}
 
 
-def test_tokens_are_those_of_the_files(folder, tmp_path):
+def test_tokens_match_the_files(folder, tmp_path):
     dataset = load(folder, tmp_path)
     assert len(dataset) == NUM_FILES
     for i, sample in enumerate(dataset):
@@ -80,7 +80,7 @@ def test_smallest_dtype(folder, tmp_path):
     assert load(folder, tmp_path, tokenizer=Wide())[0].input_ids.dtype == np.uint32
 
 
-def test_second_opening_builds_nothing(folder, tmp_path, monkeypatch):
+def test_reopening_builds_nothing(folder, tmp_path, monkeypatch):
     first = load(folder, tmp_path)
     monkeypatch.setattr("hdp.data.prepare.cache.build", None)
     again = load(folder, tmp_path)
@@ -88,7 +88,7 @@ def test_second_opening_builds_nothing(folder, tmp_path, monkeypatch):
     assert load(folder, tmp_path, max_length=50, overlong="split").fingerprint != first.fingerprint
 
 
-def test_change_is_seen(folder, tmp_path):
+def test_changes_are_detected(folder, tmp_path):
     pytest.importorskip("tokenizers")
     seen = [load(folder, tmp_path)]
     seen.append(load(folder, tmp_path, tokenizer="bpe:400"))
@@ -100,7 +100,7 @@ def test_change_is_seen(folder, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "seal"])
-def test_broken_cache_is_rebuilt(folder, tmp_path, damage):
+def test_damaged_cache_is_rebuilt(folder, tmp_path, damage):
     first = load(folder, tmp_path)
     whole, path = contents(first), Path(first.report.cache_path)
     if damage == "truncate":
@@ -129,7 +129,7 @@ def start(folder, cache, tokenizer="bpe:400", workers=1, **options) -> subproces
     return subprocess.Popen(list(map(str, arguments)), stdout=subprocess.PIPE, text=True, **options)
 
 
-def test_ranks_that_start_at_once_build_once(folder, tmp_path):
+def test_ranks_that_start_together_build_once(folder, tmp_path):
     pytest.importorskip("tokenizers")
     ranks = [start(folder, tmp_path / "cache", stderr=subprocess.DEVNULL) for _ in range(4)]
     answers = {rank.communicate(timeout=patience(120))[0] for rank in ranks}
@@ -141,7 +141,7 @@ def test_ranks_that_start_at_once_build_once(folder, tmp_path):
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.3])
 def test_kill_during_build(folder, tmp_path, delay_s):
-    """kill -9 of a building process: nothing opens, no worker stays, the next build is whole."""
+    """After kill -9 of a builder, nothing opens, no worker stays, and the next build succeeds."""
     for i in range(30):
         (folder / f"more{i}.py").write_text("x = 1\n" * 200_000)
     cache = tmp_path / "cache"
@@ -157,7 +157,7 @@ def test_kill_during_build(folder, tmp_path, delay_s):
 
 
 def workers_of(cache: Path) -> list[str]:
-    """Processes that have a file below `cache` open."""
+    """File descriptors of other processes that are open below `cache`."""
     found = []
     for fd in Path("/proc").glob("[0-9]*/fd/*"):
         try:
@@ -170,7 +170,7 @@ def workers_of(cache: Path) -> list[str]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_full_disk(folder, tmp_path, workers):
-    """A write that fails ends the build with its error and leaves no folder behind."""
+    """A failed write ends the build with its error and leaves no folder behind."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -183,8 +183,8 @@ def test_full_disk(folder, tmp_path, workers):
     assert len(load(folder, tmp_path)) == NUM_FILES
 
 
-def test_worker_that_is_killed_is_an_error(folder, tmp_path):
-    """The kernel may take a worker when memory is short."""
+def test_killed_worker_is_an_error(folder, tmp_path):
+    """The kernel may kill a worker when memory runs out."""
     with pytest.raises(RuntimeError, match="SIGKILL"):
         load(folder, tmp_path, tokenizer=Deadly(), num_workers=2)
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
@@ -204,7 +204,10 @@ class Deadly(ByteTokenizer):
 
 def test_strict_at_build_and_from_the_cache(folder, tmp_path):
     (folder / "bad.py").write_bytes(b"\xff")
-    message = r"bad.py is not UTF-8 \(byte 0: invalid start byte\); without strict it is skipped"
+    message = (
+        r"bad.py is not UTF-8 \(byte 0: invalid start byte\); "
+        r"fix it, or turn off strict to skip it"
+    )
     with pytest.raises(ValueError, match=message):
         load(folder, tmp_path, strict=True)
     assert not list((tmp_path / "cache").glob("tokens-*/"))
@@ -222,14 +225,14 @@ def test_strict_names_the_first_row(tmp_path, monkeypatch):
             load(tmp_path / "a.jsonl", tmp_path, strict=True, num_workers=workers)
 
 
-def test_empty_documents_are_no_damage(folder, tmp_path):
+def test_empty_documents_are_not_damage(folder, tmp_path):
     (folder / "empty.py").write_text("")
     dataset = load(folder, tmp_path, strict=True)
     assert dataset.report.num_rejected == {"empty": 1}
 
 
-def test_file_names_that_are_no_text(tmp_path):
-    """Any bytes may name a file; the report can still be printed."""
+def test_file_names_that_are_not_text(tmp_path):
+    """File names may contain any bytes; the report can still be printed."""
     folder = os.fsencode(tmp_path / "docs")
     os.mkdir(folder)
     for name, content in ((b"a\xff.txt", b"ok"), (b"b\xff.txt", b"\xff")):
@@ -240,13 +243,13 @@ def test_file_names_that_are_no_text(tmp_path):
     assert "b\ufffd.txt" in str(dataset.report).encode().decode()
 
 
-def test_no_document(tmp_path):
+def test_no_documents(tmp_path):
     folder = tmp_path / "docs"
     folder.mkdir()
     (folder / "a").write_text("")
     (folder / "b").write_bytes(b"\xff")
     with pytest.raises(
-        ValueError, match=r"no document in .*docs: of 2 rows, 1 empty, first .*a; 1 not"
+        ValueError, match=r"no documents in .*docs: of 2 rows, 1 empty, first .*a; 1 not"
     ):
         load(folder, tmp_path)
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}))
@@ -257,14 +260,14 @@ def test_no_document(tmp_path):
         load(tmp_path / "a.jsonl", tmp_path)
 
 
-def test_source_that_changes_while_it_is_read(folder, tmp_path):
+def test_source_that_changes_during_the_build(folder, tmp_path):
     class Changing(ByteTokenizer):
         def encode_texts(self, texts):
             (folder / "late.py").write_text("late")
             os.utime(folder / "00.py", ns=(1, 1))
             return super().encode_texts(texts)
 
-    with pytest.raises(ValueError, match="changed while it was read"):
+    with pytest.raises(ValueError, match="changed while it was being read"):
         load(folder, tmp_path, tokenizer=Changing(), num_workers=1)
 
 
@@ -279,7 +282,7 @@ def test_bad_tokenizers(folder, tmp_path, tokenizer, message):
 
 
 def test_chats_with_a_trained_tokenizer(tmp_path):
-    """Byte pairs are learnt from the messages; loss masks are cached with the tokens."""
+    """Byte pairs are trained on the messages; loss masks are cached with the tokens."""
     pytest.importorskip("tokenizers")
     chat = [{"role": "user", "content": "hello hello"}, {"role": "assistant", "content": "bye bye"}]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for _ in range(50)))
@@ -287,14 +290,14 @@ def test_chats_with_a_trained_tokenizer(tmp_path):
     assert dataset.is_chat and len(dataset) == 50
     for sample in dataset:
         assert sample.loss_mask.dtype == bool
-        learnt = sample.input_ids[sample.loss_mask]
-        assert dataset.tokenizer.decode(learnt).strip() == "bye bye<|im_end|>"
+        learned = sample.input_ids[sample.loss_mask]
+        assert dataset.tokenizer.decode(learned).strip() == "bye bye<|im_end|>"
     assert (dataset.num_loss_tokens == np.count_nonzero(dataset[0].loss_mask)).all()
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_workers_with_hugging_face_parts(tmp_path, monkeypatch, kind):
-    """Tokenizers of transformers and rows of datasets reach worker processes whole."""
+def test_workers_with_hugging_face_objects(tmp_path, monkeypatch, kind):
+    """Tokenizers of transformers and rows of datasets work in worker processes."""
     pytest.importorskip("transformers")
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")

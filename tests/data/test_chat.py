@@ -1,4 +1,4 @@
-"""Spans of assistant turns against an oracle per template, and the token masks made from them."""
+"""Spans of assistant turns compared with an oracle per template, and token masks from spans."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytest.importorskip("jinja2.sandbox")
 
 
 def make_render(template: str, kind: Kind):
-    """A renderer with the settings of transformers, without importing it."""
+    """A renderer with the same settings as transformers, without importing it."""
 
     class Generation(jinja2.ext.Extension):
         tags = {"generation"}  # noqa: RUF012
@@ -64,10 +64,10 @@ def make_template(name: str, template: str | None = None) -> ChatTemplate:
     )
 
 
-# Contents that look like what templates write, with spaces where templates trim.
+# Contents that look like template output, or have whitespace where templates trim.
 LOOKALIKES = ["", " ", "\n", " a ", "\n\nb\n\n", "assistant", "\u00e9\U0001f600", "a" * 50]
 LOOKALIKES += ["<|im_end|>", "</s>", "### user:\n", "<think>x</think>y", "<|im_start|>assistant\n"]
-# Not of the categories Cs and Co: half a surrogate is no text, and marks are for private use.
+# Exclude the categories Cs (lone surrogates are not text) and Co (private use, for the marks).
 any_text = st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=12)
 contents = st.one_of(any_text, st.sampled_from(LOOKALIKES))
 
@@ -89,21 +89,21 @@ def has_any(messages: list[dict], *parts: str) -> bool:
 
 @pytest.mark.parametrize("name", KINDS)
 @given(messages=chats())
-def test_spans_hold_the_turns(name, messages):
-    """Content and end of turn are inside, headers and other roles outside: by the oracle."""
+def test_spans_cover_the_turns(name, messages):
+    """Content and end of turn are inside, headers and other roles outside, as in the oracle."""
     if name == "think" and has_any(messages, "think>"):
         messages = [m if "think>" not in m["content"] else {**m, "content": "z"} for m in messages]
     kind = KINDS[name]
     text, spans = make_template(name).render_spans(messages)
     expected_text, expected_spans = expected(kind, messages)
-    assert text == expected_text, "the oracle of the test is wrong"
+    assert text == expected_text, "the test's oracle is wrong"
     assert [text[a:b] for a, b in spans] == [text[a:b] for a, b in expected_spans]
     assert spans == expected_spans
 
 
 @given(messages=chats())
-def test_both_ways_agree(messages):
-    """The same template with and without {% generation %} gives the same spans."""
+def test_both_methods_agree(messages):
+    """A template gives the same spans with and without {% generation %}."""
     marked = CHATML.replace(
         "{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' -}}",
         "{{- '<|im_start|>' + m['role'] + '\\n' -}}{%- if m['role'] == 'assistant' -%}"
@@ -128,7 +128,7 @@ SPACED = """
 @pytest.mark.parametrize("left", ["", "-", "+"])
 @pytest.mark.parametrize("right", ["", "-", "+"])
 def test_marks_change_nothing(left, right):
-    """Whitespace control of the tags stays what it was, whatever it is."""
+    """Marks preserve the whitespace control of the tags."""
     template = SPACED.replace("L", left).replace("R", right)
     messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     chat = make_template("chatml", template)
@@ -141,7 +141,7 @@ def test_marks_change_nothing(left, right):
 
 
 def test_generation_inside_a_macro():
-    """Text that passes through a macro takes its marks along."""
+    """Marks survive passing text through a macro."""
     template = (
         "{% macro turn(m) %}[{% generation %}{{ m.content }}{% endgeneration %}]{% endmacro %}"
         "{% for m in messages %}{% if m.role == 'assistant' %}{{ turn(m) }}{% else %}"
@@ -151,13 +151,13 @@ def test_generation_inside_a_macro():
     assert make_template("chatml", template).render_spans(messages) == ("u[abc]", [(2, 5)])
 
 
-def test_generation_that_is_processed_afterwards_is_refused():
-    """A filter over the marked text sees the marks: the check against the plain text finds it."""
+def test_filtered_generation_blocks_are_rejected():
+    """A filter over the marked text sees the marks; the check against the plain text detects it."""
     template = (
         "{% set t %}{% generation %} {{ messages[0].content }} {% endgeneration %}{% endset %}"
         "{{ t | trim }}"
     )
-    with pytest.raises(ChatTemplateError, match="change what it renders"):
+    with pytest.raises(ChatTemplateError, match="blocks changes its output"):
         make_template("chatml", template).render_spans([{"role": "assistant", "content": "x"}])
 
 
@@ -168,7 +168,7 @@ def test_chat_that_starts_with_the_assistant():
     assert [text[a:b] for a, b in spans] == ["hi<|im_end|>"]
 
 
-def test_assistant_turns_in_a_row():
+def test_consecutive_assistant_turns():
     messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "same"}]
     text, spans = make_template("chatml").render_spans([*messages, messages[1]])
     assert [text[a:b] for a, b in spans] == ["same<|im_end|>"] * 2
@@ -195,13 +195,13 @@ TOOL_CHAT = [
 ]
 
 
-def test_tool_calls_are_learnt_and_answers_are_not():
+def test_tool_calls_are_inside_and_answers_outside():
     text, spans = make_template("chatml", TOOLS).render_spans(TOOL_CHAT)
     calls = "let me see<call>f</call><call>g</call><|im_end|>"
     assert [text[a:b] for a, b in spans] == [calls, "it is 42<|im_end|>"]
 
 
-def test_tool_answer_inside_the_turn_is_refused():
+def test_tool_answer_inside_the_turn_is_rejected():
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.tool_calls %}"
         "{{ '(' + messages[loop.index].content + ')' }}{% endif %}{{ m.content }}<|im_end|>"
@@ -211,13 +211,13 @@ def test_tool_answer_inside_the_turn_is_refused():
         make_template("chatml", template).render_spans(TOOL_CHAT)
 
 
-def test_templates_that_cannot_be_read():
+def test_templates_without_exact_spans_are_rejected():
     one = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     twice = "{% for m in messages %}{{ m.content + m.content }}{% endfor %}"
     with pytest.raises(ChatTemplateError, match="renders message 1 2 times"):
         make_template("chatml", twice).render_spans(one)
     picky = "{{ raise_exception('no') if messages[1].content != 'a' else 'a' }}"
-    with pytest.raises(ChatTemplateError, match="refuses another content"):
+    with pytest.raises(ChatTemplateError, match="rejects replaced content in message 1"):
         make_template("chatml", picky).render_spans(one)
     with pytest.raises(ChatTemplateError, match="reserved"):
         make_template("chatml").render_spans([{"role": "assistant", "content": "\U000f8a31"}])
@@ -230,7 +230,7 @@ def test_templates_that_cannot_be_read():
     st.lists(st.integers(0, 4), max_size=30),
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=6),
 )
-def test_mask_is_tokens_with_a_character_in_a_span(token_sizes, gaps_and_sizes):
+def test_mask_has_the_tokens_with_a_character_in_a_span(token_sizes, gaps_and_sizes):
     stops = np.cumsum(token_sizes, dtype=int)
     offsets = np.stack([stops - token_sizes, stops], axis=1).reshape(-1, 2)
     spans, position = [], 0
@@ -238,15 +238,15 @@ def test_mask_is_tokens_with_a_character_in_a_span(token_sizes, gaps_and_sizes):
         spans.append((position + gap, position + gap + size))
         position += gap + size
     inside = {c for start, stop in spans for c in range(start, stop)}
-    for (start, stop), is_learnt in zip(offsets, spans2mask(offsets, spans), strict=True):
+    for (start, stop), in_mask in zip(offsets, spans2mask(offsets, spans), strict=True):
         if start < stop:
-            assert is_learnt == any(c in inside for c in range(start, stop))
-        else:  # a token of no character is learnt inside of a span only
-            assert not is_learnt or (start in inside and start - 1 in inside)
+            assert in_mask == any(c in inside for c in range(start, stop))
+        else:  # a token without characters is in the mask only inside a span
+            assert not in_mask or (start in inside and start - 1 in inside)
 
 
-def test_mask_of_characters_in_several_tokens():
-    """Byte-level tokens of one character all have the character's offsets."""
+def test_mask_of_a_character_split_into_tokens():
+    """The byte-level tokens of one character all have that character's offsets."""
     offsets = np.array([[0, 1], [1, 2], [1, 2], [1, 2], [2, 3]])
     assert spans2mask(offsets, [(1, 2)]).tolist() == [False, True, True, True, False]
     assert spans2mask(np.zeros((0, 2)), [(0, 1)]).shape == (0,)

@@ -1,4 +1,4 @@
-"""Sealed directories: built once, whole or absent, whatever dies when."""
+"""Sealed directories: built once, complete or absent, even if processes are killed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hdp.data.prepare import sealed
 from hdp.data.prepare.sealed import build_once, read_seal
 from tests.patience import patience, wait_for
 
-# Builds a directory of two files; waits in the middle if told so; logs each build that starts.
+# Builds a directory of two files, sleeps wait_s in between, and logs each build that starts.
 CHILD = """
 import sys, time
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_built_once(tmp_path):
 
 
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_build_is_no_build(tmp_path, sig):
+def test_killed_build_leaves_nothing(tmp_path, sig):
     path = tmp_path / "cache"
     child = start_child(path, wait_s=60)
     wait_for(lambda: list(tmp_path.glob("cache.tmp-*/a.bin")))
@@ -78,14 +78,14 @@ def test_waiting_process_takes_over_from_a_killed_builder(tmp_path):
     first = start_child(path, wait_s=60)
     wait_for(lambda: list(tmp_path.glob("cache.tmp-*/a.bin")))
     second = start_child(path)
-    time.sleep(0.3)  # until it waits for the lock; if it is late, it has less to wait
+    time.sleep(0.3)  # until it waits for the lock; if it is late, it just waits less
     first.kill()
     assert second.communicate(timeout=patience(30))[0].startswith("True")
     assert read_seal(path)["who"] == "child"
 
 
 @pytest.mark.parametrize("size", [0, 999, 1001])
-def test_truncation_is_seen(tmp_path, size):
+def test_truncation_is_detected(tmp_path, size):
     path = tmp_path / "cache"
     build_once(path, fill)
     os.truncate(path / "a.bin", size)
@@ -96,7 +96,7 @@ def test_truncation_is_seen(tmp_path, size):
 
 
 @pytest.mark.parametrize("seal", ["", "{", "[]", "null", '{"files": 3}', '{"files": {"x": 1}}'])
-def test_broken_seal_is_no_seal(tmp_path, seal):
+def test_broken_seal_is_rebuilt(tmp_path, seal):
     path = tmp_path / "cache"
     build_once(path, fill)
     (path / "meta.json").write_text(seal)
@@ -104,7 +104,7 @@ def test_broken_seal_is_no_seal(tmp_path, seal):
     assert build_once(path, fill) and read_seal(path) is not None
 
 
-def test_missing_file_and_a_file_in_the_way(tmp_path):
+def test_missing_file_and_file_in_the_way(tmp_path):
     path = tmp_path / "deep" / "cache"
     build_once(path, fill)
     (path / "a.bin").unlink()
@@ -114,9 +114,9 @@ def test_missing_file_and_a_file_in_the_way(tmp_path):
     assert build_once(other, fill) and read_seal(other) is not None
 
 
-def test_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(ValueError, match=r"cannot write into .*file .*--cache-dir"):
+def test_folder_that_is_not_writable(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ValueError, match=r"cannot write to .*file .*--cache-dir"):
         build_once(tmp_path / "file" / "cache", fill)
 
 
@@ -144,7 +144,7 @@ def test_readers_of_a_replaced_cache_keep_their_files(tmp_path):
 
 
 def test_without_locks_the_first_rename_wins(tmp_path, monkeypatch):
-    """Some network mounts have no locks: both build, one is kept, both see it."""
+    """Without locks (some network mounts), both build, one copy is kept, and both see it."""
 
     def no_lock(*_: object) -> None:
         raise OSError("no locks here")

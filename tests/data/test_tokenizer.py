@@ -1,4 +1,4 @@
-"""Bytes, byte pairs and Hugging Face tokenizers: the same contract, the same chats."""
+"""Byte, byte-pair and Hugging Face tokenizers: the same contract, the same chats."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_round_trip(tokenizer):
 
 
 @given(any_text)
-def test_any_text_survives(text):
+def test_any_text_round_trips(text):
     tokenizer = _shared_bpe()
     assert tokenizer.decode(tokenizer.encode_texts([text])[0]) == text
     assert ByteTokenizer().decode(ByteTokenizer().encode_texts([text])[0]) == text
@@ -87,7 +87,7 @@ def _shared_bpe() -> BpeTokenizer:
     return _CACHE[0]
 
 
-def test_special_tokens_in_a_document_are_text(tokenizer):
+def test_special_tokens_in_a_document_are_plain_text(tokenizer):
     specials = {tokenizer.eos_id, tokenizer.im_start_id, tokenizer.im_end_id}
     assert len(specials) == 3
     [ids] = tokenizer.encode_texts([f"a{EOS}b<|im_end|><|im_start|>"])
@@ -95,12 +95,12 @@ def test_special_tokens_in_a_document_are_text(tokenizer):
     assert tokenizer.decode([tokenizer.eos_id]) == EOS
 
 
-def test_bytes_are_one_byte_each():
+def test_byte_tokens_are_bytes():
     assert ByteTokenizer().vocab_size == 256
     assert ByteTokenizer().encode_texts(["a\u00e9"])[0].tolist() == [97, 195, 169]
 
 
-def test_training_is_deterministic_and_pickles(bpe):
+def test_training_is_deterministic_and_the_result_pickles(bpe):
     again = train_bpe(iter(CORPUS), 320)
     assert again.fingerprint() == bpe.fingerprint() and again.vocab_size == 320
     assert train_bpe(CORPUS[:2], 320).fingerprint() != bpe.fingerprint()
@@ -121,14 +121,14 @@ def test_chat_mask(tokenizer):
     kind = KINDS["chatml"]
     text, _ = expected(kind, CHAT)
     assert tokenizer.decode(ids) == text
-    learnt = tokenizer.decode(ids[mask])
-    assert learnt.endswith("\n Two \u00e4\U0001f600\n<|im_end|>Bye<|im_end|>")
-    assert learnt.strip("\n").startswith(" Two")  # a token may hold the header's line break, too
+    learned = tokenizer.decode(ids[mask])
+    assert learned.endswith("\n Two \u00e4\U0001f600\n<|im_end|>Bye<|im_end|>")
+    assert learned.strip("\n").startswith(" Two")  # a token may include the header's line break
 
 
-def test_transformers_loads_what_is_saved(tokenizer, hf):
+def test_transformers_loads_saved_tokenizers(tokenizer, hf):
     for text, ids in zip(TEXTS, tokenizer.encode_texts(TEXTS), strict=True):
-        if EOS not in text:  # transformers takes it for the token
+        if EOS not in text:  # transformers parses it as the token
             assert hf(text)["input_ids"] == ids.tolist()
     assert (hf.eos_token, hf.eos_token_id) == (EOS, tokenizer.eos_id)
     assert max(hf.get_vocab().values()) + 1 == tokenizer.vocab_size
@@ -148,7 +148,7 @@ def test_saved_tokenizers_load_without_transformers(tokenizer, saved):
     assert loaded.fingerprint() == tokenizer.fingerprint()
 
 
-def test_messages_in_parts_and_what_text_tokenizers_refuse(tokenizer):
+def test_messages_in_parts_and_unsupported_content(tokenizer):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     whole = [{"role": "assistant", "content": "ab"}]
     split = [{"role": "assistant", "content": parts}]
@@ -162,8 +162,8 @@ def test_messages_in_parts_and_what_text_tokenizers_refuse(tokenizer):
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "phi3", "zephyr"])
-def test_hf_chats_by_the_oracle(bpe, tmp_path, name):
-    """Token masks of real tokenizers over templates of several kinds."""
+def test_hf_chats_match_the_oracle(bpe, tmp_path, name):
+    """Token masks of real tokenizers for several kinds of templates."""
     pytest.importorskip("transformers")
     from hdp.models.huggingface import load_tokenizer
 
@@ -180,16 +180,16 @@ def test_hf_chats_by_the_oracle(bpe, tmp_path, name):
     text, spans = expected(kind, chat)
     assert tokenizer.decode(ids) == text
     assert ids.tolist() == hf.apply_chat_template(chat, return_dict=True)["input_ids"]
-    learnt = tokenizer.decode(ids[mask])
+    learned = tokenizer.decode(ids[mask])
     wanted = "".join(text[start:stop] for start, stop in spans)
-    assert learnt.replace("\n", "").replace(" ", "") == wanted.replace("\n", "").replace(" ", "")
+    assert learned.replace("\n", "").replace(" ", "") == wanted.replace("\n", "").replace(" ", "")
     assert ids[mask].tolist().count(hf.convert_tokens_to_ids(kind.eos)) == (
         0 if name == "phi3" else 2
     )
 
 
-def test_hf_texts_keep_what_the_tokenizer_adds(bpe, tmp_path):
-    """A BOS of the tokenizer's own stays; truncation and padding that were saved do not."""
+def test_hf_texts_keep_the_bos_but_not_truncation(bpe, tmp_path):
+    """The tokenizer's BOS is kept; saved truncation and padding settings are not."""
     pytest.importorskip("transformers")
     from tokenizers import processors
 
@@ -218,7 +218,7 @@ def test_hf_without_a_chat_template(hf):
         hf.chat_template = template
 
 
-def test_hf_template_that_refuses_a_chat(hf):
+def test_hf_template_that_rejects_a_chat(hf):
     template = hf.chat_template
     hf.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('No system!') }}{% endif %}"
@@ -226,16 +226,16 @@ def test_hf_template_that_refuses_a_chat(hf):
     )
     try:
         chats = [Document(messages=CHAT), Document(messages=CHAT[1:])]
-        refused, fine = HFTokenizer(hf).encode_chats(chats)
+        rejected, (ids, mask) = HFTokenizer(hf).encode_chats(chats)
     finally:
         hf.chat_template = template
-    assert isinstance(refused, Rejected) and "No system!" in refused.detail
-    assert len(fine[0]) == len(fine[1]) > 0
+    assert isinstance(rejected, Rejected) and "No system!" in rejected.detail
+    assert len(ids) == len(mask) > 0
 
 
 def test_unknown_tokenizers(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match="tokenizer"):
         load_tokenizer(str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match="not a tokenizer of hdp"):
+    with pytest.raises(ValueError, match="not a tokenizer trained by hdp"):
         BpeTokenizer('{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}')

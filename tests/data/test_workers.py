@@ -1,4 +1,4 @@
-"""ordered_map(): order, errors and deaths of worker processes."""
+"""ordered_map(): order of results, errors, and worker processes that die."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.patience import wait_for
 
 
 def scale(context, task):
-    print("noise on stdout")  # must not get between the results
+    print("noise on stdout")  # must not mix with the results
     time.sleep(0.01 * (5 - task % 5))  # later tasks finish first
     return context * task
 
@@ -58,12 +58,12 @@ def test_errors_keep_their_type(num_workers):
         next(results)
 
 
-def test_errors_that_do_not_travel_come_as_text():
+def test_unpicklable_errors_arrive_as_text():
     with pytest.raises(RuntimeError, match="Unpicklable"):
         list(ordered_map(fail_at_three, None, [4], num_workers=2))
 
 
-def test_death_is_told():
+def test_death_is_reported():
     with pytest.raises(RuntimeError, match=r"(?s)SIGKILL \(out of memory\?\).*last words"):
         list(ordered_map(die_at_three, None, list(range(8)), num_workers=2))
 
@@ -91,7 +91,7 @@ def run(log, task):
 
 
 def test_no_orphans(tmp_path):
-    """kill -9 the parent: its workers, busy in a task, are gone at once."""
+    """After kill -9 of the parent, its workers exit immediately, even while running a task."""
     log = tmp_path / "pids"
     (tmp_path / "slow_task.py").write_text(SLOW_TASK)
     script = tmp_path / "parent.py"

@@ -1,1 +1,1 @@
-"""From files, tables and chats to a cache of tokens."""
+"""Turns files, tables and chats into a token cache."""

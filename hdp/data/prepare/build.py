@@ -1,20 +1,20 @@
-"""Documents to token files: what is done once and then cached.
+"""build(): tokenizes documents into the files of a token cache.
 
-  1. cut the source into shards, a few per worker and about equal in bytes
-  2. tokenise each shard into files of its own, in parallel
-  3. append them in order, so that the result does not depend on the number of workers
+  1. cut the source into shards of about equal size in bytes, a few per worker
+  2. tokenize each shard into its own files, in parallel
+  3. append them in order, so the result does not depend on the number of workers
 
-A directory holds, for n documents:
+For n documents, a cache directory holds:
 
     tokens.bin            all tokens, in the smallest unsigned dtype that holds the vocabulary
     loss_mask.bin         one byte per token, for chats only
     seqlens.npy           (n,) int64, tokens per document
     offsets.npy           (n + 1,) int64, where documents start in tokens.bin
-    num_loss_tokens.npy   (n,) int64, labels per document: positions from 1 on that the mask keeps
-    rows.npy              (n,) int64, which row of the source a document came from
+    num_loss_tokens.npy   (n,) int64, labels per document: tokens after the first in the mask
+    rows.npy              (n,) int64, the source row that each document came from
     names.json            how to name a row: the files and their first rows
 
-The arrays are plain .npy: `numpy.load(..., mmap_mode="r")` is all that a reader needs.
+The arrays are plain .npy: `numpy.load(..., mmap_mode="r")` is all a reader needs.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from .workers import num_cpus, ordered_map
 TOKENS, LOSS_MASK, NAMES = "tokens.bin", "loss_mask.bin", "names.json"
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 256
 _MIN_SHARD_BYTES, _MAX_SHARD_BYTES = 1 << 20, 32 << 20
-_MIN_PARALLEL_BYTES = 8 << 20  # below, starting processes takes longer than the work
+_MIN_PARALLEL_BYTES = 8 << 20  # below this, starting processes takes longer than the work
 _MAX_EXAMPLES = 5
 
 
 class Tally:
-    """What became of rows: how many there were, and which were no documents, by reason."""
+    """Counts of rows, and of those that did not become documents, by reason."""
 
     def __init__(self) -> None:
         self.num_rows = 0
@@ -58,7 +58,7 @@ class Tally:
             known.append((row, rejected.detail))
 
     def merge(self, other: Tally, first_row: int) -> None:
-        """Adds `other`, whose rows count from `first_row`."""
+        """Add `other`, whose row 0 is row `first_row` here."""
         self.num_rows += other.num_rows
         for reason, count in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + count
@@ -67,7 +67,7 @@ class Tally:
                 known.append((first_row + row, detail))
 
     def first_damage(self) -> tuple[int, str, str] | None:
-        """(row, reason, detail) of the first row that strict users want to hear about."""
+        """(row, reason, detail) of the first row that is an error under `strict`, or None."""
         first = {reason: self.examples[reason][0] for reason in DAMAGE if reason in self.examples}
         damage = [(row, reason, detail) for reason, (row, detail) in first.items()]
         return min(damage) if damage else None
@@ -84,18 +84,18 @@ class _Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Tokenised:
-    """One shard's documents; their tokens are in its files."""
+class _TokenizedShard:
+    """The index of one shard's documents; their tokens are in the shard's files."""
 
-    num_positions: int  # rows and blank lines: how far the next shard's rows are
-    rows: np.ndarray  # (n,) int64, in the shard
+    num_positions: int  # rows and blank lines: the offset of the next shard's rows
+    rows: np.ndarray  # (n,) int64, row numbers within the shard
     seqlens: np.ndarray  # (n,) int64
     num_loss_tokens: np.ndarray  # (n,) int64
     tally: Tally
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest unsigned integer that holds ids below `vocab_size`."""
+    """The smallest unsigned integer dtype that holds ids below `vocab_size`."""
     return np.min_scalar_type(max(0, vocab_size - 1))
 
 
@@ -109,36 +109,38 @@ def build(
     num_workers: int | None,
     show_progress: bool | None,
 ) -> dict[str, Any]:
-    """Fills `directory` and returns what its seal shall say.
+    """Fill `directory` and return the metadata for its seal.
 
     Raises ValueError if no document is left, if a row is damaged under `strict`, or if the source
-    changes meanwhile.
+    changes during the build.
     """
     before = source.fingerprint()
-    is_chat = source.is_chat  # before any process starts: it raises if there is no such column
+    is_chat = source.is_chat  # before any process starts, as it raises if the column is missing
     num_bytes = source.num_bytes()
     if num_workers is None:
         num_workers = num_cpus() if num_bytes >= _MIN_PARALLEL_BYTES else 1
     if "__main__" in (type(source).__module__, type(tokenizer).__module__):
-        num_workers = 1  # children could not import it
+        num_workers = 1  # child processes could not import it
     target = min(max(num_bytes // (8 * max(1, num_workers)), _MIN_SHARD_BYTES), _MAX_SHARD_BYTES)
     shards = source.shards(target)
     num_workers = min(num_workers, len(shards))
     job = _Job(source=source, tokenizer=tokenizer, append_eos=append_eos, directory=directory)
     with console.progress(
-        f"tokenising {source.label}", num_bytes, unit="bytes", enabled=show_progress
+        f"tokenizing {source.label}", num_bytes, unit="bytes", enabled=show_progress
     ) as advance:
         results = ordered_map(
-            _tokenise_shard,
+            _tokenize_shard,
             job,
             list(enumerate(shards)),
             num_workers=num_workers,
             on_done=lambda task: advance(task[1].num_bytes),
         )
-        with closing(results):  # an error here ends the workers at once
+        with closing(results):  # an error here stops the workers immediately
             merged = _merge(job, shards, results, is_chat=is_chat, strict=strict)
     if source.fingerprint() != before:
-        raise ValueError(f"{source.label} changed while it was read: try again when it is still")
+        raise ValueError(
+            f"{source.label} changed while it was being read: try again once nothing writes to it"
+        )
     return {
         **merged,
         "label": _printable(source.label),
@@ -150,7 +152,7 @@ def build(
 
 
 def row_name(names: dict[str, Any], row: int) -> str:
-    """A row of the source as people know it: a path, path:line, or a row number."""
+    """The readable name of a source row: a path, path:line, or a row number."""
     if names["row_kind"] == "file":
         return names["files"][row]
     file = int(np.searchsorted(names["first_rows"], row, side="right")) - 1
@@ -162,12 +164,12 @@ def row_name(names: dict[str, Any], row: int) -> str:
 def _merge(
     job: _Job,
     shards: Sequence[Shard],
-    results: Iterator[_Tokenised],
+    results: Iterator[_TokenizedShard],
     *,
     is_chat: bool,
     strict: bool,
 ) -> dict[str, Any]:
-    """Step 3: appends the shards' files and writes the index."""
+    """Step 3: append the shards' files and write the index."""
     source, directory = job.source, job.directory
     first_rows: list[int] = []
     files = [_printable(name) for name in source.files]
@@ -178,7 +180,7 @@ def _merge(
     with ExitStack() as stack:
         outputs = _open_outputs(stack, directory, is_chat)
         for index, (shard, result) in enumerate(zip(shards, results, strict=True)):
-            while len(first_rows) <= shard.file:  # a file may be empty
+            while len(first_rows) <= shard.file:  # `while`, because files may be empty
                 first_rows.append(num_positions)
             tally.merge(result.tally, num_positions)
             damage = tally.first_damage() if strict else None
@@ -193,7 +195,7 @@ def _merge(
             num_positions += result.num_positions
     arrays = {name: np.concatenate(parts or [_int64([])]) for name, parts in columns.items()}
     if not len(arrays["rows"]):
-        raise ValueError(f"no document in {source.label}: {_summary(tally, names)}")
+        raise ValueError(f"no documents in {source.label}: {_summary(tally, names)}")
     assert tally.num_rows == len(arrays["rows"]) + sum(tally.counts.values()), vars(tally)
     arrays["offsets"] = np.concatenate([_int64([0]), np.cumsum(arrays["seqlens"])])
     for name, array in arrays.items():
@@ -212,8 +214,9 @@ def _merge(
 
 
 def damage_message(name: str, reason: str, detail: str) -> str:
-    """What strict users read about a row that is no document."""
-    return f"{name} is {reason}{f' ({detail})' if detail else ''}; without strict it is skipped"
+    """The error message, under `strict`, for a row that is damaged."""
+    detail = f" ({detail})" if detail else ""
+    return f"{name} is {reason}{detail}; fix it, or turn off strict to skip it"
 
 
 def _summary(tally: Tally, names: dict[str, Any]) -> str:
@@ -222,12 +225,13 @@ def _summary(tally: Tally, names: dict[str, Any]) -> str:
     parts = []
     for reason, count in tally.counts.items():
         row, detail = tally.examples[reason][0]
-        parts.append(f"{count} {reason}, first {row_name(names, row)}{detail and f' ({detail})'}")
+        detail = f" ({detail})" if detail else ""
+        parts.append(f"{count} {reason}, first {row_name(names, row)}{detail}")
     return f"of {tally.num_rows} rows, " + "; ".join(parts)
 
 
-def _tokenise_shard(job: _Job, task: tuple[int, Shard]) -> _Tokenised:
-    """Step 2, in a worker: one shard's tokens to its files."""
+def _tokenize_shard(job: _Job, task: tuple[int, Shard]) -> _TokenizedShard:
+    """Step 2, in a worker: write one shard's tokens to its files."""
     index, shard = task
     rows: list[int] = []
     seqlens: list[int] = []
@@ -244,8 +248,8 @@ def _tokenise_shard(job: _Job, task: tuple[int, Shard]) -> _Tokenised:
                     tally.reject(row, encoded)
                     continue
                 ids, mask = encoded
-                if not len(ids):  # a tokenizer may drop what it has no token for
-                    tally.reject(row, Rejected(reason=EMPTY, detail="no token"))
+                if not len(ids):  # a tokenizer may drop text that it has no tokens for
+                    tally.reject(row, Rejected(reason=EMPTY, detail="no tokens"))
                     continue
                 assert ids.max() < job.tokenizer.vocab_size, (row, ids.max(), job.tokenizer.name)
                 outputs[TOKENS].write(ids.astype(dtype).tobytes())
@@ -256,7 +260,7 @@ def _tokenise_shard(job: _Job, task: tuple[int, Shard]) -> _Tokenised:
                 num_loss_tokens.append(
                     len(ids) - 1 if mask is None else int(np.count_nonzero(mask[1:]))
                 )
-    return _Tokenised(
+    return _TokenizedShard(
         num_positions=num_positions,
         rows=_int64(rows),
         seqlens=_int64(seqlens),
@@ -268,7 +272,7 @@ def _tokenise_shard(job: _Job, task: tuple[int, Shard]) -> _Tokenised:
 def _batches(
     items: Iterator[Document | Rejected | None], tally: Tally
 ) -> Iterator[list[tuple[int, Document | None]]]:
-    """(row, document) in lists that are worth a call of the tokenizer; the last row is in one."""
+    """Lists of (row, document) large enough for a tokenizer call; they include the last row."""
     batch: list[tuple[int, Document | None]] = []
     num_characters = 0
     for row, item in enumerate(items):
@@ -286,7 +290,7 @@ def _batches(
 
 
 def _encode(job: _Job, batch: list[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """(row, (ids, mask or None) or Rejected) of each document, in order."""
+    """(row, (ids, mask or None) or Rejected) for each document, in order."""
     documents = [document for _, document in batch]
     if job.source.is_chat:
         encoded: list[Any] = list(job.tokenizer.encode_chats(documents))
@@ -318,7 +322,7 @@ def _append(path: Path, output: IO[bytes]) -> None:
 
 
 def _printable(name: str) -> str:
-    """A path as text: file names may hold bytes that no terminal can print."""
+    """A path as printable text: file names may contain bytes that are not UTF-8."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 

@@ -1,19 +1,19 @@
-"""open_dataset(): from the name of some data to a TokenDataset, tokenising only what is new.
+"""open_dataset(): from the name of some data to a TokenDataset, tokenizing only what is new.
 
     dataset = open_dataset("stdlib", tokenizer="bpe:4096")
     dataset.seqlens            # (n,) int64, without touching a token
     dataset[17].input_ids      # (seqlen,) a view of a memory map: only slices are read
     print(dataset.report)      # what was read, skipped and cut
 
-Tokens are made once and kept under a key of the source's state (paths, sizes, times), the
-tokenizer's content and the options that change tokens. Limits on lengths are not among them: they
-choose from the index when a cache is opened, so another `--max-length` costs no new build.
+Tokens are cached under a key derived from the source's state (paths, sizes, times), the tokenizer's
+content and the options that affect tokens. Length limits are not part of the key: they select from
+the index when a cache is opened, so changing `--max-length` does not rebuild it.
 
-Invariants, each with a test of its name in tests/data/test_cache.py:
+Invariants, each with a test of the same name in tests/data/test_cache.py:
 
-* workers_change_nothing     the files are the same for any number of workers
-* change_is_seen             a file, tokenizer or option that changes gives a new cache
-* broken_cache_is_rebuilt    a truncated file is found by its size, and the cache is built again
+* workers_change_nothing      the files are the same for any number of workers
+* changes_are_detected        a changed file, tokenizer or option gives a new cache
+* damaged_cache_is_rebuilt    a truncated file is detected by its size, and the cache is rebuilt
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from .sealed import build_once
 from .sources import Source
 from .tokenizer import BpeTokenizer, Tokenizer, load_tokenizer, train_bpe
 
-_FORMAT_VERSION = 1  # of tokenizer and token caches; another version is another key
-_TRAINING_BYTES = 32 << 20  # a byte-pair tokenizer learns from about this much of the source
+_FORMAT_VERSION = 1  # of tokenizer and token caches; part of the key
+_TRAINING_BYTES = 32 << 20  # a byte-pair tokenizer is trained on about this much of the source
 
 
 def open_dataset(
@@ -55,25 +55,25 @@ def open_dataset(
     num_workers: int | None = None,
     show_progress: bool | None = None,
 ) -> TokenDataset:
-    """Opens data as token sequences; tokenises and caches them if that was not done before.
+    """Open data as token sequences; tokenize and cache them first if they are not cached yet.
 
-    Processes that start at once build once, and the others wait: call it before anything that runs
-    against a clock, such as a process group with a short timeout.
+    Of several processes that start at once, one builds and the others wait: call this before
+    anything that can time out, such as creating a process group with a short timeout.
 
     Args:
         data: "stdlib", a file, folder, glob, list of files, hub name or `datasets.Dataset`; see
             `locate.open_source`, which takes text_column, pattern, subset and split.
         tokenizer: "bpe:SIZE" (trained on the data), "bytes", a path or hub name, or a Tokenizer.
-        append_eos: end each text with the tokenizer's EOS (chats end as their template says).
-        max_length: tokens of the longest sequence wanted; None: no limit.
+        append_eos: end each text with the tokenizer's EOS (a chat ends as its template says).
+        max_length: maximum tokens per sequence; None: no limit.
         overlong: what happens to documents over max_length: "error", "drop", "truncate" (keep the
-            first max_length tokens) or "split" (into sequences of max_length and the rest).
-        strict: rows that are damaged are an error; otherwise they are skipped and counted.
+            first max_length tokens) or "split" (into sequences of max_length and a remainder).
+        strict: damaged rows are an error; otherwise they are skipped and counted.
         cache_dir: None: ~/.cache/hdp.
-        num_workers: processes that tokenise; None: one per core if the data are worth it.
-        show_progress: None: on a terminal.
+        num_workers: tokenizer processes; None: one per core if there is enough data.
+        show_progress: None: only on a terminal.
 
-    Raises ValueError for data that do not exist, hold no document, or break the rules above.
+    Raises ValueError if the data does not exist, contains no documents, or violates an option.
     """
     folder = Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "hdp"
     source = open_source(data, text_column=text_column, pattern=pattern, subset=subset, split=split)
@@ -106,7 +106,7 @@ def open_tokenizer(
     cache_dir: Path,
     show_progress: bool | None = None,
 ) -> Tokenizer:
-    """The tokenizer that `spec` names; "bpe:SIZE" is trained on the source once and cached."""
+    """The tokenizer named by `spec`; "bpe:SIZE" is trained on the source once and cached."""
     if isinstance(spec, Tokenizer):
         return spec
     if spec == "bpe":
@@ -115,7 +115,9 @@ def open_tokenizer(
         return load_tokenizer(spec)
     size = spec.removeprefix("bpe:")
     if not size.isdecimal():
-        raise ValueError(f"tokenizer {spec!r}: after bpe: comes a number of ids, as in bpe:4096")
+        raise ValueError(
+            f"tokenizer {spec!r}: expected bpe: and a vocabulary size, such as bpe:4096"
+        )
 
     def fill(directory: Path) -> dict[str, Any]:
         trained = train_bpe(_training_texts(source, show_progress), int(size))
@@ -130,7 +132,7 @@ def open_tokenizer(
 
 
 def _training_texts(source: Source, show_progress: bool | None) -> Iterator[str]:
-    """Texts from shards spread evenly over the source: the same ones in every run."""
+    """Texts from shards spread evenly over the source, the same in every run."""
     shards = source.shards(1 << 20)
     stride = max(1, -(-source.num_bytes() // _TRAINING_BYTES))
     chosen = shards[::stride]

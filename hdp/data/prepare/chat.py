@@ -1,24 +1,24 @@
-"""Which characters of a rendered chat the assistant wrote, for any chat template.
+"""The characters of a rendered chat that the assistant wrote, for any chat template.
 
-Loss belongs on what the model has to generate: the assistant's content, its tool calls, and the
-token that ends its turn; not on headers, nor on a line break after the end of turn. Templates
-differ in everything else (they trim, move the system prompt, strip old reasoning, add an end at the
-very end), so nothing about their shape is assumed. Spans are found in what is really rendered:
+The loss covers what the model has to generate: the assistant's content, its tool calls, and the
+token that ends its turn, but not headers or a line break after the end of turn. Templates differ in
+everything else (they trim, move the system prompt, strip old reasoning, append a final token), so
+nothing is assumed about their structure. Spans are found in the actual rendering:
 
-* templates with {% generation %} say it themselves: the tags are swapped for marks that travel with
-  the text, and the marks' places are read off the result
-* for all others, each assistant turn is rendered twice more. Before it, with the generation prompt:
-  if that is a prefix of the chat, the turn starts where it ends. And with its content exchanged:
-  what the two renderings do not share at the front and at the back is the turn's body; the special
-  token that follows, if it closes a turn rather than opens the next, belongs to it.
+* templates with {% generation %} mark the spans themselves: the tags are replaced by marker
+  characters, which are then located in the rendered text
+* for all others, each assistant turn is rendered two more times. First, the chat before the turn
+  with the generation prompt: if that is a prefix of the chat, the turn starts where it ends.
+  Second, the chat with the turn's content replaced: where the two renderings differ is the turn's
+  body. The special token after it belongs to the turn if it closes a turn rather than opens one.
 
-Each step is checked against the plain rendering, and a chat for which a check fails raises
-ChatTemplateError: spans are exact or there are none. Invariants, each with a test of its name in
+Each step is checked against the plain rendering, and a chat that fails a check raises
+ChatTemplateError: spans are exact or absent. Invariants, each with a test of the same name in
 tests/data/test_chat.py:
 
 * marks_change_nothing     the text is what the template renders, character for character
-* spans_hold_the_turns     content and end of turn are inside, headers and other roles outside
-* both_ways_agree          the same template with and without {% generation %} gives the same spans
+* spans_cover_the_turns    content and end of turn are inside, headers and other roles outside
+* both_methods_agree       a template gives the same spans with and without {% generation %}
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ Render = Callable[..., str]
 
 _GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")
 _END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
-# Characters for private use, which no text holds: a mark where a span opens, where it closes, and
-# content that shares neither its first nor its last character with any other.
+# Private-use characters, which do not occur in text: a mark where a span opens, a mark where it
+# closes, and replacement content whose first and last characters differ from those of any other.
 _OPEN, _CLOSE, _OTHER = "\U000f8a31", "\U000f8a32", "\U000f8a33other\U000f8a33"
 
 
 class ChatTemplate:
-    """One chat template and the tokens that matter for it.
+    """A chat template and the special tokens that it may use.
 
     Args:
         render: `render(messages, tools=, add_generation_prompt=, chat_template=) -> str`.
         template: its Jinja source.
-        special_tokens: texts of the tokenizer's special tokens.
-        eos_token: the one that always ends something, or None.
+        special_tokens: the tokenizer's special tokens, as text.
+        eos_token: the special token that always ends a turn or a text, or None.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class ChatTemplate:
         self._special_tokens, self._eos_token = tuple(filter(None, special_tokens)), eos_token
 
     def render_spans(self, messages: Messages, tools: Any = None) -> tuple[str, list[Span]]:
-        """The rendered chat and the [start, stop) characters of each assistant turn in it.
+        """The rendered chat, and each assistant turn in it as a [start, stop) range of characters.
 
-        Raises ChatTemplateError if they cannot be found, and whatever the template raises.
+        Raises ChatTemplateError if the turns cannot be found, and whatever the template raises.
         """
         text = self._text(messages, tools)
         if any(mark in text for mark in (_OPEN, _CLOSE, _OTHER[0])):
-            raise ChatTemplateError("the chat holds characters that are reserved for marks")
+            raise ChatTemplateError("the chat contains characters that are reserved for marks")
         if _GENERATION.search(self._template):
             spans = self._marked_spans(text, messages, tools)
         else:
@@ -98,10 +98,10 @@ class ChatTemplate:
 
     @cached_property
     def _marked_template(self) -> str:
-        """The template with each generation tag replaced by one that prints a mark.
+        """The template with each generation tag replaced by tags that print a mark.
 
-        Whitespace control stays as it was: the first of the three new tags trims to the left as the
-        old one did, the last one to the right.
+        Whitespace control is preserved: the first of the three new tags trims to the left like the
+        original tag, and the last one to the right.
         """
 
         def mark(character: str) -> str:
@@ -114,7 +114,9 @@ class ChatTemplate:
         marked = self._text(messages, tools, template=self._marked_template)
         pieces = re.split(f"([{_OPEN}{_CLOSE}])", marked)
         if "".join(pieces[::2]) != text:
-            raise ChatTemplateError("the template's {% generation %} blocks change what it renders")
+            raise ChatTemplateError(
+                "marking the template's {% generation %} blocks changes its output"
+            )
         spans: list[Span] = []
         position, start = 0, None
         for piece in pieces:
@@ -140,7 +142,7 @@ class ChatTemplate:
         closer = self._closer.match(text, body_stop) if self._closer else None
         if closer and closer["token"] not in self._openers:
             return start, closer.end()
-        # Plain-text templates end a turn by text, such as an empty line.
+        # Plain-text templates end a turn with text, such as an empty line.
         try:
             until = self._text(messages[: i + 1], tools)
         except Exception:
@@ -149,39 +151,39 @@ class ChatTemplate:
         return start, len(until) if is_prefix and not closer else body_stop
 
     def _turn_start(self, text: str, history: Messages, tools: Any) -> int | None:
-        """Where the model starts to generate; None if the generation prompt does not tell."""
+        """Where the model starts to generate; None if the generation prompt does not show it."""
         if not history:
             return None
         try:
             prompt = self._text(history, tools, prompt=True)
             has_header = prompt != self._text(history, tools)
-        except Exception:  # a template may refuse what is no whole chat
+        except Exception:  # a template may reject an incomplete chat
             return None
         return len(prompt) if has_header and text.startswith(prompt) else None
 
     def _turn_body(self, text: str, messages: Messages, i: int, tools: Any) -> Span:
-        """What of the text depends on the content of message i."""
+        """The part of the text that depends on the content of message i."""
         is_list = isinstance(messages[i].get("content"), list)
         content = [{"type": "text", "text": _OTHER}] if is_list else _OTHER
         other = {"role": messages[i]["role"], "content": content}
         try:
-            exchanged = self._text([*messages[:i], other, *messages[i + 1 :]], tools)
+            replaced = self._text([*messages[:i], other, *messages[i + 1 :]], tools)
         except Exception as error:
             raise ChatTemplateError(
-                f"the template refuses another content of message {i}: {error}"
+                f"the template rejects replaced content in message {i}: {error}"
             ) from error
-        if exchanged.count(_OTHER) != 1:
+        if replaced.count(_OTHER) != 1:
             raise ChatTemplateError(
-                f"the template renders message {i} {exchanged.count(_OTHER)} times"
+                f"the template renders message {i} {replaced.count(_OTHER)} times"
             )
-        start = _common_prefix(text, exchanged)
-        longest = min(len(text), len(exchanged)) - start
-        return start, len(text) - min(longest, _common_prefix(text[::-1], exchanged[::-1]))
+        start = _common_prefix(text, replaced)
+        longest = min(len(text), len(replaced)) - start
+        return start, len(text) - min(longest, _common_prefix(text[::-1], replaced[::-1]))
 
     def _check_tools_outside(
         self, text: str, messages: Messages, i: int, stop: int, tools: Any
     ) -> None:
-        """Some templates put what a tool answered into the turn that called it."""
+        """Check that the template does not render a tool's answer inside the calling turn."""
         count = 0
         while messages[i + 1 + count : i + 2 + count] and messages[i + 1 + count]["role"] == "tool":
             count += 1
@@ -189,13 +191,13 @@ class ChatTemplate:
             return
         answers = [{**m, "content": _OTHER} for m in messages[i + 1 : i + 1 + count]]
         try:
-            exchanged = self._text(
-                [*messages[: i + 1], *answers, *messages[i + 1 + count :]], tools
-            )
+            replaced = self._text([*messages[: i + 1], *answers, *messages[i + 1 + count :]], tools)
         except Exception as error:
-            raise ChatTemplateError(f"the template refuses another tool answer: {error}") from error
-        if _common_prefix(text, exchanged) < stop:
-            raise ChatTemplateError(f"the template puts the tool's answer into assistant turn {i}")
+            raise ChatTemplateError(
+                f"the template rejects a replaced tool answer: {error}"
+            ) from error
+        if _common_prefix(text, replaced) < stop:
+            raise ChatTemplateError(f"the template renders the tool's answer inside message {i}")
 
     @cached_property
     def _closer(self) -> re.Pattern[str] | None:
@@ -204,7 +206,7 @@ class ChatTemplate:
 
     @cached_property
     def _openers(self) -> set[str]:
-        """Special tokens that start a turn: before the content of a lone user turn, not after."""
+        """Special tokens that start a turn: those before a lone user turn's content, not after."""
         try:
             before, _, after = self._text([{"role": "user", "content": _OTHER}], None).partition(
                 _OTHER
@@ -222,8 +224,8 @@ def spans2mask(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     """(num_tokens,) bool: tokens with a character in one of the spans.
 
     Args:
-        offsets: (num_tokens, 2) integers, each token's [start, stop) characters.
-        spans: sorted, disjoint [start, stop) characters.
+        offsets: (num_tokens, 2) integers, each token's [start, stop) range of characters.
+        spans: sorted, disjoint [start, stop) ranges of characters.
     """
     offsets = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     bounds = np.array([span for span in spans if span[0] < span[1]], dtype=np.int64).reshape(-1, 2)
@@ -236,7 +238,7 @@ def spans2mask(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
 
 
 def _common_prefix(a: str, b: str) -> int:
-    """Length of the longest common prefix; by bisection, as comparing slices is fast."""
+    """Length of the longest common prefix. Bisects, because comparing slices is fast."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,8 +1,8 @@
 """Document or Rejected: what one row of a source becomes.
 
-Every row ends as one of the two, so that rows in = documents + rejections, and a report can say
-what happened to each. Damage (the first group below) is an error when the user asked for `strict`;
-rows from which nothing can be learnt are counted and no more.
+Every row becomes one of the two, so rows = documents + rejections, and a report can account for
+each row. Damage (the first group below) is an error under `strict`; rows with nothing to learn from
+are only counted.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejected:
-    """A row that is no document, and why."""
+    """A row that did not become a document, and why."""
 
     reason: str  # one of DAMAGE or NOTHING_TO_LEARN
     detail: str = ""
 
 
 def text_document(value: Any, column: str) -> Document | Rejected:
-    """The document of a text column's value."""
+    """The document in a text column's value."""
     if not isinstance(value, str):
         kind = type(value).__name__
         return Rejected(reason=MALFORMED, detail=f"{column!r} is a {kind}, not a string")
@@ -53,15 +53,15 @@ def text_document(value: Any, column: str) -> Document | Rejected:
 
 
 def chat_document(messages: Any, tools: Any = None) -> Document | Rejected:
-    """The document of a `messages` value: a list of objects with a role, an assistant's among them.
+    """The document in a `messages` value: a list of objects with a role, one of them "assistant".
 
-    Keys whose value is null are left out, as transformers does: templates print them as "None".
+    Keys whose value is null are left out, as in transformers: templates print them as "None".
     """
-    try:  # JSON text in a column is how tables store rows of any shape
+    try:  # tables store rows of arbitrary structure as JSON text
         messages = json.loads(messages) if isinstance(messages, str) else messages
         tools = json.loads(tools) if isinstance(tools, str) and tools else tools
     except ValueError as error:
-        return Rejected(reason=MALFORMED, detail=f"'messages' or 'tools' is no JSON: {error}")
+        return Rejected(reason=MALFORMED, detail=f"'messages' or 'tools' is not JSON: {error}")
     if not isinstance(messages, list):
         kind = type(messages).__name__
         return Rejected(reason=MALFORMED, detail=f"'messages' is a {kind}, not a list")
@@ -69,17 +69,17 @@ def chat_document(messages: Any, tools: Any = None) -> Document | Rejected:
         return Rejected(reason=EMPTY)
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return Rejected(reason=MALFORMED, detail=f"message {i} is no object with a role")
+            return Rejected(reason=MALFORMED, detail=f"message {i} is not an object with a role")
     if not any(message["role"] == "assistant" for message in messages):
         return Rejected(reason=NO_ASSISTANT)
     if not _is_unicode(json.dumps([messages, tools], ensure_ascii=False, default=str)):
         return Rejected(reason=NOT_UTF8, detail="half of a surrogate pair")
-    given = [{key: v for key, v in message.items() if v is not None} for message in messages]
-    return Document(messages=given, tools=tools or None)
+    messages = [{key: v for key, v in message.items() if v is not None} for message in messages]
+    return Document(messages=messages, tools=tools or None)
 
 
 def parse_line(line: bytes) -> dict[str, Any] | Rejected | None:
-    """The object of one line of a JSON-lines file; None for a blank line."""
+    """The object in one line of a JSON Lines file; None for a blank line."""
     try:
         text = line.decode("utf-8-sig").strip()
         if not text:
@@ -95,9 +95,9 @@ def parse_line(line: bytes) -> dict[str, Any] | Rejected | None:
 
 
 def without_none(value: Any) -> Any:
-    """`value` without the keys that are None, at any depth.
+    """`value` without keys whose value is None, at any depth.
 
-    Tables give every row every key; a chat template takes a key that is there for meant.
+    Tables give every row every key, but chat templates treat a key that exists as set.
     """
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}

@@ -1,13 +1,13 @@
-"""Which source a name means.
+"""open_source(): from the name of some data to its source.
 
-    open_source("stdlib")              the sources of the running Python's standard library
+    open_source("stdlib")              the source files of the running Python's standard library
     open_source("~/project")           a folder: each text or code file is a document
     open_source("chats.jsonl")         one JSON object per line, with `text` or `messages`
     open_source("data/*.parquet")      rows through `datasets`; also .arrow, .csv, .jsonl.gz, ...
-    open_source("user/name")           a dataset of the hub, or a `datasets.Dataset` itself
+    open_source("user/name")           a dataset on the hub; a `datasets.Dataset` works, too
 
-A folder of data files (.jsonl, .parquet, .arrow, .csv) is a table; any other folder is text. One
-that mixes both is refused: guessing would train on raw JSON, or leave out half of the folder.
+A folder of data files (.jsonl, .parquet, .arrow, .csv) is a table; any other folder is text. A
+folder that mixes both is an error: guessing would train on raw JSON or skip half of the folder.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ def open_source(
     subset: str | None = None,
     split: str = "train",
 ) -> Source:
-    """The source that `data` names.
+    """The source named by `data`.
 
     Args:
         data: "stdlib", a file, a folder, a glob, a list of files, a hub name, a `datasets.Dataset`
             or a Source.
-        text_column: column of the text, for rows.
-        pattern: for a folder, comma-separated globs that a file's name or relative path fits.
+        text_column: the column that holds the text, for data with rows.
+        pattern: for a folder: comma-separated globs to match file names or relative paths.
         subset, split: of a hub dataset.
 
-    Raises ValueError if there is no such data, or if a folder mixes data files with text.
+    Raises ValueError if the data does not exist, or if a folder mixes data files with text.
     """
     if isinstance(data, Source):
         return data
     if hasattr(data, "column_names") and hasattr(data, "select_columns"):
         if isinstance(data.column_names, dict):
             raise ValueError(
-                f"a dict of splits {list(data)}: pass one of them, such as data[{split!r}]"
+                f"got a dict of splits {list(data)}: pass one of them, such as data[{split!r}]"
             )
         if not hasattr(data, "__len__"):
             raise ValueError(
-                "a streaming dataset has no order to shuffle: load it without streaming"
+                "a streaming dataset has no length and no index: load it without streaming"
             )
         return DatasetSource("dataset", dataset=data, text_column=text_column)
     if isinstance(data, (list, tuple)):
@@ -92,10 +92,13 @@ def _file_source(
         raise ValueError(f"no files in {label}")
     formats = {path: _format(path, is_folder=is_folder) for path in files}
     if is_folder and any(formats.values()):
-        formats = _agree(label, formats)
+        formats = _folder_formats(label, formats)
     if len(set(formats.values())) > 1:
         first, other = _examples(formats)
-        raise ValueError(f"{label} holds files of different kinds, such as {first} and {other}")
+        raise ValueError(
+            f"{label} contains files of different kinds, such as {first} and {other}: pass one "
+            "kind at a time"
+        )
     files = [path for path in files if path in formats]
     file_format = formats[files[0]]
     if file_format is None:
@@ -106,17 +109,17 @@ def _file_source(
     return DatasetSource(label, load=load, text_column=text_column)
 
 
-def _agree(label: str, formats: dict[str, str | None]) -> dict[str, str | None]:
-    """A folder with data files in it: one table (what goes with a data set left out), or text."""
-    data = {path: kind for path, kind in formats.items() if kind or not _is_about(path)}
+def _folder_formats(label: str, formats: dict[str, str | None]) -> dict[str, str | None]:
+    """Formats for a folder with data files: those of one table, without its readme, or all text."""
+    data = {path: kind for path, kind in formats.items() if kind or not _accompanies_data(path)}
     if len(set(data.values())) == 1:
         return data
-    if set(formats.values()) <= {"csv", None}:  # code has tables beside it, too
+    if set(formats.values()) <= {"csv", None}:  # code often comes with tables
         return dict.fromkeys(formats)
     first, other = _examples(data)
     raise ValueError(
-        f"{label} holds both data files and others, such as {first} and {other}: say which by "
-        "pattern, such as '*.jsonl' or '*.py,*.md', or name the files"
+        f"{label} contains both data files and others, such as {first} and {other}: choose with a "
+        "pattern, such as '*.jsonl' or '*.py,*.md', or list the files"
     )
 
 
@@ -127,30 +130,30 @@ def _examples(formats: dict[str, str | None]) -> tuple[str, str]:
 
 
 def _format(path: str, *, is_folder: bool = False) -> str | None:
-    """What reads a file: "lines", the name of a builder of `datasets`, or None for text."""
+    """The reader for a file: "lines", the name of a `datasets` builder, or None for text."""
     stem, suffix = os.path.splitext(path.lower())
     if suffix in _COMPRESSED:
         inner = os.path.splitext(stem)[1]
         return "json" if inner in (*_LINES, ".json") else _DATASETS_FORMATS.get(inner)
     if suffix in _LINES:
         return "lines"
-    if suffix == ".json" and not is_folder:  # in a folder of code it is a file like any other
+    if suffix == ".json" and not is_folder:  # in a folder of code, .json is text like the rest
         with open(path, "rb") as file:
             return "json" if file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" else "lines"
     return _DATASETS_FORMATS.get(suffix)
 
 
-def _is_about(path: str) -> bool:
-    """Files that accompany data: they are not part of it."""
+def _accompanies_data(path: str) -> bool:
+    """Whether a file accompanies data rather than being part of it."""
     name = os.path.basename(path).lower()
     return name.startswith(("readme", "license", "dataset_info"))
 
 
 def _walk(root: str, pattern: str | None, label: str) -> list[str]:
-    """Files below `root` in sorted order, without hidden ones, caches and installed packages.
+    """Files below `root`, sorted, without hidden files, caches and installed packages.
 
-    Links to folders are followed, into each folder once. A folder that cannot be listed is in the
-    result: reading it gives a rejection, not silence.
+    Links to folders are followed, but each folder is visited only once. A folder that cannot be
+    listed is part of the result: reading it gives a rejection instead of silently skipping it.
     """
     globs = [part.strip() for part in pattern.split(",")] if pattern else ["*"]
     found: list[str] = []
@@ -160,10 +163,10 @@ def _walk(root: str, pattern: str | None, label: str) -> list[str]:
 
     walked = set()
     for folder, folders, names in os.walk(root, onerror=keep_unlisted, followlinks=True):
-        if (place := os.path.realpath(folder)) in walked:
+        if (real_path := os.path.realpath(folder)) in walked:
             folders[:] = []
             continue
-        walked.add(place)
+        walked.add(real_path)
         folders[:] = sorted(
             name
             for name in folders
@@ -172,11 +175,11 @@ def _walk(root: str, pattern: str | None, label: str) -> list[str]:
         for name in names:
             path = os.path.join(folder, name)
             relative = os.path.relpath(path, root)
-            fits = any(fnmatch.fnmatch(name, g) or fnmatch.fnmatch(relative, g) for g in globs)
-            if fits and not name.startswith("."):
+            matches = any(fnmatch.fnmatch(name, g) or fnmatch.fnmatch(relative, g) for g in globs)
+            if matches and not name.startswith("."):
                 found.append(path)
     if not found:
-        raise ValueError(f"no files that fit {pattern or '*'!r} in {label} ({root})")
+        raise ValueError(f"no files match {pattern or '*'!r} in {label} ({root})")
     return sorted(found)
 
 

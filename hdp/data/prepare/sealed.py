@@ -1,22 +1,22 @@
-"""Sealed directories: built by one process, all there or not there.
+"""Sealed directories: built by one process, and either complete or absent.
 
-Four ranks that start together want the same cache. One builds it, three wait and then read it.
+When four ranks start together and need the same cache, one builds it and three wait to read it.
 
-  1. look     a directory with a seal that fits its files is ready: nobody locks, nobody waits
-  2. lock     one builder per path on a machine; the kernel drops the lock of a killed process
-  3. build    in a temporary directory beside the final one
-  4. seal     write `meta.json` last: what it holds, and the size of every file
-  5. rename   one atomic step; a reader sees the old state or the whole new one
+  1. look     a directory whose seal matches its files is ready: no lock, no waiting
+  2. lock     one builder per path and machine; the kernel drops the lock of a killed process
+  3. build    in a temporary directory next to the final one
+  4. seal     write `meta.json` last: metadata and the size of every file
+  5. rename   one atomic step; readers see the old state or the complete new one
 
-Invariants, each with a test of its name in tests/data/test_sealed.py:
+Invariants, each with a test of the same name in tests/data/test_sealed.py:
 
-* built_once              processes that start at once build once and read the same files
-* killed_build_is_no_build   kill -9 at any point leaves nothing that opens, and the next start
-                          cleans up and builds
-* truncation_is_seen      a file of another size than the seal says breaks the seal: it is rebuilt
+* built_once                   processes that start at once build once and read the same files
+* killed_build_leaves_nothing  after kill -9 at any point nothing opens, and the next start cleans
+                               up and builds
+* truncation_is_detected       a file whose size differs from the seal's breaks it: it is rebuilt
 
-Where a file system has no locks (some network mounts) several processes may build at once; the
-first rename wins and the others throw their copy away.
+On a file system without locks (some network mounts), several processes may build at once; the first
+rename wins and the others discard their copies.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ SEAL = "meta.json"
 
 
 def build_once(path: Path, build: Callable[[Path], dict[str, Any]]) -> bool:
-    """Makes sure that the sealed directory `path` exists; returns whether this call built it.
+    """Build the sealed directory `path` unless it exists; return whether this call built it.
 
-    `build(directory)` fills an empty directory and returns what else the seal shall hold (JSON).
-    If it raises, nothing is left behind. Raises ValueError if the folder cannot be written.
+    `build(directory)` fills an empty directory and returns metadata for the seal (JSON). If it
+    raises, nothing is left behind. Raises ValueError if the parent folder is not writable.
     """
     if read_seal(path) is not None:
         return False
@@ -64,7 +64,7 @@ def build_once(path: Path, build: Callable[[Path], dict[str, Any]]) -> bool:
 
 
 def read_seal(path: Path) -> dict[str, Any] | None:
-    """The seal's content; None if the directory is missing, unsealed, or a file's size is off."""
+    """The seal's contents; None if the directory is missing or unsealed, or a file size differs."""
     try:
         meta = json.loads((path / SEAL).read_text(encoding="utf-8"))
         sizes = meta["files"]
@@ -87,7 +87,7 @@ def _seal(directory: Path, extra: dict[str, Any]) -> None:
 
 
 def _replace(directory: Path, path: Path) -> None:
-    """Renames `directory` to `path`; what is broken there goes, what is whole stays."""
+    """Rename `directory` to `path`, replacing a broken directory there but not an intact one."""
     for _ in range(8):
         try:
             os.replace(directory, path)
@@ -98,11 +98,11 @@ def _replace(directory: Path, path: Path) -> None:
                 raise
         if read_seal(path) is not None:  # without locks: another process was faster
             return
-        # A rename first: no other process may see a half-removed directory.
+        # Rename before removing: no other process may see a half-removed directory.
         trash = _temporary(path)
         os.replace(path, trash)
         _remove(trash)
-    raise OSError(f"{path} comes back as fast as it is removed; is another program writing it?")
+    raise OSError(f"cannot replace {path}: it keeps reappearing; is another program writing it?")
 
 
 def _temporary(path: Path) -> Path:
@@ -110,7 +110,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """What killed builds left. Call with the lock held: then no builder of `path` is alive."""
+    """Remove what killed builds left. Call with the lock held: no other build of `path` runs."""
     for leftover in path.parent.glob(f"{path.name}.tmp-*"):
         _remove(leftover)
 
@@ -127,24 +127,24 @@ def _flush_to_disk(path: Path) -> None:
     try:
         os.fsync(fd)
     except OSError:
-        pass  # some file systems refuse to sync a directory
+        pass  # some file systems cannot sync a directory
     finally:
         os.close(fd)
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """Holds the lock of `path`; yields False where the file system has none.
+    """Hold the lock of `path`; yield False if the file system has no locks.
 
-    The lock's file stays: removing it would let two processes hold "the" lock of one path.
+    The lock file is never removed: otherwise two processes could hold locks for the same path.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.parent / f"{path.name}.lock", "ab")  # noqa: SIM115
     except OSError as error:
         raise ValueError(
-            f"cannot write into the cache folder {path.parent} ({error.strerror}): choose another "
-            "by cache_dir (--cache-dir)"
+            f"cannot write to the cache folder {path.parent} ({error.strerror}): choose another "
+            "with cache_dir (--cache-dir)"
         ) from error
     with file:
         yield _acquire(file.fileno(), path)
@@ -157,7 +157,7 @@ def _acquire(fd: int, path: Path) -> bool:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except BlockingIOError:
-        console.note(f"another process builds {path}; waiting for it")
+        console.note(f"another process is building {path}; waiting for it")
     except OSError:
         return False
     fcntl.flock(fd, fcntl.LOCK_EX)

@@ -1,17 +1,17 @@
-"""Where documents come from: one small interface, three readers.
+"""Sources of documents: one small interface, three readers.
 
     FileSource          each text or code file is a document
     JsonLinesSource     one JSON object per line, with a text column or `messages`
     DatasetSource       rows of a `datasets.Dataset`: Parquet, Arrow, CSV, the hub
 
-A source cuts itself into *shards*, small descriptions that any process can read on its own, and
-yields one item per row, in order: a `Document`, or a `Rejected` that says why there is none. It
-never drops a row in silence; whether a rejection is an error is decided where shards are collected.
+A source splits itself into *shards*, small descriptions that any process can read independently,
+and yields one item per row, in order: a `Document`, or a `Rejected` with the reason. It never drops
+a row silently; whether a rejection is an error is decided where the shards are merged.
 
-Plain files and JSON lines are read here and not by `datasets`: its text reader stops at the first
-file that is not UTF-8, its JSON reader fails as a whole, without the line, on one malformed row,
-gives rows of one table the same keys (None where a row has none), and both copy the data. Rows of
-every other kind come from `datasets`, which this file alone imports, and only when it is needed.
+Plain files and JSON Lines are read here rather than by `datasets`: its text reader stops at the
+first file that is not UTF-8; its JSON reader fails on one malformed row without giving the line,
+and gives all rows the same keys (None for missing ones); and both copy the data. All other rows
+come from `datasets`, which only this file imports, and only when needed.
 """
 
 from __future__ import annotations
@@ -49,36 +49,36 @@ class Shard:
     file: int  # index into Source.files
     start: int
     stop: int
-    num_bytes: int  # about as much work as this
+    num_bytes: int  # an estimate of the work
 
 
 class Source(ABC):
-    """Rows in a fixed order. Small to pickle: workers get one, and a shard at a time."""
+    """Rows in a fixed order. Cheap to pickle: each worker gets a copy, and one shard at a time."""
 
     label: str
-    files: list[str]  # names for people
+    files: list[str]  # names for reports
     row_kind: Literal["file", "line", "row"]
 
     @property
     @abstractmethod
     def is_chat(self) -> bool:
-        """Whether documents are conversations; then tokens get a loss mask."""
+        """Whether documents are conversations, whose tokens get a loss mask."""
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """JSON that changes whenever the documents may have changed. Cheap: no content is read."""
+        """JSON that changes whenever the documents may have changed. Cheap: reads no contents."""
 
     @abstractmethod
     def num_bytes(self) -> int:
-        """About how much there is to read."""
+        """Approximate size of the data."""
 
     @abstractmethod
     def shards(self, target_bytes: int) -> list[Shard]:
-        """The source in shards of about `target_bytes`, in order."""
+        """Shards of about `target_bytes` each, in order."""
 
     @abstractmethod
     def read(self, shard: Shard) -> Iterator[Document | Rejected | None]:
-        """One item per row of the shard, in order; None: a blank line, which is no row."""
+        """One item per row of the shard, in order; None for a blank line, which is not a row."""
 
 
 class FileSource(Source):
@@ -111,7 +111,7 @@ class FileSource(Source):
                 yield Rejected(reason=UNREADABLE, detail=str(error.strerror or error))
                 continue
             try:
-                text = content.decode("utf-8-sig")  # a byte order mark is no text
+                text = content.decode("utf-8-sig")  # strips a byte order mark
             except UnicodeDecodeError as error:
                 yield Rejected(reason=NOT_UTF8, detail=f"byte {error.start}: {error.reason}")
                 continue
@@ -119,7 +119,7 @@ class FileSource(Source):
 
 
 class RowSource(Source):
-    """Rows with columns, of which `text` or `messages` becomes a document."""
+    """Rows with columns; the `text` or `messages` column becomes the document."""
 
     def __init__(self, text_column: str = "text") -> None:
         self.text_column = text_column
@@ -127,13 +127,13 @@ class RowSource(Source):
     @property
     @abstractmethod
     def columns(self) -> list[str]:
-        """Columns of the source, or of its first row."""
+        """The columns of the source, or of its first row."""
 
     @cached_property
     def is_chat(self) -> bool:
-        """Rows with `messages` are chats, unless a text column was asked for by name.
+        """Whether rows are chats: they have `messages`, and no other text column was requested.
 
-        Raises ValueError, with the columns that exist, if there is neither.
+        Raises ValueError, listing the columns, if there is neither.
         """
         if self.text_column in self.columns and self.text_column != "text":
             return False
@@ -143,7 +143,7 @@ class RowSource(Source):
             return False
         raise ValueError(
             f"{self.label} has no column {self.text_column!r}; its columns are {self.columns}: "
-            "name the one with the text by text_column (--text-column); chats need `messages`"
+            "choose one with text_column (--text-column); chats need `messages`"
         )
 
     def document(self, row: dict[str, Any]) -> Document | Rejected:
@@ -172,15 +172,15 @@ class JsonLinesSource(RowSource):
 
     @cached_property
     def columns(self) -> list[str]:
-        first_problem = "no line at all"
+        first_problem = "it is empty"
         for i, path in enumerate(self.files):
             whole = Shard(file=i, start=0, stop=sys.maxsize, num_bytes=0)
             for number, row in enumerate(self._rows(whole), 1):
                 if isinstance(row, dict):
                     return list(row)
-                if row is not None and first_problem == "no line at all":
+                if row is not None and first_problem == "it is empty":
                     first_problem = f"{path}:{number}: {row.detail}"
-        raise ValueError(f"{self.label} holds no JSON object: {first_problem}")
+        raise ValueError(f"{self.label} contains no JSON object: {first_problem}")
 
     def num_bytes(self) -> int:
         return sum(_file_state(path)[1] for path in self.files)
@@ -189,7 +189,7 @@ class JsonLinesSource(RowSource):
         spans = [
             (i, start, min(size, start + target_bytes))
             for i, size in enumerate(_file_state(path)[1] for path in self.files)
-            for start in range(0, max(1, size), target_bytes)  # an unreadable file has one, too
+            for start in range(0, max(1, size), target_bytes)  # also for an unreadable file
         ]
         return [
             Shard(file=i, start=start, stop=stop, num_bytes=stop - start)
@@ -201,8 +201,7 @@ class JsonLinesSource(RowSource):
             yield self.document(row) if isinstance(row, dict) else row
 
     def _rows(self, shard: Shard) -> Iterator[dict[str, Any] | Rejected | None]:
-        """The lines that begin in the shard, parsed; a file that cannot be read is one rejection
-        per shard."""
+        """The parsed lines that begin in the shard; one rejection if its file cannot be read."""
         try:
             with open(self.files[shard.file], "rb") as file:
                 position = 0
@@ -220,7 +219,7 @@ class JsonLinesSource(RowSource):
 
 
 class DatasetSource(RowSource):
-    """Rows of a `datasets.Dataset`, loaded when first needed. Shard units: rows."""
+    """Rows of a `datasets.Dataset`, loaded on first use. Shard units: rows."""
 
     row_kind = "row"
 
@@ -232,7 +231,7 @@ class DatasetSource(RowSource):
         dataset: Any = None,
         text_column: str = "text",
     ) -> None:
-        """`load` are the arguments of `datasets.load_dataset`, or {"disk": path}."""
+        """`load`: arguments for `datasets.load_dataset`, or {"disk": path}."""
         super().__init__(text_column)
         self.label, self.files = label, [label]
         self._load, self._dataset = load, dataset
@@ -240,7 +239,7 @@ class DatasetSource(RowSource):
     @property
     def dataset(self) -> Any:
         if self._dataset is None:
-            assert self._load is not None, "neither a dataset nor how to load one"
+            assert self._load is not None, "needs either `dataset` or `load`"
             self._dataset = _load_dataset(self.label, self._load)
         return self._dataset
 
@@ -250,7 +249,7 @@ class DatasetSource(RowSource):
 
     def fingerprint(self) -> dict[str, Any]:
         description: dict[str, Any] = {"kind": "rows", "text_column": self.text_column}
-        if self._load is not None and "data_files" in self._load:  # no need to load it to know
+        if self._load is not None and "data_files" in self._load:  # without loading it
             states = [_file_state(path) for path in self._load["data_files"]]
             return {**description, "builder": self._load["path"], "files": states}
         return {**description, "dataset": self.dataset._fingerprint}
@@ -302,8 +301,8 @@ def _load_dataset(label: str, load: dict[str, Any]) -> Any:
         import datasets
     except ImportError:
         raise ValueError(
-            f"reading {label} needs the package `datasets`: pip install 'hdp[hf]'; folders of text "
-            "and .jsonl files are read without it"
+            f"reading {label} requires the package `datasets`: pip install 'hdp[hf]'; folders of "
+            "text and .jsonl files do not need it"
         ) from None
     if not console.is_terminal(sys.stderr):
         datasets.disable_progress_bars()
@@ -312,10 +311,11 @@ def _load_dataset(label: str, load: dict[str, Any]) -> Any:
             dataset = datasets.load_from_disk(load["disk"])
         else:
             dataset = datasets.load_dataset(**load)
-    except Exception as error:  # its many exception classes, network errors among them
+    except Exception as error:  # it raises many classes, including network errors
         cause = f"{error}; {error.__cause__}" if error.__cause__ else str(error)
-        what = "files" if "data_files" in load else "no local file or folder; as a dataset"
-        raise ValueError(f"cannot load {label} ({what}): {cause}") from error
+        is_file = "data_files" in load or "disk" in load
+        hint = "" if is_file else " (not a local file or folder, so taken for a hub dataset)"
+        raise ValueError(f"cannot load {label}{hint}: {cause}") from error
     if isinstance(dataset, dict):
-        raise ValueError(f"{label} holds splits {list(dataset)}: name the folder of one of them")
+        raise ValueError(f"{label} contains splits {list(dataset)}: pass the folder of one of them")
     return dataset

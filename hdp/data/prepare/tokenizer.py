@@ -1,12 +1,12 @@
-"""Text and chats to token ids: bytes, a byte-pair tokenizer trained on the data, or Hugging Face's.
+"""Tokenizers for text and chats: bytes, byte pairs trained on the data, or Hugging Face's.
 
-    "bytes"          256 ids. Three bytes that occur in no UTF-8 text serve as special tokens
+    "bytes"          256 ids; three bytes that never occur in UTF-8 serve as special tokens
     "bpe:4096"       byte-level byte pairs, trained once on the data and cached
-    path or name     any tokenizer of the hub or of a folder, with its chat template
+    path or name     any tokenizer from a folder or the hub, with its chat template
 
-The first two write chats in ChatML and treat special tokens that occur in a document as the text
-that they are; they are saved as files that transformers loads, template included. A Hugging Face
-tokenizer does what it does elsewhere: it adds its BOS and reads special tokens in the text as such.
+The first two write chats in ChatML and treat special tokens that occur in a document as plain text;
+they are saved as files that transformers loads, template included. A Hugging Face tokenizer behaves
+as usual: it adds its BOS and parses special tokens that occur in the text.
 
 Only this file imports `tokenizers`; transformers is reached through `hdp.models.huggingface`.
 """
@@ -34,15 +34,15 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 MIN_BPE_SIZE = 256 + len(SPECIAL_TOKENS)
-# Words with the one character before them, numbers by three digits, the rest by kind: indentation
-# and line ends of code become few tokens.
+# Words with the character before them, up to three digits, and runs of punctuation or whitespace:
+# indentation and line ends of code become few tokens.
 _SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 Chat = tuple[np.ndarray, np.ndarray]  # (seqlen,) ids and (seqlen,) bool: the assistant's tokens
 
 
 class Tokenizer(ABC):
-    """What the rest of the package needs of a tokenizer. Can be pickled: workers get copies."""
+    """The tokenizer interface of this package. Must be picklable: workers get copies."""
 
     name: str
     vocab_size: int  # ids are in [0, vocab_size)
@@ -50,7 +50,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Changes whenever ids may change."""
+        """A string that changes whenever ids may change."""
 
     @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -58,19 +58,19 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_chats(self, chats: Sequence[Document]) -> list[Chat | Rejected]:
-        """Ids and loss mask per chat, or why there are none."""
+        """(ids, loss mask) per chat, or why there are none."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids, special tokens included."""
+        """The text of `ids`, including special tokens."""
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the files that transformers and `open_tokenizer` load."""
+        """Write the files that transformers and `load_tokenizer` read."""
 
 
 class _ChatMLTokenizer(Tokenizer):
-    """Chats of a tokenizer that is made here. Subclasses know how to encode one turn."""
+    """Chats for the tokenizers built here. Subclasses encode one turn."""
 
     eos_id: int
     im_start_id: int
@@ -78,7 +78,7 @@ class _ChatMLTokenizer(Tokenizer):
 
     @abstractmethod
     def _encode_turn(self, header: str, body: str) -> Chat:
-        """Ids of header + body, and which of them have a part of the body."""
+        """Ids of header + body, and which of them contain a part of the body."""
 
     def encode_chats(self, chats: Sequence[Document]) -> list[Chat | Rejected]:
         return [self._encode_chat(chat.messages or []) for chat in chats]
@@ -90,17 +90,17 @@ class _ChatMLTokenizer(Tokenizer):
         for i, message in enumerate(messages):
             body = _plain_content(message)
             if body is None:
-                detail = f"message {i}: {self.name} writes text only, no images and no tool calls"
+                detail = f"message {i}: {self.name} supports only text, no images or tool calls"
                 return Rejected(reason=TEMPLATE, detail=detail)
             turn_ids, is_body = self._encode_turn(f"{message['role']}\n", body)
-            is_learnt = message["role"] == "assistant"
+            has_loss = message["role"] == "assistant"
             ids += [[self.im_start_id], turn_ids, [self.im_end_id], line_end]
-            mask += [[False], is_body & is_learnt, [is_learnt], np.zeros(len(line_end), bool)]
+            mask += [[False], is_body & has_loss, [has_loss], np.zeros(len(line_end), bool)]
         return np.concatenate(ids).astype(np.uint32), np.concatenate(mask).astype(bool)
 
 
 class ByteTokenizer(_ChatMLTokenizer):
-    """A token is a byte of UTF-8. 0xFD to 0xFF occur in no valid text: they end, open and close."""
+    """One token per UTF-8 byte. 0xFD to 0xFF never occur in UTF-8 and act as special tokens."""
 
     name = "bytes"
     vocab_size = 256
@@ -134,18 +134,20 @@ class ByteTokenizer(_ChatMLTokenizer):
 
 
 class BpeTokenizer(_ChatMLTokenizer):
-    """Byte-level byte pairs: no text is unknown, and decoding gives back the bytes."""
+    """Byte-level byte pairs: any text can be encoded, and decoding restores it exactly."""
 
     def __init__(self, backend_json: str) -> None:
-        """`backend_json`: the content of a tokenizer.json that `train_bpe` made."""
+        """`backend_json`: the contents of a tokenizer.json created by `train_bpe`."""
         self._backend = _tokenizers().Tokenizer.from_str(backend_json)
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._backend.encode_special_tokens = True  # in a document they are text
+        self._backend.encode_special_tokens = True  # in a document, they are plain text
         vocab = self._backend.get_vocab()
         missing = [token for token in SPECIAL_TOKENS if token not in vocab]
         if missing:
-            raise ValueError(f"not a tokenizer of hdp: it lacks {missing}")
+            raise ValueError(
+                f"not a tokenizer trained by hdp: it lacks {missing}; retrain it with bpe:SIZE"
+            )
         self.eos_id, self.im_start_id, self.im_end_id = (vocab[token] for token in SPECIAL_TOKENS)
         self._json = backend_json
         self.vocab_size = self._backend.get_vocab_size()
@@ -175,10 +177,10 @@ class BpeTokenizer(_ChatMLTokenizer):
 
 
 class HFTokenizer(Tokenizer):
-    """A tokenizer of transformers, as it is."""
+    """A transformers tokenizer, unmodified."""
 
     def __init__(self, tokenizer: Any, name: str | None = None) -> None:
-        """`tokenizer`: what `hdp.models.huggingface.load_tokenizer` returned."""
+        """`tokenizer`: the result of `hdp.models.huggingface.load_tokenizer`."""
         self.hf = tokenizer
         self.name = name or str(getattr(tokenizer, "name_or_path", "") or "hf")
         self.eos_id = tokenizer.eos_token_id
@@ -226,13 +228,14 @@ class HFTokenizer(Tokenizer):
     def _check_chats(self) -> None:
         if not self.hf.chat_template:
             raise ValueError(
-                f"the data are chats, but tokenizer {self.name} has no chat template: use that of "
-                "an instruct model, put chat_template.jinja into its folder, or use bpe or bytes"
+                f"the data contains chats, but tokenizer {self.name} has no chat template: use an "
+                "instruct model's tokenizer, add chat_template.jinja to its folder, or use bpe or "
+                "bytes"
             )
         if not self.hf.is_fast:
             raise ValueError(
-                f"tokenizer {self.name} does not tell which characters a token covers, which the "
-                "loss mask of chats needs: use a fast tokenizer (tokenizer.json)"
+                f"tokenizer {self.name} does not provide character offsets, which the loss mask of "
+                "chats requires: use a fast tokenizer (tokenizer.json)"
             )
 
     def _call(self, texts: list[str], **options: Any) -> Any:
@@ -252,7 +255,7 @@ class HFTokenizer(Tokenizer):
             if template not in self._templates:
                 self._templates[template] = self._chat_template(template)
             return self._templates[template].render_spans(chat.messages or [], chat.tools)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates may raise anything
             return Rejected(reason=TEMPLATE, detail=f"{type(error).__name__}: {error}")
 
     def _chat_template(self, template: str) -> ChatTemplate:
@@ -271,14 +274,15 @@ class HFTokenizer(Tokenizer):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> BpeTokenizer:
-    """A byte-pair tokenizer of at most `vocab_size` ids; the same texts give the same tokenizer.
+    """A byte-pair tokenizer with at most `vocab_size` ids; deterministic for the same texts.
 
-    Raises ValueError if vocab_size has no room for all bytes and the special tokens.
+    Raises ValueError if vocab_size is too small for all bytes and the special tokens.
     """
     if vocab_size < MIN_BPE_SIZE:
         raise ValueError(
-            f"a byte-pair tokenizer of {vocab_size} ids: 256 bytes and {len(SPECIAL_TOKENS)} "
-            f"special tokens need {MIN_BPE_SIZE}, and merges come on top"
+            f"a byte-pair tokenizer of {vocab_size} ids is too small: 256 bytes and "
+            f"{len(SPECIAL_TOKENS)} special tokens need {MIN_BPE_SIZE}; add some for merges, as in "
+            "bpe:4096"
         )
     library = _tokenizers()
     words = library.pre_tokenizers.Split(library.Regex(_SPLIT), behavior="isolated")
@@ -297,7 +301,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> BpeTokenizer:
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer "bytes", of a folder that `save_pretrained` wrote, or of transformers."""
+    """The tokenizer "bytes", one from a folder written by `save_pretrained`, or transformers'."""
     if path == "bytes":
         return ByteTokenizer()
     folder = Path(path).expanduser()
@@ -320,8 +324,8 @@ def _tokenizers() -> Any:
         import tokenizers
     except ImportError:
         raise ValueError(
-            "byte-pair tokenizers need the package `tokenizers`: pip install 'hdp[hf]', or use the "
-            "tokenizer bytes"
+            "byte-pair tokenizers require the package `tokenizers`: pip install 'hdp[hf]', or use "
+            "the tokenizer bytes"
         ) from None
     return tokenizers
 
@@ -344,7 +348,7 @@ def _save(folder: str | Path, backend_json: str, *, kind: str) -> None:
 
 
 def _plain_content(message: dict[str, Any]) -> str | None:
-    """A message's text; None if it is more than text."""
+    """A message's text; None if the message contains anything else."""
     content = message.get("content", "")
     if message.get("tool_calls"):
         return None
@@ -355,7 +359,7 @@ def _plain_content(message: dict[str, Any]) -> str | None:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that byte-level tokenizers write for each byte (GPT-2's table)."""
+    """The printable character that byte-level tokenizers use for each byte (GPT-2's table)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -1,12 +1,14 @@
-"""ordered_map(): a function over tasks in fresh processes, results in the order of the tasks.
+"""ordered_map(): maps a function over tasks in new processes, with results in task order.
 
-Not `multiprocessing`: a fork of a process that holds CUDA, threads or a process group is not safe,
-and its spawn imports the user's script again, which then needs a `__main__` guard. Here a worker is
-a plain child that reads pickled tasks from its stdin and writes pickled results to its stdout.
+This is not `multiprocessing`, because forking a process that uses CUDA, threads or a process group
+is unsafe, and spawning imports the user's script again, which then needs a `__main__` guard. Here a
+worker is a plain child that reads pickled tasks from stdin and writes pickled results to stdout.
 
-* no_orphans      a worker whose parent is gone (kill -9 included) sees its stdin end, and exits
-* death_is_told   a worker that dies (out of memory, a crash in native code) is an error with its
-                  signal and its last words, not a hang
+Invariants, each with a test of the same name in tests/data/test_workers.py:
+
+* no_orphans          a worker whose parent is gone (even by kill -9) sees its stdin close and exits
+* death_is_reported   a worker that dies (out of memory, a crash in native code) raises an error
+                      with its signal and the end of its stderr instead of hanging
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-# Children find modules where the parent does, before they unpickle anything.
+# Before unpickling anything, a child gets the parent's sys.path so that it finds the same modules.
 _START = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
     "from hdp.data.prepare.workers import serve; serve()"
 )
-# One process per core is all the parallelism there is.
+# There is one process per core, so each must use a single thread.
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "RAYON_NUM_THREADS": "1",
@@ -39,7 +41,7 @@ _ENVIRONMENT = {
 
 
 def num_cpus() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
@@ -54,15 +56,15 @@ def ordered_map(
     num_workers: int,
     on_done: Callable[[Any], None] = lambda task: None,
 ) -> Generator[Any, None, None]:
-    """Yields function(context, task) for each task, in order.
+    """Yield function(context, task) for each task, in order.
 
     Args:
-        function: a function of a module that children can import.
+        function: a function in a module that children can import.
         context: pickled once per worker.
-        tasks: pickled one by one. num_workers <= 1 runs them here, without pickling.
-        on_done: called with each task that is done, as it gets done (in any order and thread).
+        tasks: pickled one at a time. With num_workers <= 1 they run here, without pickling.
+        on_done: called with each task when it finishes (in any order, from any thread).
 
-    Raises what the function raises (the first in the order of tasks), or RuntimeError if a worker
+    Raises the first exception, in task order, that the function raises, or RuntimeError if a worker
     dies.
     """
     if num_workers <= 1:
@@ -110,14 +112,14 @@ class _Worker:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         try:
-            if self._job is not None:  # in the worker's thread: all start at once
+            if self._job is not None:  # sent from the worker's thread, so all workers start at once
                 stdin.write(self._job)
                 self._job = None
             pickle.dump(task, stdin)
             stdin.flush()
             is_result, value = pickle.load(stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
-            raise RuntimeError(self._last_words()) from error
+            raise RuntimeError(self._death_message()) from error
         if is_result:
             return value
         raise value
@@ -130,9 +132,9 @@ class _Worker:
                 if stream is not None:
                     stream.close()
             except OSError:
-                pass  # a pipe with unsent bytes
+                pass  # closing a pipe with unsent bytes fails
 
-    def _last_words(self) -> str:
+    def _death_message(self) -> str:
         try:
             code = self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -142,28 +144,28 @@ class _Worker:
             cause = signal.Signals(-code).name
             cause += " (out of memory?)" if -code == signal.SIGKILL else ""
         self._errors.seek(0)
-        words = self._errors.read()[-4000:].decode(errors="replace").strip()
-        return f"a data worker died: {cause}" + (f"\n{words}" if words else "")
+        stderr = self._errors.read()[-4000:].decode(errors="replace").strip()
+        return f"a data worker died: {cause}" + (f"\n{stderr}" if stderr else "")
 
 
 def serve() -> None:
-    """What a worker runs: tasks from stdin, results to the pipe that stdout was."""
+    """A worker's main loop: tasks come from stdin, results go to the original stdout."""
     results = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not get between the results
+    os.dup2(2, 1)  # library output must not mix with the results
     tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
     try:
         function, context = pickle.load(sys.stdin.buffer)
     except Exception as error:
-        _answer(results, False, _explained(error))
+        _send(results, False, _portable(error))
         return
     threading.Thread(target=_read_tasks, args=(tasks,), daemon=True).start()
     while True:
         try:
             value = function(context, tasks.get())
         except Exception as error:
-            _answer(results, False, _explained(error))
+            _send(results, False, _portable(error))
         else:
-            _answer(results, True, value)
+            _send(results, True, value)
 
 
 def _read_tasks(tasks: queue.SimpleQueue[Any]) -> None:
@@ -171,23 +173,23 @@ def _read_tasks(tasks: queue.SimpleQueue[Any]) -> None:
         while True:
             tasks.put(pickle.load(sys.stdin.buffer))
     except BaseException:
-        # The parent is gone, or wants no more. A thread cannot end a process politely.
+        # The parent is gone or has closed the pipe. In a thread, sys.exit() would end only that.
         os._exit(0)
 
 
-def _answer(results: Any, is_result: bool, value: Any) -> None:
+def _send(results: Any, is_result: bool, value: Any) -> None:
     pickle.dump((is_result, value), results)
     results.flush()
 
 
-def _explained(error: Exception) -> Exception:
-    """The error itself if the parent can have it with its type, else what it said."""
+def _portable(error: Exception) -> Exception:
+    """The error itself if it can be pickled, otherwise a RuntimeError with its traceback."""
     text = "".join(traceback.format_exception(error))
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:
         return RuntimeError(text)
-    if not isinstance(error, ValueError):  # a ValueError is for users and says all
+    if not isinstance(error, ValueError):  # a ValueError is for users and needs no traceback
         copy.__cause__ = None
         print(text, file=sys.stderr, flush=True)
     return copy
