@@ -8,25 +8,25 @@
                 saver.save(step, model=model, optimizer=optimizer, extra={"sampler": ...})
 
 A save has three parts. The training thread copies model and optimizer shards to host memory and
-goes on. A background thread on each rank writes its shard, with coordination over a gloo group of
-its own: its collectives can never mix with those of the training thread. When all are on disk,
-rank 0 writes hdp.json with size and checksum of every file, renames the folder to its final name
-and forgets all but the last `keep_last` (directory.py has the folder's rules, files.py
-the files).
+continues. A background thread on each rank writes its shard, coordinated over a separate gloo
+group, so its collectives never mix with those of the training thread. When all shards are on disk,
+rank 0 writes hdp.json with the size and checksum of every file, renames the folder to its final
+name and deletes all but the last `keep_last` checkpoints (directory.py has the rules for the
+folder, files.py the files).
 
-A save that fails on any rank (disk full) leaves the previous checkpoint as it was, removes what it
-wrote, and raises CheckpointError on ALL ranks at the next `save` or `wait`: the caller may go on.
+A save that fails on any rank (disk full) leaves the previous checkpoint intact, removes what it
+wrote, and raises CheckpointError on ALL ranks at the next `save` or `wait`. Training may continue.
 
-Loading checks everything first - format, model config, presence, size and checksum of each file,
-names and shapes of all tensors - and raises ValueError on all ranks before anything has changed.
-State is resharded to the ranks there are. Random number generators continue on the same number of
-ranks and are seeded from (seed, step, rank) on another one; the sampler does not depend on it.
+Loading first checks everything (format, model config, presence, size and checksum of each file,
+names and shapes of all tensors) and raises ValueError on all ranks before anything has changed.
+State is resharded to the current number of ranks. Random number generators continue if that number
+is the same, and are otherwise seeded from (seed, step, rank); the sampler does not depend on it.
 
 Invariants (tests of the same names in tests/checkpoint/test_*.py): any_number_of_ranks,
 killed_save_leaves_the_previous_one, failed_save_leaves_the_previous_one, error_reaches_all_ranks,
 one_save_at_a_time, staged_state_is_a_snapshot, damage_is_found_before_anything_changes.
 
-A checkpoint is trusted input: torch's own part of it is a pickle.
+Load only checkpoints that you trust: torch's part of them is a pickle.
 """
 
 from __future__ import annotations
@@ -69,18 +69,18 @@ from .files import (
 
 SAVE_TIMEOUT_S = 3600.0
 _INCIDENTAL = ("dtype", "torch_dtype", "use_cache")  # dtypes are compared tensor by tensor
-_SHARED_S = 10.0
-_LEAVE_S = 30.0
+_SHARED_FOLDER_TIMEOUT_S = 10.0
+_EXIT_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
-    """What `Checkpointer.load` found beside the model's and the optimizer's state."""
+    """What `Checkpointer.load` found in addition to model and optimizer state."""
 
     path: Path
     step: int
     extra: dict[str, Any]
-    world_size: int  # ranks that wrote it
+    world_size: int  # number of ranks that wrote it
 
 
 class Checkpointer:
@@ -95,12 +95,12 @@ class Checkpointer:
         model_config: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        """Take `directory` (made if need be, shared by all nodes) and clean up after killed saves.
+        """Lock `directory` (created if missing; shared by all nodes) and clean up killed saves.
 
-        `model_config`: what defines the model, as JSON can hold it (a Hugging Face config's
-        to_dict()). To load a checkpoint with another value for the same key is an error; versions,
-        paths and dtypes are not compared. `keep_last`: complete checkpoints to keep, None for all.
-        Raises ValueError on all ranks.
+        `model_config`: a JSON-serializable description of the model (a Hugging Face config's
+        to_dict()). Loading a checkpoint with a different value for the same key is an error;
+        versions, paths and dtypes are not compared. `keep_last`: number of complete checkpoints to
+        keep, None for all. Raises ValueError on all ranks.
         """
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"keep_last={keep_last} must be at least 1, or None to keep all")
@@ -109,11 +109,11 @@ class Checkpointer:
         self.seed = seed
         self.status = "idle"  # for the log
         self._mesh = mesh
-        self._model_config = _plain(model_config or {}, "model_config")
+        self._model_config = _as_json(model_config or {}, "model_config")
         self._lock: Lock | None = None
         self._saving: Future[Any] | None = None
         self._step = -1  # of the save in progress
-        self._began_s = 0.0
+        self._start_s = 0.0  # of the save in progress
         ranks = dist.get_process_group_ranks(mesh.hdp_group)
         self._group = dist.new_group(
             ranks,
@@ -122,7 +122,7 @@ class Checkpointer:
             use_local_synchronization=len(ranks) < dist.get_world_size(),
         )
         self._stager = make_stager(pinned=mesh.device.type == "cuda")
-        self._start = on_rank_0(self._take_directory, self._group)
+        self._run_id = on_rank_0(self._lock_directory, self._group)
         self._check_shared()
 
     # ---- saving ----
@@ -135,14 +135,13 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Start saving; returns once the state is copied. Waits for a save that is still running.
+        """Start saving; return once the state is copied. Waits for a save that is still running.
 
-        `extra`: anything JSON can hold, the same on all ranks (sampler, schedule, tokens seen).
-        Raises CheckpointError, and saves nothing, if the save before this one failed; call again
-        to save.
+        `extra`: JSON-serializable, the same on all ranks (sampler, schedule, tokens seen). Raises
+        CheckpointError and saves nothing if the previous save failed; call again to save.
         """
         self.wait()
-        plain = _plain(extra or {}, "extra")
+        plain = _as_json(extra or {}, "extra")
         state = state_of(model, optimizer)
         state["rng"] = {str(self._mesh.hdp_rank): pack_rng(self._mesh.device)}
         info = CheckpointInfo(
@@ -154,13 +153,13 @@ class Checkpointer:
             model_config=self._model_config,
             extra=plain,
         )
-        self._step, self._began_s = step, time.monotonic()
+        self._step, self._start_s = step, time.monotonic()
         final = step_path(self.directory, step)
         self.status = f"saving step {step}"
         self._saving = save_async(
             state,
             info,
-            path=saving_path(final, self._start),
+            path=saving_path(final, self._run_id),
             final=final,
             keep_last=self.keep_last,
             group=self._group,
@@ -178,23 +177,23 @@ class Checkpointer:
             self.status = f"saving step {self._step} failed"
             final = step_path(self.directory, self._step)
             if self._mesh.hdp_rank == 0:
-                shutil.rmtree(saving_path(final, self._start), ignore_errors=True)
-            left = committed(self.directory)
+                shutil.rmtree(saving_path(final, self._run_id), ignore_errors=True)
+            remaining = committed(self.directory)
             raise CheckpointError(
                 f"saving {final} failed{reason(error)}; it was removed, "
-                + (f"{left[-1].name} is intact" if left else "there is no checkpoint yet")
+                + (f"{remaining[-1].name} is intact" if remaining else "there is no checkpoint yet")
             ) from error
-        self.status = f"saved step {self._step} in {time.monotonic() - self._began_s:.1f} s"
+        self.status = f"saved step {self._step} in {time.monotonic() - self._start_s:.1f} s"
 
     @property
     def busy(self) -> bool:
-        """A save is running here. May differ between ranks: for logging only."""
+        """Whether a save is running on this rank. May differ between ranks: for logging only."""
         return self._saving is not None and not self._saving.done()
 
     # ---- loading ----
 
     def latest(self) -> Path | None:
-        """The checkpoint committed last; the same on all ranks."""
+        """The most recently committed checkpoint; the same on all ranks."""
         found = on_rank_0(lambda: committed(self.directory), self._group)
         return found[-1] if found else None
 
@@ -205,11 +204,11 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer | None = None,
         path: str | Path | None = None,
     ) -> Restored | None:
-        """Load `path`, by default the latest checkpoint (None if there is none), into the model,
-        the optimizer and the random number generators.
+        """Load model, optimizer and random number generators from `path`, or from the latest
+        checkpoint by default. Returns None if there is none.
 
         Raises ValueError on all ranks, with nothing changed, for a checkpoint that is damaged, not
-        hdp's, or of another model.
+        written by hdp, or of another model.
         """
         self.wait()
         checkpoint = self.latest() if path is None else Path(path).absolute()
@@ -221,20 +220,20 @@ class Checkpointer:
         metadata = on_all_ranks(lambda: read_metadata(checkpoint), self._group)
         state = state_of(model, optimizer)
         on_all_ranks(lambda: check_fits(state, metadata, checkpoint), self._group)
-        own = str(self._mesh.hdp_rank)
-        continues = info.world_size == self._mesh.hdp_size
-        if continues:
-            state["rng"] = {own: rng_buffer(metadata, self._mesh.hdp_rank)}
+        rank = str(self._mesh.hdp_rank)
+        same_size = info.world_size == self._mesh.hdp_size
+        if same_size:
+            state["rng"] = {rank: rng_buffer(metadata, self._mesh.hdp_rank)}
         try:
             fetch(state, checkpoint, self._group)
         except ERRORS as error:
             raise CheckpointError(
-                f"reading {checkpoint} failed{reason(error)}, after all checks; model and "
-                "optimizer may hold a part of it"
+                f"reading {checkpoint} failed{reason(error)} after it passed all checks; model and "
+                "optimizer may be partly loaded, so load a checkpoint again before training"
             ) from error
         put_state(model, optimizer, state)
-        if continues:
-            unpack_rng(state["rng"][own], self._mesh.device)
+        if same_size:
+            unpack_rng(state["rng"][rank], self._mesh.device)
         else:
             seed_rng(self.seed, step=info.step, rank=self._mesh.hdp_rank)
         return Restored(
@@ -246,17 +245,19 @@ class Checkpointer:
         ours, theirs = self._model_config, info.model_config
         common = [key for key in sorted(ours.keys() & theirs) if _defines_model(key)]
         if keys := [key for key in common if ours[key] != theirs[key]]:
-            told = ", ".join(f"{k}={theirs[k]} there and {ours[k]} here" for k in keys[:4])
+            differences = ", ".join(
+                f"{key}={theirs[key]} there and {ours[key]} here" for key in keys[:4]
+            )
             raise ValueError(
-                f"{checkpoint} is of another model: {told}; name a checkpoint of this model, or "
-                "use another folder"
+                f"{checkpoint} is of another model: {differences}; choose a checkpoint of this "
+                "model, or another folder"
             )
         return info
 
-    # ---- leaving ----
+    # ---- closing ----
 
     def close(self) -> None:
-        """Finish the save in progress and let go of the folder."""
+        """Finish the save in progress and unlock the folder."""
         try:
             self.wait()
         finally:
@@ -281,31 +282,34 @@ class Checkpointer:
         if error is None:
             self.close()
             return
-        # The error may be everybody's (a non-finite loss), and then the save is worth finishing; or
-        # another rank is gone, and it never will.
+        # If all ranks raised the same error (a non-finite loss), the save can still finish; if
+        # another rank is gone, it never will.
         if self._saving is not None:
-            concurrent.futures.wait([self._saving], timeout=_LEAVE_S)
+            concurrent.futures.wait([self._saving], timeout=_EXIT_TIMEOUT_S)
         self._release()
 
     # ---- the folder ----
 
-    def _take_directory(self) -> str:
+    def _lock_directory(self) -> str:
+        """Create, lock and clean the folder; return an id for this start of the run."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"cannot make the checkpoint folder: {error}") from error
+            raise ValueError(
+                f"cannot create the checkpoint folder ({error}); choose another one"
+            ) from error
         self._lock = Lock(self.directory)
         clean(self.directory)
         return uuid.uuid4().hex[:8]
 
     def _check_shared(self) -> None:
-        """All ranks must see one folder, or their shards would end in different ones."""
-        mark = self.directory / ".shared"
-        on_rank_0(lambda: mark.write_text("all ranks must see this file"), self._group)
+        """Check that all ranks see the same folder; otherwise their shards would be scattered."""
+        marker = self.directory / ".shared"
+        on_rank_0(lambda: marker.write_text("all ranks must see this file"), self._group)
 
-        def seen() -> None:
-            deadline = time.monotonic() + _SHARED_S
-            while not mark.exists():  # network file systems remember for a while what was not there
+        def wait_for_marker() -> None:
+            deadline = time.monotonic() + _SHARED_FOLDER_TIMEOUT_S
+            while not marker.exists():  # network file systems cache that a file was missing
                 if time.monotonic() > deadline:
                     raise ValueError(
                         f"{self.directory} is not the folder that rank 0 sees; checkpoints need a "
@@ -313,18 +317,18 @@ class Checkpointer:
                     )
                 time.sleep(0.1)
 
-        on_all_ranks(seen, self._group)
-        on_rank_0(lambda: mark.unlink(missing_ok=True), self._group)
+        on_all_ranks(wait_for_marker, self._group)
+        on_rank_0(lambda: marker.unlink(missing_ok=True), self._group)
 
 
 def _defines_model(key: str) -> bool:
-    """Other entries of a model's config change with the version of a library or the place."""
+    """Whether a config key defines the model. Other keys vary with library version or location."""
     return not (key.startswith("_") or key.endswith("_version") or key in _INCIDENTAL)
 
 
-def _plain(value: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """`value` as JSON gives it back."""
+def _as_json(value: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """`value` after a round trip through JSON."""
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} must hold only what JSON can: {error}") from error
+        raise ValueError(f"{name} must be JSON-serializable: {error}") from error

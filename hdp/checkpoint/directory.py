@@ -1,23 +1,24 @@
-"""The folder of a run's checkpoints: what is in it, and how it changes without ever being broken.
+"""A run's checkpoint folder: its layout, and how it changes while staying consistent.
 
     checkpoints/
       .lock                       held by rank 0 of the run that writes here
-      step-00000100/              complete: this name appears by one rename, after all is on disk
-        hdp.json                  format, step, model config, the run's own state, size of each file
-        .metadata, *.distcp       torch.distributed.checkpoint's
+      step-00000100/              complete: renamed to this after everything is on disk
+        hdp.json                  format, step, model config, the run's state, size of each file
+        .metadata, *.distcp       files of torch.distributed.checkpoint
       .saving-step-00000200-4f1c/ in progress, or left by a killed save: removed at the next start
-      .removing-step-00000050/    on its way out: removed at the next start
+      .removing-step-00000050/    being deleted: removed at the next start
 
-Every change is one rename, so a process can be killed anywhere:
+Every change is one rename, so a process can be killed at any point:
 
     save                write all, then    .saving-X -> X
-    save X again        X -> .replaced-X   .saving-X -> X   (a start without X takes .replaced-X)
-    forget              X -> .removing-X   then delete
+    save X again        X -> .replaced-X   .saving-X -> X   (if X is missing at the next start,
+                                                             .replaced-X is renamed back)
+    delete              X -> .removing-X   then delete the files
 
-Which checkpoint is the latest is decided by a serial number that each commit raises, not by the
-step: after going back from step 200 to 100, the new step-110 is the run's latest.
+The latest checkpoint is the one with the highest serial number, which each commit increments, not
+the one with the highest step: after going back from step 200 to 100, step-110 is the latest.
 
-No torch here, and no other rank: checkpointer.py calls the writing functions on rank 0 alone.
+No torch here, and no communication: checkpointer.py calls the writing functions only on rank 0.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _CHUNK_BYTES = 1 << 24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:
-    """What a file of a checkpoint must be like."""
+    """The expected size and checksum of a checkpoint file."""
 
     num_bytes: int
     crc32: int
@@ -55,16 +56,16 @@ class CheckpointInfo:
     """The contents of hdp.json."""
 
     step: int
-    serial: int  # goes up by one with each commit into the folder
+    serial: int  # increases by one with each commit to the folder
     world_size: int
     hdp_version: str
     torch_version: str
     model_config: dict[str, Any] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)  # the run's own: sampler, schedule, seed
+    extra: dict[str, Any] = field(default_factory=dict)  # the run's state: sampler, schedule, seed
     files: dict[str, FileRecord] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
-        """Write hdp.json and push it to the disk."""
+        """Write hdp.json and flush it to disk."""
         text = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}, indent=1)
         with open(directory / INFO_FILE, "w", encoding="ascii") as file:
             file.write(text + "\n")
@@ -73,14 +74,15 @@ class CheckpointInfo:
 
     @classmethod
     def read(cls, checkpoint: Path) -> CheckpointInfo:
-        """Raises ValueError, naming the file and the remedy, for what is no readable checkpoint."""
+        """Read hdp.json. Raises ValueError, with the file and a remedy, if it is unusable."""
         path = checkpoint / INFO_FILE
         if not checkpoint.is_dir():
-            there = ", ".join(other.name for other in committed(checkpoint.parent)) or "none"
-            raise ValueError(f"{checkpoint} does not exist; checkpoints in its folder: {there}")
+            found = ", ".join(other.name for other in committed(checkpoint.parent)) or "none"
+            raise ValueError(f"{checkpoint} does not exist; checkpoints in its folder: {found}")
         if not path.is_file():
             raise ValueError(
-                f"{checkpoint} is no hdp checkpoint: it has no {INFO_FILE}; {_remedy(checkpoint)}"
+                f"{checkpoint} is not an hdp checkpoint: it has no {INFO_FILE}; "
+                f"{_remedy(checkpoint)}"
             )
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -88,8 +90,8 @@ class CheckpointInfo:
                 raise KeyError("format")
             if (version := data.pop("version")) != FORMAT_VERSION:
                 raise ValueError(
-                    f"{checkpoint} has format version {version}, this hdp reads {FORMAT_VERSION} "
-                    f"(it was written by hdp {data.get('hdp_version')}); use that version of hdp"
+                    f"{checkpoint} has format version {version}, but this hdp reads "
+                    f"{FORMAT_VERSION}; use hdp {data.get('hdp_version')}, which wrote it"
                 )
             data["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
             return cls(**data)
@@ -102,18 +104,18 @@ class CheckpointInfo:
                 f"{path} was not written by hdp ({error!r}); {_remedy(checkpoint)}"
             ) from error
 
-    def verify(self, checkpoint: Path, names: Iterable[str], *, contents: bool = True) -> None:
-        """Compare the named files with their records. ValueError for the first that differs."""
+    def verify(self, checkpoint: Path, names: Iterable[str]) -> None:
+        """Compare the named files with their records. Raises ValueError for the first mismatch."""
         for name in names:
             path, record = checkpoint / name, self.files[name]
             if not path.is_file():
                 raise ValueError(f"{path} is missing; {_remedy(checkpoint)}")
             if (num_bytes := path.stat().st_size) != record.num_bytes:
                 raise ValueError(
-                    f"{path} is truncated or foreign: {num_bytes} bytes, {record.num_bytes} were "
-                    f"written; {_remedy(checkpoint)}"
+                    f"{path} is truncated or replaced: it has {num_bytes} bytes, but "
+                    f"{record.num_bytes} were written; {_remedy(checkpoint)}"
                 )
-            if contents and checksum(path) != record.crc32:
+            if checksum(path) != record.crc32:
                 raise ValueError(
                     f"{path} is damaged: its checksum differs from the one written; "
                     f"{_remedy(checkpoint)}"
@@ -123,8 +125,8 @@ class CheckpointInfo:
 def _remedy(checkpoint: Path) -> str:
     others = [path for path in committed(checkpoint.parent) if path.name != checkpoint.name]
     if others and _NAME.fullmatch(checkpoint.name):
-        return f"remove it to resume from {others[-1].name}, or name another checkpoint"
-    return "remove it to start anew, or name another checkpoint"
+        return f"remove it to resume from {others[-1].name}, or choose another checkpoint"
+    return "remove it to start from scratch, or choose another checkpoint"
 
 
 def checksum(path: Path) -> int:
@@ -137,7 +139,7 @@ def checksum(path: Path) -> int:
 
 
 class ChecksumStream:
-    """A binary file, written from start to end."""
+    """Computes the CRC-32 of a binary file that is written from start to end."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -161,15 +163,15 @@ def step_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
 
 
-def saving_path(final: Path, start: str) -> Path:
-    """Where a checkpoint is while it is being written; no two starts of a run use the same path."""
-    return final.with_name(f".saving-{final.name}-{start}")
+def saving_path(final: Path, run_id: str) -> Path:
+    """Where a checkpoint is while it is being written. Each start of a run has its own `run_id`."""
+    return final.with_name(f".saving-{final.name}-{run_id}")
 
 
 def committed(directory: Path) -> list[Path]:
-    """Complete checkpoints in the order of their commits; one with an unreadable hdp.json is last.
+    """Complete checkpoints in commit order; one with an unreadable hdp.json comes last.
 
-    That one is for the caller to trip over: to go on silently from an older state loses work.
+    The caller is meant to fail on that one: silently resuming from an older state loses work.
     """
 
     def serial(path: Path) -> float:
@@ -193,7 +195,7 @@ def next_serial(directory: Path) -> int:
 
 
 def commit(saved: Path, final: Path) -> None:
-    """Give the finished save its name: it is the run's latest checkpoint now."""
+    """Rename a finished save to its final name, which makes it the run's latest checkpoint."""
     replaced = final.with_name(f".replaced-{final.name}")
     sync_directory(saved)
     if final.exists():
@@ -205,7 +207,7 @@ def commit(saved: Path, final: Path) -> None:
 
 
 def prune(directory: Path, keep_last: int) -> None:
-    """Forget all but the last `keep_last` checkpoints."""
+    """Delete all but the last `keep_last` checkpoints."""
     for path in committed(directory)[:-keep_last]:
         removing = path.with_name(f".removing-{path.name}")
         shutil.rmtree(removing, ignore_errors=True)
@@ -214,7 +216,7 @@ def prune(directory: Path, keep_last: int) -> None:
 
 
 def clean(directory: Path) -> None:
-    """Remove what killed saves left; take back a checkpoint whose replacement never came."""
+    """Remove what killed saves left; restore a checkpoint whose replacement was not finished."""
     for path in directory.glob(".replaced-step-*"):
         final = path.with_name(path.name.removeprefix(".replaced-"))
         if not final.exists():
@@ -225,7 +227,7 @@ def clean(directory: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Push names to the disk. Some file systems cannot, and need not."""
+    """Flush a directory's entries to disk, on file systems that support it."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -235,14 +237,14 @@ def sync_directory(directory: Path) -> None:
 
 
 class Lock:
-    """One writing run per folder. The system drops the lock with the process, kill -9 included."""
+    """Allows one writing run per folder. The kernel releases it when the process ends or dies."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises ValueError when another process holds it."""
+        """Acquire the lock. Raises ValueError if another process holds it."""
         path = directory / ".lock"
         self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until close()
         try:
-            # A record lock: unlike flock, children that outlive this process do not inherit it.
+            # A record lock, which children that outlive this process do not inherit, unlike flock.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             self._file.seek(0)
@@ -252,7 +254,7 @@ class Lock:
                 f"{directory} is in use by another run ({holder}); stop it or use another folder"
             ) from error
         except OSError:
-            return  # a file system without locks: nothing to hold
+            return  # the file system has no locks
         self._file.truncate(0)
         self._file.write(f"{socket.gethostname()} pid {os.getpid()}\n")
         self._file.flush()

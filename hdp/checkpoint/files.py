@@ -1,8 +1,9 @@
-"""Checkpoint files: sharded state in and out through torch.distributed.checkpoint.
+"""Checkpoint files: reads and writes sharded state through torch.distributed.checkpoint.
 
-The one file that imports it. checkpointer.py decides when and where; here is how: names of tensors,
-what must fit what, files with checksums, and the commit as the last act of torch's own protocol
-(it runs on rank 0 once all ranks have written, and what any rank raises is raised on all).
+The only file that imports it. checkpointer.py decides when and where to save; this file implements
+how: tensor names, compatibility checks, files with checksums, and the commit as the last step of
+torch's protocol (it runs on rank 0 once all ranks have written; an error on any rank is raised on
+all).
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ from .directory import (
     prune,
 )
 
-# One name per tensor whatever the order of parameters and groups.
+# Names that do not depend on the order of parameters and parameter groups.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
-ERRORS = (Exception, CheckpointException)  # torch derives its own from BaseException
+ERRORS = (Exception, CheckpointException)  # CheckpointException is not an Exception
 
 
 # ---- state ----
@@ -52,7 +53,7 @@ ERRORS = (Exception, CheckpointException)  # torch derives its own from BaseExce
 def state_of(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> dict[str, dict[str, Any]]:
-    """Sharded state by name; a fresh optimizer gets its (zero) state here."""
+    """Sharded state by name. Initializes the (zero) state of a new optimizer."""
     state: dict[str, dict[str, Any]] = {"model": dict(get_model_state_dict(model))}
     if optimizer is not None:
         state["optimizer"] = dict(get_optimizer_state_dict(model, optimizer, options=_OPTIONS))
@@ -60,30 +61,30 @@ def state_of(
 
 
 def check_fits(state: Mapping[str, Any], metadata: Metadata, checkpoint: Path) -> None:
-    """ValueError unless the checkpoint has exactly this model's tensors, in shape and dtype."""
+    """Raise ValueError unless names, shapes and dtypes of all tensors match the checkpoint's."""
     saved = metadata.state_dict_metadata
-    wanted = {f"{part}.{name}": value for part, d in state.items() for name, value in d.items()}
+    expected = {f"{part}.{name}": value for part, d in state.items() for name, value in d.items()}
     parts = tuple(f"{part}." for part in state)
-    problems = [f"{name} is missing" for name in wanted if name not in saved]
+    problems = [f"{name} is missing" for name in expected if name not in saved]
     problems += [
         f"{name} is not in this model"
         for name in saved
-        if name.startswith(parts) and name not in wanted
+        if name.startswith(parts) and name not in expected
     ]
-    for name, value in wanted.items():
-        there = saved.get(name)
-        if isinstance(value, torch.Tensor) and isinstance(there, TensorStorageMetadata):
-            shapes = (tuple(there.size), tuple(value.shape))
-            dtypes = (there.properties.dtype, value.dtype)
-            if shapes[0] != shapes[1] or dtypes[0] != dtypes[1]:
+    for name, value in expected.items():
+        stored = saved.get(name)
+        if isinstance(value, torch.Tensor) and isinstance(stored, TensorStorageMetadata):
+            theirs = (stored.properties.dtype, tuple(stored.size))
+            ours = (value.dtype, tuple(value.shape))
+            if theirs != ours:
                 problems.append(
-                    f"{name} is {dtypes[0]} {shapes[0]} there and {dtypes[1]} {shapes[1]} here"
+                    f"{name} is {theirs[0]} {theirs[1]} there and {ours[0]} {ours[1]} here"
                 )
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(
-            f"{checkpoint} does not fit this model or optimizer: {'; '.join(problems[:4])}{more}; "
-            "name a checkpoint of this model, or use another folder"
+            f"{checkpoint} does not match this model or optimizer: {'; '.join(problems[:4])}{more};"
+            " choose a checkpoint of this model, or another folder"
         )
 
 
@@ -92,7 +93,7 @@ def put_state(
     optimizer: torch.optim.Optimizer | None,
     state: Mapping[str, dict[str, Any]],
 ) -> None:
-    """Inverse of `state_of`."""
+    """Set the state: the inverse of `state_of`."""
     set_model_state_dict(model, state["model"])
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
@@ -102,12 +103,12 @@ def put_state(
 
 
 def read_metadata(checkpoint: Path) -> Metadata:
-    """Names, shapes and places of a checkpoint's tensors."""
+    """Names, shapes and locations of a checkpoint's tensors."""
     return dcp.FileSystemReader(checkpoint).read_metadata()
 
 
 def rng_buffer(metadata: Metadata, rank: int) -> torch.Tensor:
-    """Room for what `pack_rng` gave on `rank`."""
+    """An empty buffer for the result of `pack_rng` on `rank`."""
     saved = cast(TensorStorageMetadata, metadata.state_dict_metadata[f"rng.{rank}"])
     return torch.empty(saved.size, dtype=torch.uint8)
 
@@ -121,7 +122,7 @@ def fetch(state: dict[str, Any], checkpoint: Path, group: dist.ProcessGroup) -> 
 
 
 def make_stager(*, pinned: bool) -> DefaultStager:
-    """Copies state to host buffers that it keeps for all saves; done when the call returns."""
+    """A stager that copies state synchronously to host buffers, which all saves reuse."""
     return DefaultStager(
         StagingOptions(
             use_pinned_memory=pinned,
@@ -142,9 +143,9 @@ def save_async(
     group: dist.ProcessGroup,
     stager: DefaultStager,
 ) -> Future[Any]:
-    """Copy `state`, then write it in the background to `path` and commit it as `final`.
+    """Copy `state`, then write it to `path` in the background and commit it as `final`.
 
-    The future raises one of ERRORS, on all ranks, if any rank failed.
+    If any rank fails, the future raises one of ERRORS on all ranks.
     """
     writer = _Writer(path, final, info, keep_last)
     saving = dcp.async_save(state, storage_writer=writer, process_group=group, async_stager=stager)
@@ -152,27 +153,27 @@ def save_async(
 
 
 def reason(error: BaseException) -> str:
-    """Like " on rank 2: OSError: No space left on device"."""
+    """The end of a message, such as " on rank 2: OSError: No space left on device"."""
     failures = getattr(error, "failures", None)
     if not failures:
         return f": {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     cause = failures[min(failures)][0]
-    named = ", ".join(map(str, sorted(failures)[:8]))
-    return f" on rank {named}: {type(cause).__name__}: {cause}"
+    ranks = ", ".join(map(str, sorted(failures)[:8]))
+    return f" on rank {ranks}: {type(cause).__name__}: {cause}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Written:
-    """Travels to rank 0 with the results of torch's writer."""
+class _WrittenFile:
+    """The record of a file, sent to rank 0 with the results of torch's writer."""
 
     name: str
     record: FileRecord
 
 
 class _Writer(dcp.FileSystemWriter):
-    """torch's writer, with checksums; `finish`, on rank 0, is the commit.
+    """torch's writer with checksums; `finish` commits the checkpoint.
 
-    torch calls `finish` when all ranks have written, and passes on to all what any step raises.
+    torch calls `finish` on rank 0 when all ranks have written, and raises any step's error on all.
     """
 
     def __init__(self, path: Path, final: Path, info: CheckpointInfo, keep_last: int | None):
@@ -182,7 +183,7 @@ class _Writer(dcp.FileSystemWriter):
         self.fs = self._files
 
     def prepare_local_plan(self, plan: Any) -> Any:
-        return plan  # torch's makes the folder here, on all ranks
+        return plan  # torch's version creates the folder here, on all ranks
 
     def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
         shutil.rmtree(self.path, ignore_errors=True)  # of a failed save
@@ -191,33 +192,36 @@ class _Writer(dcp.FileSystemWriter):
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         results: list[Any] = super().write_data(plan, planner).wait()
-        results += [_Written(name=name, record=r) for name, r in self._files.records.items()]
+        results += [_WrittenFile(name=name, record=r) for name, r in self._files.records.items()]
         future: torch.futures.Future[Any] = torch.futures.Future()
         future.set_result(results)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         path = Path(self.path)
-        written = [x for rank in results for x in rank if isinstance(x, _Written)]
+        written = [x for rank in results for x in rank if isinstance(x, _WrittenFile)]
         files = {item.name: item.record for item in written}
         for name, record in files.items():
             if not (path / name).is_file() or (path / name).stat().st_size != record.num_bytes:
-                raise OSError(f"{path / name} is not as written; do all nodes share the folder?")
+                raise OSError(
+                    f"{path / name} is missing or has another size than was written; do all nodes "
+                    "share the folder?"
+                )
         super().finish(
-            metadata, [[x for x in rank if not isinstance(x, _Written)] for rank in results]
+            metadata, [[x for x in rank if not isinstance(x, _WrittenFile)] for rank in results]
         )
-        own = path / ".metadata"
-        files[own.name] = FileRecord(num_bytes=own.stat().st_size, crc32=checksum(own))
+        index = path / ".metadata"
+        files[index.name] = FileRecord(num_bytes=index.stat().st_size, crc32=checksum(index))
         serial = next_serial(self._final.parent)
         dataclasses.replace(self._info, serial=serial, files=files).write(path)
         commit(path, self._final)
         if self._keep_last is not None:
-            with contextlib.suppress(OSError):  # the save itself is safe
+            with contextlib.suppress(OSError):  # the save itself succeeded
                 prune(self._final.parent, self._keep_last)
 
 
 class _ChecksumFiles(FileSystem):
-    """Files that note size and CRC-32 of what is written into them."""
+    """A file system that records the size and CRC-32 of the files it writes."""
 
     def __init__(self) -> None:
         self.records: dict[str, FileRecord] = {}
@@ -225,8 +229,8 @@ class _ChecksumFiles(FileSystem):
     @contextlib.contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
         with super().create_stream(path, mode) as stream:
-            watched = ChecksumStream(stream)
-            yield watched
+            checked = ChecksumStream(stream)
+            yield checked
         if Path(path).suffix == ".distcp":
-            record = FileRecord(num_bytes=watched.num_bytes, crc32=watched.crc32)
+            record = FileRecord(num_bytes=checked.num_bytes, crc32=checked.crc32)
             self.records[Path(path).name] = record

@@ -1,4 +1,4 @@
-"""A small FSDP2 model to save and load, for the tests of checkpoints."""
+"""A small FSDP2 model to save and load in checkpoint tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIG = {"hidden_size": 6, "layers": 2, "lib_version": "1", "_path": "/a"}
 
 
 class Toy(torch.nn.Module):
-    """Odd sizes, so that shards are uneven and some empty; tied embedding and head; a buffer."""
+    """Odd sizes, so shards are uneven and some empty; tied embedding and head; a buffer."""
 
     def __init__(self, hidden: int = 6) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def build(mesh, seed=0, hidden=6):
 
 
 def step_once(model, optimizer, step):
-    """The same batch on all ranks: the gradient's mean does not depend on how many there are."""
+    """Train on the same batch on all ranks, so the mean gradient is independent of their number."""
     tokens = torch.arange(7) * (step + 3) % 11
     loss = torch.nn.functional.cross_entropy(model(tokens), tokens.roll(-1))
     loss.backward()
@@ -60,7 +60,7 @@ def step_once(model, optimizer, step):
 
 
 def everything(model, optimizer):
-    """Whole model and optimizer state, on rank 0."""
+    """The full model and optimizer state, on rank 0."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model_state = get_model_state_dict(model, options=options)
     state = {f"model.{name}": value.clone() for name, value in model_state.items()}
@@ -81,13 +81,13 @@ def assert_equal(a, b):
 
 
 def hold_writes():
-    """{step: event}: from now on what this process writes for a step waits for its event."""
+    """Make this process's later writes wait for an event per step; return {step: event}."""
     gates = {step: threading.Event() for step in range(10)}
     write = ChecksumStream.write
 
     def held(self, data):
         step = int(re.search(r"step-(\d+)", self.name)[1])
-        assert gates[step].wait(patience(60)), f"nobody let the save of step {step} go on"
+        assert gates[step].wait(patience(60)), f"nothing released the save of step {step}"
         return write(self, data)
 
     ChecksumStream.write = held
@@ -95,5 +95,5 @@ def hold_writes():
 
 
 def set_soon(event):
-    """In a moment, for a caller that is about to wait."""
+    """Set `event` after a moment, when the caller is already waiting."""
     threading.Timer(0.3, event.set).start()

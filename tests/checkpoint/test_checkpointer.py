@@ -1,4 +1,4 @@
-"""Checkpointer on gloo ranks with an FSDP2 model: resuming, resharding, saving meanwhile."""
+"""Checkpointer on gloo ranks with an FSDP2 model: resuming, resharding, background saves."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _save_run(rank, world_size, directory):
 
 def _load_run(rank, world_size, directory):
     mesh = HDPMesh.create(device="cpu")
-    model, optimizer = build(mesh, seed=7)  # other weights: all must come from the checkpoint
+    model, optimizer = build(mesh, seed=7)  # different weights: all must come from the checkpoint
     with saver_for(directory, mesh) as saver:
         restored = saver.load(model=model, optimizer=optimizer)
         assert restored.path == Path(directory) / "step-00000003" == saver.latest()
@@ -79,14 +79,14 @@ def test_any_number_of_ranks(saved, world_size):
     draws = [result[2] for result in results]
     if world_size == 4:  # random numbers continue ...
         assert draws == [result[2] for result in by_rank]
-    else:  # ... or start anew, apart from each other and the same each time
+    else:  # ... or are reseeded, differently on each rank but the same every time
         assert len({draw[1] for draw in draws}) == world_size
         seed_rng(5, step=3, rank=0)
         assert draws[0] == (torch.rand(2).tolist(), np.random.rand(), random.random())
 
 
 def _two_meshes(rank, world_size, directory):
-    """As with other parallel axes: the HDP axis is a part of the world."""
+    """The HDP axis is only part of the world, as with other parallel axes."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mesh = HDPMesh.from_group(groups[rank // 2], device="cpu")
     model, optimizer = build(mesh, seed=rank // 2)
@@ -150,7 +150,7 @@ def _bad_input(rank, world_size, directory):
     mesh = HDPMesh.create(device="cpu")
     model, _ = build(mesh)
     messages = []
-    hdp.checkpoint.checkpointer._SHARED_S = 0.5
+    hdp.checkpoint.checkpointer._SHARED_FOLDER_TIMEOUT_S = 0.5
 
     def attempt(call):
         try:
@@ -173,7 +173,7 @@ def test_bad_input(tmp_path):
     by_rank = run_ranks(_bad_input, 2, str(tmp_path))
     keep, config, shared, file, extra = by_rank[0]
     assert keep == "keep_last=0 must be at least 1, or None to keep all"
-    assert "model_config must hold only what JSON can" in config
+    assert "model_config must be JSON-serializable" in config
     assert "node1 is not the folder that rank 0 sees" in shared and "(found by rank 1)" in shared
-    assert "cannot make the checkpoint folder" in file
-    assert "extra must hold only what JSON can" in extra
+    assert "cannot create the checkpoint folder" in file
+    assert "extra must be JSON-serializable" in extra

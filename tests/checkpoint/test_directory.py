@@ -1,4 +1,4 @@
-"""The folder of checkpoints: names, order, commits and what a killed process leaves. No torch."""
+"""The checkpoint folder: names, order, commits, and leftovers of killed processes. No torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hdp.checkpoint.directory import (
 
 
 def _save(directory: Path, step: int, content: bytes = b"data", start: str = "a") -> Path:
-    """What a save does, on one rank."""
+    """Save like the checkpointer, on one rank."""
     final = step_path(directory, step)
     path = saving_path(final, start)
     path.mkdir(parents=True)
@@ -65,7 +65,7 @@ def test_info_round_trip(tmp_path):
     info.verify(final, info.files)
 
 
-def test_order_is_that_of_commits(tmp_path):
+def test_checkpoints_are_in_commit_order(tmp_path):
     assert committed(tmp_path / "nothing") == [] and next_serial(tmp_path) == 1
     for step in (100, 200, 110):  # went back to 100
         _save(tmp_path, step)
@@ -93,7 +93,7 @@ def test_saving_the_same_step_again(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_start_cleans_up_after_a_kill(tmp_path):
+def test_clean_removes_leftovers_of_a_kill(tmp_path):
     _save(tmp_path, 10)
     for leftover in (
         ".saving-step-00000020-a",
@@ -128,7 +128,7 @@ def _damage(path: Path, text: str | bytes | None) -> None:
         ('{"format": "hdp-checkpoint", "version": 1}', "hdp.json was not written by hdp"),
         (
             '{"format": "hdp-checkpoint", "version": 9, "hdp_version": "3.0"}',
-            "has format version 9, this hdp reads 1 .*by hdp 3.0",
+            "has format version 9, but this hdp reads 1; use hdp 3.0, which wrote it",
         ),
     ],
 )
@@ -136,7 +136,7 @@ def test_damaged_or_foreign_info(tmp_path, text, message):
     _save(tmp_path, 10)
     final = _save(tmp_path, 20)
     _damage(final / INFO_FILE, text)
-    # It stays the latest: going on silently from step 10 would lose work.
+    # It stays the latest: silently resuming from step 10 would lose work.
     assert _names(tmp_path)[-1] == "step-00000020" and next_serial(tmp_path) == 2
     with pytest.raises(ValueError, match=message) as info:
         CheckpointInfo.read(final)
@@ -144,7 +144,7 @@ def test_damaged_or_foreign_info(tmp_path, text, message):
         assert "remove it to resume from step-00000010" in str(info.value)
 
 
-def test_checkpoint_that_is_not_there(tmp_path):
+def test_missing_checkpoint(tmp_path):
     _save(tmp_path, 10)
     with pytest.raises(ValueError, match=r"nothing does not exist; .* folder: step-00000010"):
         CheckpointInfo.read(tmp_path / "nothing")
@@ -154,7 +154,7 @@ def test_checkpoint_that_is_not_there(tmp_path):
     ("content", "message"),
     [
         (None, "0.distcp is missing"),
-        (b"dat", "0.distcp is truncated or foreign: 3 bytes, 4 were written"),
+        (b"dat", "0.distcp is truncated or replaced: it has 3 bytes, but 4 were written"),
         (b"dota", "0.distcp is damaged: its checksum differs"),
     ],
 )
@@ -162,16 +162,16 @@ def test_damaged_file(tmp_path, content, message):
     final = _save(tmp_path, 10)
     info = CheckpointInfo.read(final)
     _damage(final / "0.distcp", content)
-    with pytest.raises(ValueError, match=f"{message}.*; remove it to start anew"):
+    with pytest.raises(ValueError, match=f"{message}.*; remove it to start from scratch"):
         info.verify(final, info.files)
 
 
-def test_the_seal_is_json_that_others_can_read(tmp_path):
-    seal = json.loads((_save(tmp_path, 10) / INFO_FILE).read_text())
-    assert (seal["format"], seal["version"]) == ("hdp-checkpoint", 1)
-    assert (seal["step"], seal["serial"], seal["world_size"]) == (10, 1, 1)
-    assert (seal["model_config"], seal["extra"]) == ({"layers": 2}, {"tokens": 7})
-    assert seal["files"] == {"0.distcp": {"num_bytes": 4, "crc32": zlib.crc32(b"data")}}
+def test_info_file_is_json_that_others_can_read(tmp_path):
+    info = json.loads((_save(tmp_path, 10) / INFO_FILE).read_text())
+    assert (info["format"], info["version"]) == ("hdp-checkpoint", 1)
+    assert (info["step"], info["serial"], info["world_size"]) == (10, 1, 1)
+    assert (info["model_config"], info["extra"]) == ({"layers": 2}, {"tokens": 7})
+    assert info["files"] == {"0.distcp": {"num_bytes": 4, "crc32": zlib.crc32(b"data")}}
 
 
 _HOLD = """

@@ -1,4 +1,4 @@
-"""Faults of checkpoints: full disks, kill -9 at each stage of a save, damaged files."""
+"""Checkpoint faults: full disks, kill -9 at each stage of a save, damaged files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _fail_write(rank):
 
 
 def _fail_limit(rank):
-    """The kernel refuses to let a file grow: what a quota or a full disk does."""
+    """The kernel does not let files grow, as with a quota or a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (800, hard))
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -69,18 +69,18 @@ def _failing_saves(rank, world_size, directory):
         saver.save(1, model=model, optimizer=optimizer, extra={"good": True})
         saver.wait()
         for culprit, fail in ((1, _fail_write), (2, _fail_limit), (0, _fail_commit)):
-            heal = fail(rank) if rank == culprit else lambda: None
+            undo = fail(rank) if rank == culprit else lambda: None
             saver.save(2, model=model, optimizer=optimizer)
-            step_once(model, optimizer, 0)  # training goes on meanwhile
+            step_once(model, optimizer, 0)  # training continues
             try:
                 saver.save(3, model=model, optimizer=optimizer)
             except CheckpointError as error:
                 messages.append(str(error))
-            heal()
+            undo()
             dist.barrier()
             entries = {path.name for path in directory.iterdir()} - {".lock"}
             assert entries == {"step-00000001"}, entries
-            saver.wait()  # told once
+            saver.wait()  # an error is raised only once
         assert saver.status == "saving step 2 failed"
         saver.save(2, model=model, optimizer=optimizer)
         saver.wait()
@@ -113,7 +113,7 @@ def _error_in_training(rank, world_size, directory):
         return committed(Path(directory))
 
 
-def test_save_in_progress_survives_an_error_of_all(tmp_path):
+def test_save_in_progress_finishes_after_an_error_on_all_ranks(tmp_path):
     assert run_ranks(_error_in_training, 2, str(tmp_path)) == [[tmp_path / "step-00000001"]] * 2
 
 
@@ -121,7 +121,7 @@ def test_save_in_progress_survives_an_error_of_all(tmp_path):
 
 
 def _kill_at(stage, rank):
-    """kill -9 of this process at a stage of its next save."""
+    """Make this process kill -9 itself at a stage of its next save."""
 
     def die(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -178,7 +178,7 @@ def test_killed_save_leaves_the_previous_one(tmp_path, monkeypatch, stage, step,
     monkeypatch.setattr("tests.run_ranks.GRACE_S", 1.0)
     with pytest.raises(RankError, match="SIGKILL"):
         run_ranks(_killed_save, 2, str(tmp_path), stage, step, timeout_s=30)
-    assert list(tmp_path.glob(".*-step-*")), "the kill left nothing to clean up: a weak test"
+    assert list(tmp_path.glob(".*-step-*")), "the kill left nothing to clean up: the test is weak"
     for facts in run_ranks(_after_kill, 2, str(tmp_path)):
         assert facts == (*survivor, [f"step-{survivor[0]:08d}"])
 
@@ -231,7 +231,7 @@ def _bad_loads(rank, world_size, good, directory):
     newer = {"hidden_size": 6, "layers": 2, "lib_version": "2", "_path": "/b", "new_option": 0}
     with saver_for(good, mesh, model_config=newer) as saver:
         twin, twin_optimizer = build(mesh)
-        saver.load(model=twin, optimizer=twin_optimizer)  # a newer library is no other model
+        saver.load(model=twin, optimizer=twin_optimizer)  # a newer library, but the same model
     with saver_for(good, mesh, model_config=None) as saver:
         wide, wide_optimizer = build(mesh, hidden=4)
         attempt("other shapes", saver, model=wide, optimizer=wide_optimizer)
@@ -261,10 +261,10 @@ def test_damage_is_found_before_anything_changes(tmp_path):
     assert results[1][0] == messages
     assert_equal(before, after)
     expected = {
-        "truncated shard": "__1_0.distcp is truncated or foreign: ",
+        "truncated shard": "__1_0.distcp is truncated or replaced: ",
         "flipped bit": "__3_0.distcp is damaged: its checksum differs",
-        "missing shard": "__2_0.distcp is missing; remove it to start anew",
-        "truncated metadata": ".metadata is truncated or foreign",
+        "missing shard": "__2_0.distcp is missing; remove it to start from scratch",
+        "truncated metadata": ".metadata is truncated or replaced",
         "truncated info": "hdp.json is truncated or damaged",
         "foreign": "hdp.json was not written by hdp",
         "other config": "is of another model: hidden_size=6 there and 8 here",
