@@ -1,12 +1,12 @@
-"""What people see: progress bars, tables and one-time notes. The only file that imports rich.
+"""Console output: progress bars, tables and notes. The only file that imports rich.
 
 Three rules keep output useful for people, logs and pipes alike:
 
-* progress is for people: no bar unless the stream is a terminal
-* tables are for both: drawn by rich on a terminal, plain aligned ASCII elsewhere
-* without rich everything still works, plainly
+* progress bars appear only on a terminal
+* tables are drawn by rich on a terminal and as plain aligned ASCII elsewhere
+* without rich, everything still works in plain text
 
-Notes and bars go to stderr, tables to stdout, so that a table can be piped.
+Notes and bars go to stderr and tables to stdout, so tables can be piped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Advance = Callable[[float], None]
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a person watches `stream`."""
+    """Whether `stream` is a terminal."""
     try:
         return stream.isatty()
     except (AttributeError, ValueError):  # replaced or closed streams
@@ -39,10 +39,10 @@ def progress(
     """A progress bar; yields `advance(amount)`.
 
     Args:
-        description: what is going on, such as "tokenising".
-        total: the amount at which it is done; None: unknown, a pulse.
-        unit: "bytes" prints sizes and rates as such; anything else is printed as it is.
-        enabled: None shows the bar only on a terminal.
+        description: what is happening, such as "tokenizing".
+        total: the amount at which the work is done; None: unknown, shown as a pulse.
+        unit: "bytes" formats sizes and rates; anything else is printed verbatim.
+        enabled: None: only on a terminal.
     """
     stream = sys.stderr if stream is None else stream
     if enabled is None:
@@ -77,7 +77,7 @@ def _bar_columns(unit: str, *, known_total: bool) -> list[Any]:
 
 
 def note(message: str, *, stream: TextIO | None = None) -> None:
-    """One line for people and logs, such as which fallback was taken."""
+    """Print one line for people and logs, such as which fallback is in use."""
     stream = sys.stderr if stream is None else stream
     print(f"hdp: {message}", file=stream, flush=True)
 
@@ -89,7 +89,7 @@ def print_table(
     title: str | None = None,
     stream: TextIO | None = None,
 ) -> None:
-    """Prints rows under column heads; columns of numbers are aligned to the right."""
+    """Print a table; columns of numbers are right-aligned."""
     stream = sys.stdout if stream is None else stream
     try:
         if not is_terminal(stream):
@@ -114,7 +114,7 @@ def table_text(
 ) -> str:
     """The table as aligned ASCII, without a trailing newline.
 
-    Raises ValueError if a row has another number of cells than there are columns.
+    Raises ValueError if a row's number of cells differs from the number of columns.
     """
     right = _numeric_columns(columns, rows)
     cells = [list(columns), *[[cell_text(cell) for cell in row] for row in rows]]
@@ -133,7 +133,7 @@ def table_text(
 
 
 def cell_text(cell: object) -> str:
-    """One cell: thousands separators for integers, four digits for fractions, "-" for None."""
+    """A cell as text: thousands separators for ints, 4 digits for floats, "-" for None."""
     if cell is None:
         return "-"
     if isinstance(cell, bool):
@@ -149,8 +149,7 @@ def _numeric_columns(columns: Sequence[str], rows: Sequence[Sequence[object]]) -
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(
-                f"a row of {len(row)} cells under {len(columns)} columns {list(columns)}: "
-                f"{list(row)}"
+                f"row {list(row)} has {len(row)} cells for {len(columns)} columns {list(columns)}"
             )
     return [
         bool(rows)

@@ -1,4 +1,4 @@
-"""Bars for people only; tables for people and pipes; everything without rich, too."""
+"""Progress bars only on terminals, tables on terminals and in pipes, and all without rich."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
 ROWS = [("ring", 1234567, 0.123456), ("[red]static", None, 2.0)]
 
 
-def test_progress_is_silent_off_a_terminal():
+def test_progress_is_silent_without_a_terminal():
     stream = io.StringIO()
     with console.progress("work", 10, unit="bytes", stream=stream) as advance:
         advance(10)
@@ -45,12 +45,12 @@ def test_progress_draws_on_a_terminal(total, unit, drawn):
     assert "work" in text and drawn in text
 
 
-def test_progress_passes_errors_on():
+def test_progress_propagates_errors():
     with pytest.raises(KeyError), console.progress("work", 1, stream=Terminal()):
         raise KeyError
 
 
-def test_table_text_aligns_numbers_right():
+def test_table_text_right_aligns_numbers():
     assert console.table_text(["policy", "tokens", "s"], ROWS, title="T").splitlines() == [
         "T",
         "policy          tokens       s",
@@ -84,7 +84,7 @@ def test_everything_works_without_rich(monkeypatch):
 
 
 def test_wrong_rows_and_closed_streams():
-    with pytest.raises(ValueError, match="2 cells under 1 columns"):
+    with pytest.raises(ValueError, match=r"row \[1, 2\] has 2 cells for 1 columns"):
         console.table_text(["a"], [(1, 2)])
     stream = io.StringIO()
     stream.close()
