@@ -88,7 +88,7 @@ class Batches(Protocol):
 
 
 class StepFeed:
-    """Iterates over StepBatches on `device` forever. A context manager, as it owns a thread."""
+    """Iterates over StepBatches on `device` forever. A context manager that owns a thread."""
 
     def __init__(
         self,

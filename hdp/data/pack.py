@@ -39,7 +39,7 @@ class PackedBatch:
 
     @property
     def total_tokens(self) -> int:
-        """Rows of this rank, padding included."""
+        """Rows of this rank, including padding."""
         return len(self.input_ids)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> PackedBatch:

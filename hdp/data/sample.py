@@ -94,12 +94,12 @@ class SampleList:
 
     @cached_property
     def seqlens(self) -> np.ndarray:
-        """(num_samples,) int64, tokens of each."""
+        """(num_samples,) int64, tokens per sample."""
         return np.array([len(sample.input_ids) for sample in self.samples], dtype=np.int64)
 
     @cached_property
     def num_loss_tokens(self) -> np.ndarray:
-        """(num_samples,) int64, labels of each."""
+        """(num_samples,) int64, labels per sample."""
         return np.array([sample.num_loss_tokens for sample in self.samples], dtype=np.int64)
 
     def __getitem__(self, index: int, /) -> Sample:
