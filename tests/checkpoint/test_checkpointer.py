@@ -29,7 +29,7 @@ from tests.run_ranks import run_ranks
 
 # ---- resuming ----
 
-EXTRA = {"sampler": {"position": (24, 0)}, 7: None}  # JSON makes lists of tuples, text of keys
+EXTRA = {"sampler": {"position": (24, 0)}, 7: None}  # JSON: the tuple becomes a list, the key text
 
 
 def _save_run(rank, world_size, directory):
