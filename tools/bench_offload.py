@@ -3,7 +3,7 @@
     python tools/bench_offload.py                       # a GPU: the table of docs/benchmarks.md
     python tools/bench_offload.py --lengths             # host memory held over 50 steps
     python tools/bench_offload.py --only 128K --json offload.json
-    OMP_NUM_THREADS=1 python tools/bench_offload.py --device cpu --tiny    # the logic, on the twin
+    OMP_NUM_THREADS=1 python tools/bench_offload.py --device cpu --tiny    # the logic
 
 Llama-7B-shaped layers (tools/decoder_layers.py), bf16, one sequence, forward + backward:
 

@@ -13,7 +13,7 @@ from hdp.offloading.forward import Windows
 from hdp.offloading.link import Link, StreamLink
 from hdp.offloading.memory import available_host_bytes
 from hdp.offloading.native import NativeLink, native_available
-from hdp.offloading.twin import TwinStreams
+from hdp.offloading.streams import CpuStreams
 from hdp.scheduler import CostModel
 from hdp.scheduler.costs.activation_plan import (
     ActivationPlan,
@@ -90,7 +90,7 @@ def open_bench_engine(
     device: torch.device, windows: Windows | None, *, num_bytes: float = 64 << 20
 ) -> OffloadEngine:
     """On a GPU as users have it. On a CPU with slabs of about a hundredth of num_bytes, as 512 MiB
-    are of a pool of 50 GiB; the link in C++ where it was built, else the twin."""
+    are of a pool of 50 GiB; the link in C++ where it was built."""
     if device.type == "cuda":
         most = available_host_bytes() * 9 // 10
         return open_engine(device, max_bytes=most, windows=windows)
@@ -99,5 +99,5 @@ def open_bench_engine(
     if native_available(device):
         link = NativeLink(device, seed=1, **sizes)
     else:
-        link = StreamLink(TwinStreams(), num_threads=2, **sizes)
+        link = StreamLink(CpuStreams(), num_threads=2, **sizes)
     return OffloadEngine(link, windows=windows or Windows.of_layer(100_000))

@@ -31,11 +31,11 @@ from hdp.offloading.forward import Treatment, Windows, _Quota
 from hdp.offloading.link import StreamLink
 from hdp.offloading.planned import treatment_of
 from hdp.offloading.saved import Packed
-from hdp.offloading.twin import TwinStreams
 
 sys.path.insert(0, str(Path(__file__).parent))
 from decoder_layers import LLAMA_7B, Shape
 from offload_treatments import Budget, plan_for_memory
+from timed_streams import TimedStreams
 
 SCALE = 1 / (16 << 10)  # simulated bytes for real ones
 MATMUL_FLOPS_PER_S = 700e12
@@ -119,7 +119,7 @@ def simulate(
     operations: list[Operation], treatment: Treatment, windows: Windows, bytes_per_s: float
 ) -> Simulated:
     """Forward and backward of the operations. What is made again takes its time in backward."""
-    streams = TwinStreams(order="eager", bytes_per_s=bytes_per_s * SCALE)
+    streams = TimedStreams(bytes_per_s * SCALE)
     link = StreamLink(streams, max_bytes=1 << 30, slab_bytes=1 << 20, num_threads=1)
     engine = OffloadEngine(link, windows=_scaled(windows))
     again = {"pointwise": _Quota(treatment.pointwise), "matmul": _Quota(treatment.matmul)}

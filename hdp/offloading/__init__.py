@@ -9,7 +9,7 @@
 The parts, each file on top of the ones before it:
 
     pool      host memory in slabs, handed out in extents
-    streams   what a device offers: streams, events, copies; twin: the same without a device
+    streams   what a device offers: streams, events, copies
     link      moves blocks of bytes and orders the copies by events; native: the same in C++
     tensors   what of a saved tensor travels, and what stays
     saved     what stands in the autograd graph

@@ -17,8 +17,7 @@ from .link import Link, StreamLink
 from .memory import available_host_bytes, host_bytes_per_rank
 from .native import NativeLink, native_available
 from .pool import text_of
-from .streams import CudaStreams
-from .twin import TwinStreams
+from .streams import CpuStreams, CudaStreams
 
 _SLAB_BYTES = 512 << 20
 _NUM_THREADS = 16  # that pin slabs; each is pinned once
@@ -81,7 +80,7 @@ def open_engine(
 ) -> OffloadEngine:
     """An engine of one's own; close() gives its host memory back.
 
-    device: a CUDA device, or the CPU: then streams and copies are simulated (twin.py), for tests.
+    device: a CUDA device; or the CPU, where all of the engine runs and no memory is saved.
     max_bytes: host memory that it may take.
     prefill: take all of it now, in the background, instead of when it is needed.
     on_full: "error": forwards that want more raise OffloadMemoryError; "keep": what does not fit
@@ -108,7 +107,7 @@ def _open_link(device: torch.device, link: str, **sizes: int) -> Link:
         return NativeLink(device, num_threads=_NUM_THREADS, **sizes)
     if device.type == "cuda":
         return StreamLink(CudaStreams(device), num_threads=_NUM_THREADS, **sizes)
-    return StreamLink(TwinStreams(), num_threads=2, **sizes)
+    return StreamLink(CpuStreams(), num_threads=2, **sizes)
 
 
 def _affordable(max_bytes: int, on_full: str) -> int:

@@ -1,11 +1,14 @@
-"""Streams: what a device offers to move memory, and CUDA's through torch alone.
+"""Streams: what a device offers to move memory.
 
 Three streams matter: the caller's (kernels run there), OUT (device to host) and IN (host to
-device). `link.py` orders them by events and never waits on the host. The CPU twin (`twin.py`) has
-the same methods on simulated streams.
+device). `link.py` orders them by events and never waits on the host.
 
-CudaStreams is the reference of csrc/offload/cuda.cu, and what runs where the extension was not
-built.
+    CudaStreams    a CUDA device, through torch alone
+    CpuStreams     no device: "device" and host memory are the same, and a copy is done when it
+                   returns. The engine then saves no memory, but everything else runs: plans,
+                   pool, recipes, order
+
+tests/offloading/twin_streams.py has a third one, a double that finds missing waits.
 """
 
 from __future__ import annotations
@@ -51,6 +54,34 @@ class Streams(Protocol):
     def synchronize(self) -> None:
         """Return when OUT and IN are idle."""
         ...
+
+
+class CpuStreams:
+    """Everything happens at once, so there is nothing to wait for."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def current(self) -> None:
+        return None
+
+    def record(self, stream: Any) -> None:
+        return None
+
+    def wait(self, stream: Any, event: Any) -> None:
+        pass
+
+    def copy(self, stream: Any, dst: Tensor, src: Tensor) -> None:
+        dst.copy_(src)
+
+    def new_slab(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def free_slab(self, slab: Tensor) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
 
 class CudaStreams:

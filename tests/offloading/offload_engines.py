@@ -15,16 +15,19 @@ from hdp.offloading.engine import OffloadEngine
 from hdp.offloading.forward import Treatment, Windows
 from hdp.offloading.link import Link, StreamLink
 from hdp.offloading.native import NativeLink, native_available
-from hdp.offloading.twin import TwinStreams
+from hdp.offloading.streams import CpuStreams
+from tests.offloading.twin_streams import TwinStreams
 
 GRANULE = 64 << 10
 CPU = torch.device("cpu")
 
-# Simulated streams under three schedules, and the C++ link on threads with random delays.
+# The double under three schedules, what runs on a CPU, and the C++ link on threads with random
+# delays.
 KINDS = [
     "lazy",
     "random",
     "eager",
+    "cpu",
     pytest.param(
         "native",
         marks=pytest.mark.skipif(not native_available(CPU), reason="csrc is not built"),
@@ -55,6 +58,8 @@ def open_link(kind: str, *, seed: int = 0, max_bytes: int = 64 << 20, slab_bytes
     if kind == "native":
         link: Link = NativeLink(CPU, max_bytes=max_bytes, slab_bytes=slab_bytes, seed=seed + 1)
         return link, None
+    if kind == "cpu":
+        return StreamLink(CpuStreams(), max_bytes=max_bytes, slab_bytes=slab_bytes), None
     streams = TwinStreams(order=kind, seed=seed)  # type: ignore[arg-type]
     return StreamLink(streams, max_bytes=max_bytes, slab_bytes=slab_bytes, num_threads=2), streams
 

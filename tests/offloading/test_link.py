@@ -11,8 +11,9 @@ from hdp.errors import FreedError
 from hdp.offloading.link import StreamLink
 from hdp.offloading.pool import PoolFull
 from hdp.offloading.streams import IN, OUT
-from hdp.offloading.twin import TwinStreams
 from tests.offloading.offload_engines import GRANULE, KINDS, open_link
+from tests.offloading.twin_streams import TwinStreams
+from tests.training.test_overlap import tool
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -164,9 +165,11 @@ def test_host_memory_is_made_ahead(kind):
     link.close()
 
 
-def test_the_twin_keeps_time():
+@pytest.mark.parametrize("kind", ["twin", "timed"])
+def test_simulated_streams_keep_time(kind):
     """Copies of a direction follow each other; a caller that waits is stalled for what is left."""
-    streams = TwinStreams(bytes_per_s=1000.0)
+    timed = tool("timed_streams").TimedStreams
+    streams = TwinStreams(bytes_per_s=1000.0) if kind == "twin" else timed(1000.0)
     link = StreamLink(streams, max_bytes=1 << 20, slab_bytes=GRANULE, num_threads=1)
     stream, first, second = link.stream(), data_of(1000, 1), data_of(500, 2)
     a, b = link.send(first, stream), link.send(second, stream)

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hdp
 from hdp.errors import OffloadMemoryError
 from hdp.offloading.forward import Treatment, Windows
-from hdp.offloading.twin import CALLER, SIDE
 from tests.offloading.offload_engines import (
     ROOMY,
     SLAB,
@@ -35,6 +34,7 @@ from tests.offloading.offload_engines import (
     make_model,
     open_engine,
 )
+from tests.offloading.twin_streams import CALLER, SIDE
 
 # ---- the main claim ----
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hdp.distributed.mesh import HDPMesh
-from hdp.offloading.twin import TwinStreams
 from hdp.profile import links
+from tests.offloading.twin_streams import TwinStreams
 from tests.run_ranks import run_ranks
 
 

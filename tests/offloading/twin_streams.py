@@ -1,4 +1,4 @@
-"""TwinStreams: a device that is not there, for testing what streams and events promise.
+"""TwinStreams: a test double for a device, to check what streams and events promise.
 
 The engine runs on it unchanged. "Device" memory is ordinary CPU memory, kernels of the caller's
 stream run at once (they are CPU kernels), and the copies of OUT and IN wait in queues. Three
@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .streams import IN, OUT
+from hdp.offloading.streams import IN, OUT
 
 CALLER, SIDE = "caller", "side"  # a model may queue kernels on a second stream
 _CALLERS = (CALLER, SIDE)
@@ -54,7 +54,7 @@ class _Access:
 
 
 class TwinStreams:
-    """See the module docstring. Not for production: it moves nothing faster.
+    """See the module docstring.
 
     bytes_per_s: of each direction; None: copies take no time.
     """
