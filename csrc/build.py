@@ -174,8 +174,8 @@ def build(target: Path, mode: str) -> str:
 
 
 def sources(mode: str) -> list[Path]:
-    patterns = ["*.cpp", "cpu/*.cpp", "offload/*.cpp"]
-    patterns += ["cuda/*.cu", "offload/*.cu"] if mode == "cuda" else []
+    patterns = ["*.cpp", "cpu/*.cpp"]
+    patterns += ["cuda/*.cu"] if mode == "cuda" else []
     return [path for pattern in patterns for path in sorted(CSRC.glob(pattern))]
 
 

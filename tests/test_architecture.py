@@ -42,7 +42,7 @@ ROOMS: dict[str, set[str]] = {
     "attention": {"ops", "scheduler.zigzag"},
     "models": {"attention", "ops"},
     # what backward needs leaves the device meanwhile
-    "offloading": {"attention", "errors", "ops", "scheduler", "scheduler.costs"},
+    "offloading": {"attention", "errors", "scheduler", "scheduler.costs"},
     # tokens
     "console": set(),
     "data": {"attention", "console", "errors", "models", "scheduler"},

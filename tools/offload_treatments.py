@@ -10,9 +10,8 @@ from decoder_layers import Shape
 from hdp.offloading.context import open_engine
 from hdp.offloading.engine import OffloadEngine
 from hdp.offloading.forward import Windows
-from hdp.offloading.link import Link, StreamLink
+from hdp.offloading.link import Link
 from hdp.offloading.memory import available_host_bytes
-from hdp.offloading.native import NativeLink, native_available
 from hdp.offloading.streams import CpuStreams
 from hdp.scheduler import CostModel
 from hdp.scheduler.costs.activation_plan import (
@@ -90,14 +89,10 @@ def open_bench_engine(
     device: torch.device, windows: Windows | None, *, num_bytes: float = 64 << 20
 ) -> OffloadEngine:
     """On a GPU as users have it. On a CPU with slabs of about a hundredth of num_bytes, as 512 MiB
-    are of a pool of 50 GiB; the link in C++ where it was built."""
+    are of a pool of 50 GiB."""
     if device.type == "cuda":
         most = available_host_bytes() * 9 // 10
         return open_engine(device, max_bytes=most, windows=windows)
     sizes = {"max_bytes": 1 << 30, "slab_bytes": max(int(num_bytes) // 100 >> 16, 1) << 16}
-    link: Link
-    if native_available(device):
-        link = NativeLink(device, seed=1, **sizes)
-    else:
-        link = StreamLink(CpuStreams(), num_threads=2, **sizes)
+    link = Link(CpuStreams(), num_threads=2, **sizes)
     return OffloadEngine(link, windows=windows or Windows.of_layer(100_000))

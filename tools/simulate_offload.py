@@ -28,7 +28,7 @@ import torch
 from hdp import console
 from hdp.offloading.engine import OffloadEngine
 from hdp.offloading.forward import Treatment, Windows, _Quota
-from hdp.offloading.link import StreamLink
+from hdp.offloading.link import Link
 from hdp.offloading.planned import treatment_of
 from hdp.offloading.saved import Packed
 
@@ -120,7 +120,7 @@ def simulate(
 ) -> Simulated:
     """Forward and backward of the operations. What is made again takes its time in backward."""
     streams = TimedStreams(bytes_per_s * SCALE)
-    link = StreamLink(streams, max_bytes=1 << 30, slab_bytes=1 << 20, num_threads=1)
+    link = Link(streams, max_bytes=1 << 30, slab_bytes=1 << 20, num_threads=1)
     engine = OffloadEngine(link, windows=_scaled(windows))
     again = {"pointwise": _Quota(treatment.pointwise), "matmul": _Quota(treatment.matmul)}
     stack: list[tuple[float, list[Packed]]] = []

@@ -10,7 +10,7 @@ The parts, each file on top of the ones before it:
 
     pool      host memory in slabs, handed out in extents
     streams   what a device offers: streams, events, copies
-    link      moves blocks of bytes and orders the copies by events; native: the same in C++
+    link      moves blocks of bytes and orders the copies by events
     tensors   what of a saved tensor travels, and what stays
     saved     what stands in the autograd graph
     recipe    how cheap results are made again instead of travelling

@@ -13,9 +13,8 @@ from hdp.errors import OffloadMemoryError
 
 from .engine import OffloadEngine
 from .forward import Treatment, Windows
-from .link import Link, StreamLink
+from .link import Link
 from .memory import available_host_bytes, host_bytes_per_rank
-from .native import NativeLink, native_available
 from .pool import text_of
 from .streams import CpuStreams, CudaStreams
 
@@ -76,7 +75,6 @@ def open_engine(
     prefill: bool = False,
     on_full: Literal["error", "keep"] = "error",
     windows: Windows | None = None,
-    link: Literal["auto", "native", "torch"] = "auto",
 ) -> OffloadEngine:
     """An engine of one's own; close() gives its host memory back.
 
@@ -85,29 +83,26 @@ def open_engine(
     prefill: take all of it now, in the background, instead of when it is needed.
     on_full: "error": forwards that want more raise OffloadMemoryError; "keep": what does not fit
         stays on the device, which is said once.
-    link: "native" (C++), "torch" (the same in Python), or the best that is there.
 
     Raises OffloadMemoryError if the machine has less memory than max_bytes, unless on_full="keep".
     """
     max_bytes = _affordable(max_bytes, on_full)
     slab_bytes = min(_SLAB_BYTES, _round(max_bytes))
+    is_cuda = device.type == "cuda"
     if windows is None:
         total = 1 << 30
-        if device.type == "cuda":
+        if is_cuda:
             total = torch.cuda.get_device_properties(device).total_memory
         windows = Windows.of_layer(total / 24)
-    made = _open_link(device, link, max_bytes=max_bytes, slab_bytes=slab_bytes)
+    link = Link(
+        CudaStreams(device) if is_cuda else CpuStreams(),
+        max_bytes=max_bytes,
+        slab_bytes=slab_bytes,
+        num_threads=_NUM_THREADS if is_cuda else 2,
+    )
     if prefill:
-        made.prepare(max_bytes)
-    return OffloadEngine(made, windows=windows, on_full=on_full)
-
-
-def _open_link(device: torch.device, link: str, **sizes: int) -> Link:
-    if link == "native" or (link == "auto" and native_available(device)):
-        return NativeLink(device, num_threads=_NUM_THREADS, **sizes)
-    if device.type == "cuda":
-        return StreamLink(CudaStreams(device), num_threads=_NUM_THREADS, **sizes)
-    return StreamLink(CpuStreams(), num_threads=2, **sizes)
+        link.prepare(max_bytes)
+    return OffloadEngine(link, windows=windows, on_full=on_full)
 
 
 def _affordable(max_bytes: int, on_full: str) -> int:

@@ -13,26 +13,14 @@ from torch import nn
 
 from hdp.offloading.engine import OffloadEngine
 from hdp.offloading.forward import Treatment, Windows
-from hdp.offloading.link import Link, StreamLink
-from hdp.offloading.native import NativeLink, native_available
+from hdp.offloading.link import Link
 from hdp.offloading.streams import CpuStreams
 from tests.offloading.twin_streams import TwinStreams
 
 GRANULE = 64 << 10
-CPU = torch.device("cpu")
 
-# The double under three schedules, what runs on a CPU, and the C++ link on threads with random
-# delays.
-KINDS = [
-    "lazy",
-    "random",
-    "eager",
-    "cpu",
-    pytest.param(
-        "native",
-        marks=pytest.mark.skipif(not native_available(CPU), reason="csrc is not built"),
-    ),
-]
+# The double under three schedules, and what runs on a CPU.
+KINDS = ["lazy", "random", "eager", "cpu"]
 TIGHT = Windows(window_bytes=0, keep_bytes=0, prefetch_bytes=0)
 SMALL = Windows(window_bytes=20_000, keep_bytes=10_000, prefetch_bytes=20_000)
 ROOMY = Windows(window_bytes=1 << 20, keep_bytes=60_000, prefetch_bytes=1 << 20)
@@ -55,13 +43,11 @@ SLAB = 4 * GRANULE  # of open_engine
 
 def open_link(kind: str, *, seed: int = 0, max_bytes: int = 64 << 20, slab_bytes=SLAB):
     """(link, its TwinStreams or None)."""
-    if kind == "native":
-        link: Link = NativeLink(CPU, max_bytes=max_bytes, slab_bytes=slab_bytes, seed=seed + 1)
-        return link, None
+    sizes = {"max_bytes": max_bytes, "slab_bytes": slab_bytes, "num_threads": 2}
     if kind == "cpu":
-        return StreamLink(CpuStreams(), max_bytes=max_bytes, slab_bytes=slab_bytes), None
+        return Link(CpuStreams(), **sizes), None
     streams = TwinStreams(order=kind, seed=seed)  # type: ignore[arg-type]
-    return StreamLink(streams, max_bytes=max_bytes, slab_bytes=slab_bytes, num_threads=2), streams
+    return Link(streams, **sizes), streams
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Offload on a GPU, over both links: gradients, memory, two streams. What the twin cannot show."""
+"""Offload on a GPU: gradients, memory, two streams. What the double cannot show."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hdp.offloading.context import open_engine
 from hdp.offloading.engine import OffloadEngine
 from hdp.offloading.forward import Treatment, Windows
-from hdp.offloading.native import native_available
 from tests.offloading.offload_engines import (
     assert_same,
     check_idle,
@@ -27,17 +26,14 @@ from tests.offloading.offload_engines import (
 )
 
 pytestmark = pytest.mark.gpu
-by_link = pytest.mark.parametrize("link", ["torch", "native"])
 TIGHT = Windows(window_bytes=0, keep_bytes=0, prefetch_bytes=1 << 20)
 SIZE, TOKENS = 256, 2048
 
 
 @contextmanager
-def gpu_engine(link: str, windows: Windows = TIGHT) -> Iterator[OffloadEngine]:
+def gpu_engine(windows: Windows = TIGHT) -> Iterator[OffloadEngine]:
     device = torch.device("cuda", torch.cuda.current_device())
-    if link == "native" and not native_available(device):
-        pytest.skip("csrc is not built for CUDA")
-    engine = open_engine(device, max_bytes=1 << 30, link=link, windows=windows)  # type: ignore[arg-type]
+    engine = open_engine(device, max_bytes=1 << 30, windows=windows)
     yield engine
     gc.collect()
     check_idle(engine)
@@ -48,20 +44,18 @@ def on_gpu(num_layers=4):
     return make_model(num_layers, SIZE).cuda(), make_input(TOKENS, SIZE).cuda()
 
 
-@by_link
 @every_treatment
-def test_gradients_are_bitwise_equal(link, treatment):
+def test_gradients_are_bitwise_equal(treatment):
     model, x = on_gpu()
     with sdpa_kernel(SDPBackend.MATH):  # deterministic
         want = gradients(model, x)
-        with gpu_engine(link) as engine:
+        with gpu_engine() as engine:
             for _ in range(5):
                 assert_same(gradients(model, x, forward_of(engine, treatment)), want)
 
 
-@by_link
 @pytest.mark.parametrize("pointwise", [0.0, 1.0])
-def test_memory_leaves_the_device(link, pointwise):
+def test_memory_leaves_the_device(pointwise):
     """What a forward of many layers leaves behind is little beside what it would."""
     model, x = on_gpu(12)
 
@@ -79,14 +73,13 @@ def test_memory_leaves_the_device(link, pointwise):
         return after - before
 
     everything = left()
-    with gpu_engine(link) as engine:
+    with gpu_engine() as engine:
         for _ in range(2):
             some = left(forward_of(engine, Treatment(pointwise=pointwise)))
     assert some < 0.15 * everything, (some, everything)
 
 
-@by_link
-def test_a_model_with_two_streams(link):
+def test_a_model_with_two_streams():
     """Branches on streams of their own; their saved tensors come back for the right one."""
     side = torch.cuda.Stream()
     torch.manual_seed(0)
@@ -116,6 +109,6 @@ def test_a_model_with_two_streams(link):
         return {"left": left.weight.grad.clone(), "right": right.weight.grad.clone()}
 
     want = run()
-    with gpu_engine(link) as engine:
+    with gpu_engine() as engine:
         for _ in range(5):
             assert_same(run(engine), want)

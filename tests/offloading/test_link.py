@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hdp.errors import FreedError
-from hdp.offloading.link import StreamLink
+from hdp.offloading.link import Link
 from hdp.offloading.pool import PoolFull
 from hdp.offloading.streams import IN, OUT
 from tests.offloading.offload_engines import GRANULE, KINDS, open_link
@@ -103,7 +103,7 @@ def test_every_wait_is_needed(forgotten):
     found = 0
     for seed in range(6):
         streams = Forgetful(forgotten, order="random", seed=seed)
-        link = StreamLink(streams, max_bytes=64 << 20, slab_bytes=4 * GRANULE, num_threads=1)
+        link = Link(streams, max_bytes=64 << 20, slab_bytes=4 * GRANULE, num_threads=1)
         try:
             arriving = run_program(link, seed)
             streams.synchronize()
@@ -170,7 +170,7 @@ def test_simulated_streams_keep_time(kind):
     """Copies of a direction follow each other; a caller that waits is stalled for what is left."""
     timed = tool("timed_streams").TimedStreams
     streams = TwinStreams(bytes_per_s=1000.0) if kind == "twin" else timed(1000.0)
-    link = StreamLink(streams, max_bytes=1 << 20, slab_bytes=GRANULE, num_threads=1)
+    link = Link(streams, max_bytes=1 << 20, slab_bytes=GRANULE, num_threads=1)
     stream, first, second = link.stream(), data_of(1000, 1), data_of(500, 2)
     a, b = link.send(first, stream), link.send(second, stream)
     streams.compute(0.25)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdp.offloading.memory import available_host_bytes, host_bytes_per_rank
+from hdp.offloading.memory import (
+    available_host_bytes,
+    cpus_near,
+    host_bytes_per_rank,
+    touched_pages,
+)
 from hdp.offloading.pool import GRANULE_BYTES, HostPool, PoolFull, Read, Slabs
 
 SLAB = 4 * GRANULE_BYTES
@@ -177,3 +185,22 @@ def test_ranks_of_a_machine_share_its_memory(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert host_bytes_per_rank() == 300
     assert available_host_bytes() > 1 << 20
+
+
+def test_cpus_near_a_device(tmp_path):
+    folder = tmp_path / "sys/bus/pci/devices/0000:3b:00.0"
+    folder.mkdir(parents=True)
+    for text, want in (("0-3,8-9\n", {0, 1, 2, 3, 8, 9}), ("5\n", {5}), ("\n", set())):
+        (folder / "local_cpulist").write_text(text)
+        assert cpus_near("0000:3B:00.0", tmp_path) == want
+    assert cpus_near("0000:3c:00.0", tmp_path) == set()
+
+
+@pytest.mark.parametrize("cpus", [set(), {0}, {4095}], ids=["any", "one", "none of ours"])
+def test_pages_are_writable_and_the_thread_stays_where_it_was(cpus):
+    before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    pages = touched_pages(3 * GRANULE_BYTES, cpus)
+    pages.fill_(7)
+    assert pages.dtype == torch.uint8 and pages.tolist() == [7] * 3 * GRANULE_BYTES
+    if before is not None:
+        assert os.sched_getaffinity(0) == before
