@@ -41,14 +41,14 @@ import torch
 
 from hdp import console
 from hdp.attention.kernels import choose_kernel
-from hdp.offloading.forward import Treatment, Windows
-from hdp.offloading.planned import treatment_of
+from hdp.offloading.per_microbatch import policy_of
+from hdp.offloading.types import ActivationPolicy, CopyBuffers
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_attention import header
 from decoder_layers import LLAMA_7B, TINY, Shape
+from offload_budget import Budget, open_bench_engine, plan_for_memory, saved_bytes
 from offload_steps import Measured, Steps, clean, measure
-from offload_treatments import Budget, open_bench_engine, plan_for_memory, saved_bytes
 from peer_offload import StepContext, peer_offloads, pinned_bytes
 
 GB = 1e9
@@ -135,9 +135,9 @@ class Bench:
         if self.plain is not None and recompute is not None:
             self.rows.append(self._planned(self.plain, recompute))
         for ratio, pointwise in RATIOS:
-            treatment = Treatment(ratio=ratio, pointwise=pointwise)
+            policy = ActivationPolicy(ratio=ratio, recompute_pointwise=pointwise)
             name = f"hdp {ratio:g}" + ("+P" if pointwise else "")
-            self.rows.append(self._row(name, partial(self._ours, treatment, None))[0])
+            self.rows.append(self._row(name, partial(self._ours, policy, None))[0])
         return self.rows
 
     def _row(self, name: str, run: Variant) -> tuple[Row, Measured | None]:
@@ -177,12 +177,12 @@ class Bench:
         held, in_use = pinned_bytes(self.device)
         return measured, {"held_bytes": held, "in_use_bytes": in_use}
 
-    def _ours(self, treatment: Treatment, windows: Windows | None) -> Result:
-        engine = open_bench_engine(self.device, windows)
+    def _ours(self, policy: ActivationPolicy, buffers: CopyBuffers | None) -> Result:
+        engine = open_bench_engine(self.device, buffers)
         min_bytes = MIN_BYTES[self.device.type]
 
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-            return engine.forward(treatment, min_bytes=min_bytes), nullcontext()
+            return engine.forward(policy, min_bytes=min_bytes), nullcontext()
 
         try:
             measured = measure(self.steps, contexts, self.args.repeats)
@@ -217,10 +217,10 @@ class Bench:
                     backward_s=plain.seconds - plain.forward_s,
                     host_bytes_per_s=bytes_per_s,
                 )
-                treatment, windows = treatment_of(plan)
+                policy, buffers = policy_of(plan)
                 stay = f"{budget.device_bytes / GB:.3g} GB stay"
-                console.note(f"{self.setup.name}, planned: {stay}, {treatment}")
-                return self._ours(treatment, windows)
+                console.note(f"{self.setup.name}, planned: {stay}, {policy}")
+                return self._ours(policy, buffers)
 
             row, measured = self._row(PLANNED, run)
             if measured is None:  # no plan for so little, or a fault: the row before stands
@@ -269,8 +269,10 @@ def random_lengths(shape: Shape, args: argparse.Namespace) -> dict[str, float]:
             waiting = []
             live = choose.randint(1, 3)
             for _ in range(choose.randint(1, 4)):
-                treatment = Treatment(ratio=choose.random(), pointwise=choose.choice((0.0, 1.0)))
-                forward = engine.forward(treatment, min_bytes=MIN_BYTES[device.type])
+                policy = ActivationPolicy(
+                    ratio=choose.random(), recompute_pointwise=choose.choice((0.0, 1.0))
+                )
+                forward = engine.forward(policy, min_bytes=MIN_BYTES[device.type])
                 waiting.append(steps.forward(forward, choose.randint(longest // 16, longest)))
                 if len(waiting) == live:
                     steps.backward(waiting.pop(0))

@@ -26,17 +26,17 @@ from torch import Tensor
 
 from hdp import console
 from hdp.offloading.engine import OffloadEngine
-from hdp.offloading.forward import Treatment, Windows
 from hdp.offloading.link import Link
 from hdp.offloading.streams import CpuStreams, CudaStreams
+from hdp.offloading.types import ActivationPolicy, CopyBuffers
 
 NUM_TENSORS, NUM_BYTES = 200, 256
 SIZES = {"max_bytes": 1 << 28, "slab_bytes": 1 << 24, "num_threads": 2}
-WINDOWS = Windows(window_bytes=1 << 16, keep_bytes=1 << 12, prefetch_bytes=1 << 14)
-TREATMENTS = {
-    "travels": Treatment(),
-    "stays": Treatment(ratio=0.0),
-    "half is recomputed": Treatment(ratio=0.0, pointwise=0.5),
+BUFFERS = CopyBuffers(send_bytes=1 << 16, keep_bytes=1 << 12, prefetch_bytes=1 << 14)
+POLICIES = {
+    "travels": ActivationPolicy(),
+    "stays": ActivationPolicy(ratio=0.0),
+    "half is recomputed": ActivationPolicy(ratio=0.0, recompute_pointwise=0.5),
 }
 
 
@@ -78,13 +78,13 @@ def _bytes(device: torch.device) -> list[Tensor]:
 
 
 def chain_us(
-    device: torch.device, engine: OffloadEngine | None, treatment: Treatment, repeats: int
+    device: torch.device, engine: OffloadEngine | None, policy: ActivationPolicy, repeats: int
 ) -> tuple[float, float]:
     """Microseconds of forward and of backward per operation."""
     forwards, backwards = [], []
     for _ in range(repeats):
         x = torch.zeros(NUM_BYTES // 4, device=device, requires_grad=True)
-        context = nullcontext() if engine is None else engine.forward(treatment, min_bytes=1)
+        context = nullcontext() if engine is None else engine.forward(policy, min_bytes=1)
         began = clock(device)
         with context:
             y = x
@@ -101,11 +101,11 @@ def chain_us(
 
 def measure(device: torch.device, repeats: int) -> dict[str, tuple[float, float]]:
     """Microseconds of forward and backward per tensor, by what happens to it; the link's last."""
-    plain = chain_us(device, None, Treatment(), repeats)
+    plain = chain_us(device, None, ActivationPolicy(), repeats)
     found = {}
-    for name, treatment in TREATMENTS.items():
-        engine = OffloadEngine(open_link(device), windows=WINDOWS)
-        forward, backward = chain_us(device, engine, treatment, repeats)
+    for name, policy in POLICIES.items():
+        engine = OffloadEngine(open_link(device), buffers=BUFFERS)
+        forward, backward = chain_us(device, engine, policy, repeats)
         found[name] = (forward - plain[0], backward - plain[1])
         engine.close()
     link = open_link(device)

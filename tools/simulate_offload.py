@@ -5,7 +5,7 @@
 
 Llama-7B-shaped layers, one sequence. Each operation takes what the measured ceilings of an H200
 say; what it saves goes through hdp's engine as in a training step, 1 byte for 16 KiB, and copies
-take the time that the link needs. So the table has what windows, bursts and whole tensors cost,
+take the time that the link needs. So the table has what buffers, bursts and whole tensors cost,
 which the planner's arithmetic leaves out:
 
     planned      time by the planner, against nothing offloaded
@@ -27,14 +27,15 @@ import torch
 
 from hdp import console
 from hdp.offloading.engine import OffloadEngine
-from hdp.offloading.forward import Treatment, Windows, _Quota
+from hdp.offloading.forward import _Quota
 from hdp.offloading.link import Link
-from hdp.offloading.planned import treatment_of
+from hdp.offloading.per_microbatch import policy_of
 from hdp.offloading.saved import Packed
+from hdp.offloading.types import ActivationPolicy, CopyBuffers
 
 sys.path.insert(0, str(Path(__file__).parent))
 from decoder_layers import LLAMA_7B, Shape
-from offload_treatments import Budget, plan_for_memory
+from offload_budget import Budget, plan_for_memory
 from timed_streams import TimedStreams
 
 SCALE = 1 / (16 << 10)  # simulated bytes for real ones
@@ -116,13 +117,16 @@ def decoder_layer(shape: Shape, tokens: int) -> list[Operation]:
 
 
 def simulate(
-    operations: list[Operation], treatment: Treatment, windows: Windows, bytes_per_s: float
+    operations: list[Operation], policy: ActivationPolicy, buffers: CopyBuffers, bytes_per_s: float
 ) -> Simulated:
     """Forward and backward of the operations. What is made again takes its time in backward."""
     streams = TimedStreams(bytes_per_s * SCALE)
     link = Link(streams, max_bytes=1 << 30, slab_bytes=1 << 20, num_threads=1)
-    engine = OffloadEngine(link, windows=_scaled(windows))
-    again = {"pointwise": _Quota(treatment.pointwise), "matmul": _Quota(treatment.matmul)}
+    engine = OffloadEngine(link, buffers=_scaled(buffers))
+    again = {
+        "pointwise": _Quota(policy.recompute_pointwise),
+        "matmul": _Quota(policy.recompute_matmul),
+    }
     stack: list[tuple[float, list[Packed]]] = []
     work_s = most = 0.0
 
@@ -130,7 +134,7 @@ def simulate(
         live = {id(p.saved): p.saved for _, packs in stack for p in packs}.values()
         return sum(saved.num_bytes for saved in live if saved.value is not None) / SCALE
 
-    with engine.forward(Treatment(ratio=treatment.ratio), min_bytes=1) as forward:
+    with engine.forward(ActivationPolicy(ratio=policy.ratio), min_bytes=1) as forward:
         for operation in operations:
             backward_s, packs = operation.backward_s, []
             for kept in operation.saves:
@@ -162,18 +166,18 @@ def simulate(
     )
 
 
-def _scaled(windows: Windows) -> Windows:
-    return Windows(
-        window_bytes=int(windows.window_bytes * SCALE),
-        keep_bytes=int(windows.keep_bytes * SCALE),
-        prefetch_bytes=int(windows.prefetch_bytes * SCALE),
+def _scaled(buffers: CopyBuffers) -> CopyBuffers:
+    return CopyBuffers(
+        send_bytes=int(buffers.send_bytes * SCALE),
+        keep_bytes=int(buffers.keep_bytes * SCALE),
+        prefetch_bytes=int(buffers.prefetch_bytes * SCALE),
     )
 
 
 def simulate_planned(
     shape: Shape, tokens: int, num_layers: int, bytes_per_s: float
-) -> tuple[Treatment, float, float, Simulated]:
-    """(treatment, the planner's ratio, budget in bytes, what the engine makes of it)."""
+) -> tuple[ActivationPolicy, float, float, Simulated]:
+    """(policy, the planner's ratio, budget in bytes, what the engine makes of it)."""
     layer = decoder_layer(shape, tokens)
     forward_s = num_layers * sum(operation.forward_s for operation in layer)
     backward_s = num_layers * sum(operation.backward_s for operation in layer)
@@ -181,10 +185,10 @@ def simulate_planned(
     plan = plan_for_memory(
         budget, shape, forward_s=forward_s, backward_s=backward_s, host_bytes_per_s=bytes_per_s
     )
-    treatment, windows = treatment_of(plan)
+    policy, buffers = policy_of(plan)
     ratio = 1 + plan.extra_s / (forward_s + backward_s)
-    found = simulate(layer * num_layers, treatment, windows, bytes_per_s)
-    return treatment, ratio, budget.device_bytes, found
+    found = simulate(layer * num_layers, policy, buffers, bytes_per_s)
+    return policy, ratio, budget.device_bytes, found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -198,10 +202,10 @@ def main(argv: list[str] | None = None) -> int:
         setups = [(args.tokens, args.layers)]
     rows = []
     for tokens, layers in setups:
-        treatment, planned, budget, found = simulate_planned(
+        policy, planned, budget, found = simulate_planned(
             LLAMA_7B, tokens, layers, args.link_gb * 1e9
         )
-        shares = (treatment.ratio, treatment.pointwise, treatment.matmul)
+        shares = (policy.ratio, policy.recompute_pointwise, policy.recompute_matmul)
         rows.append(
             [
                 *(tokens, layers, *(f"{share:.2f}" for share in shares)),

@@ -4,7 +4,7 @@
         loss = model(batch)
     loss.backward()
 
-    with hdp.offload(ratio=0.6, pointwise=1.0): ...
+    with hdp.offload(ratio=0.6, recompute_pointwise=1.0): ...
 
 The parts, each file on top of the ones before it:
 

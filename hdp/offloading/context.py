@@ -12,11 +12,10 @@ import torch
 from hdp.errors import OffloadMemoryError
 
 from .engine import OffloadEngine
-from .forward import Treatment, Windows
 from .link import Link
 from .memory import available_host_bytes, host_bytes_per_rank
-from .pool import text_of
 from .streams import CpuStreams, CudaStreams
+from .types import ActivationPolicy, CopyBuffers, text_of
 
 _SLAB_BYTES = 512 << 20
 _NUM_THREADS = 16  # that pin slabs; each is pinned once
@@ -25,26 +24,26 @@ _NUM_THREADS = 16  # that pin slabs; each is pinned once
 def offload(
     ratio: float = 1.0,
     *,
-    pointwise: float = 0.0,
-    matmul: float = 0.0,
+    recompute_pointwise: float = 0.0,
+    recompute_matmul: float = 0.0,
     min_bytes: int = 1 << 20,
-    windows: Windows | None = None,
+    buffers: CopyBuffers | None = None,
     engine: OffloadEngine | None = None,
 ) -> AbstractContextManager[Any]:
     """Context around a model's forward: what it saves for backward goes to the host meanwhile.
 
-        with hdp.offload(ratio=0.8, pointwise=1.0):
+        with hdp.offload(ratio=0.8, recompute_pointwise=1.0):
             loss = model(batch)
         loss.backward()
 
-    ratio: share of the saved bytes that travels, evenly over the forward, in whole tensors. Choose
-        what the link hides: docs/offload.md. 0 does nothing.
-    pointwise: share of what cheap element-wise operations made (norms, activations, casts) that is
-        made again in backward instead of being kept. It halves what a decoder layer saves, for 1 to
-        4 % of its time.
-    matmul: the same for matrix products. Above 0 where memory is short and the link is full.
+    ratio: share of the saved bytes that goes to the host, evenly over the forward, in whole
+        tensors. Choose what the link hides: docs/offload.md. 0 does nothing.
+    recompute_pointwise: share of the results of cheap element-wise operations (norms, activations,
+        casts) that is recomputed in backward instead. It halves what a decoder layer saves, for 1
+        to 4 % of its time.
+    recompute_matmul: the same for matrix products. Above 0 where memory is short and the link full.
     min_bytes: smaller tensors stay where they are. So do parameters.
-    windows: device memory that hides the copies; None: the engine's.
+    buffers: device memory that hides the copies; None: the engine's.
     engine: which link and host memory; None: the present CUDA device's, made at first use. It takes
         host memory as it needs it, up to this rank's part of what the machine has. Without CUDA
         nothing is offloaded.
@@ -52,14 +51,16 @@ def offload(
     Gradients are bitwise those without offload. Raises OffloadMemoryError at the end of a forward
     that wanted more host memory than there is.
     """
-    treatment = Treatment(ratio=ratio, pointwise=pointwise, matmul=matmul)
+    policy = ActivationPolicy(
+        ratio=ratio, recompute_pointwise=recompute_pointwise, recompute_matmul=recompute_matmul
+    )
     if engine is None:
         if not torch.cuda.is_available():
             return nullcontext()
         engine = default_engine(torch.cuda.current_device())
-    if not (ratio or pointwise or matmul):
+    if not (ratio or recompute_pointwise or recompute_matmul):
         return nullcontext()
-    return engine.forward(treatment, windows=windows, min_bytes=min_bytes)
+    return engine.forward(policy, buffers=buffers, min_bytes=min_bytes)
 
 
 @functools.cache
@@ -74,7 +75,7 @@ def open_engine(
     max_bytes: int,
     prefill: bool = False,
     on_full: Literal["error", "keep"] = "error",
-    windows: Windows | None = None,
+    buffers: CopyBuffers | None = None,
 ) -> OffloadEngine:
     """An engine of one's own; close() gives its host memory back.
 
@@ -89,11 +90,11 @@ def open_engine(
     max_bytes = _affordable(max_bytes, on_full)
     slab_bytes = min(_SLAB_BYTES, _round(max_bytes))
     is_cuda = device.type == "cuda"
-    if windows is None:
+    if buffers is None:
         total = 1 << 30
         if is_cuda:
             total = torch.cuda.get_device_properties(device).total_memory
-        windows = Windows.of_layer(total / 24)
+        buffers = CopyBuffers.of_layer(total / 24)
     link = Link(
         CudaStreams(device) if is_cuda else CpuStreams(),
         max_bytes=max_bytes,
@@ -102,7 +103,7 @@ def open_engine(
     )
     if prefill:
         link.prepare(max_bytes)
-    return OffloadEngine(link, windows=windows, on_full=on_full)
+    return OffloadEngine(link, buffers=buffers, on_full=on_full)
 
 
 def _affordable(max_bytes: int, on_full: str) -> int:

@@ -9,7 +9,7 @@ device, and so every decision is made in program order and memory does not depen
      forward so that the link is busy evenly too.
   2. A tensor is sent once `keep_bytes` more were saved after it. So the last ones, which backward
      needs first, never travel, without knowing beforehand where the forward ends.
-  3. Device memory of a sent tensor is let go when `window_bytes` more were sent: by then its copy
+  3. Device memory of a sent tensor is let go when `send_bytes` more were sent: by then its copy
      has usually left; where it has not, the kernels that would reuse it wait, the host does not.
   4. unpack: backward walks the saved tensors in about the reverse order, so whenever one is asked
      for, the ones before it are fetched until `prefetch_bytes` are on their way or waiting.
@@ -19,9 +19,9 @@ Whole tensors and not a share of each one's rows, as the paper has it: the link 
 bytes at the same pace, but rows that stay would have to be copied out of their tensor in forward
 and beside the returning ones in backward, and until then both copies take memory.
 
-Invariants (each has a test of the same name in tests/offloading/test_*.py):
+Invariants (each has a test of the same name in tests/runtime/test_offload*.py):
 
-* gradients_are_bitwise_equal   to those without offload, for any ratio, windows and copy timing
+* gradients_are_bitwise_equal   to those without offload, for any ratio, buffers and copy timing
 * no_race                       every two conflicting accesses are ordered by events
 * nothing_leaks                 after backward, an exception or a dropped graph nothing is held
 * modified_in_place_is_named    as without offload, and with the tensor's name
@@ -41,19 +41,11 @@ from torch import Tensor
 
 from hdp.errors import FreedError
 
-from .forward import Forward, Treatment, Windows
-from .link import Link, LinkStats
+from .forward import Forward
+from .link import Link
 from .recipe import Recipe
 from .saved import Passed, Saved, Wrapped
-
-
-@dataclass(slots=True, kw_only=True)
-class Counts:
-    """Bytes since the start, by what happened to them."""
-
-    sent: int = 0
-    kept: int = 0
-    recomputed: int = 0
+from .types import ActivationPolicy, CopyBuffers, Counts, LinkStats
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,7 +65,7 @@ class _State:
 class OffloadEngine:
     """Moves what autograd saves over one link. One per device; any number of forwards.
 
-    windows: of forwards that are not given others.
+    buffers: of forwards that are not given others.
     on_full: when the pool is full, "error" raises OffloadMemoryError at the end of the forward with
         what would have been needed; "keep" says so once and keeps tensors on the device.
     """
@@ -82,10 +74,10 @@ class OffloadEngine:
         self,
         link: Link,
         *,
-        windows: Windows,
+        buffers: CopyBuffers,
         on_full: Literal["error", "keep"] = "error",
     ) -> None:
-        self.link, self.windows, self.on_full = link, windows, on_full
+        self.link, self.buffers, self.on_full = link, buffers, on_full
         self.counts = Counts()
         self._state = _State()
         self._open: weakref.WeakSet[Forward] = weakref.WeakSet()  # with tensors still to be sent
@@ -93,15 +85,15 @@ class OffloadEngine:
 
     def forward(
         self,
-        treatment: Treatment | None = None,
+        policy: ActivationPolicy | None = None,
         *,
-        windows: Windows | None = None,
+        buffers: CopyBuffers | None = None,
         min_bytes: int = 1 << 20,
     ) -> Forward:
         """Context manager around one forward pass. Tensors below min_bytes do not travel."""
         if self._closed:
             raise FreedError("the offload engine is closed")
-        return Forward(self, treatment or Treatment(), windows or self.windows, min_bytes)
+        return Forward(self, policy or ActivationPolicy(), buffers or self.buffers, min_bytes)
 
     def stats(self) -> LinkStats:
         """What the link holds and has moved."""
@@ -222,7 +214,7 @@ class OffloadEngine:
         saved.leaving = True
         state.leaving.append(saved)
         state.leaving_bytes += saved.num_bytes
-        while state.leaving_bytes > saved.forward.windows.window_bytes or (
+        while state.leaving_bytes > saved.forward.buffers.send_bytes or (
             state.leaving and not state.leaving[0].leaving
         ):
             oldest = state.leaving.popleft()
@@ -290,7 +282,7 @@ class OffloadEngine:
             raise RuntimeError(
                 f"{saved.recipe.signature} made other bits in backward than in forward: an input "
                 "was written to by a kernel that torch does not know of, or the operation is not "
-                "deterministic. Use Treatment(pointwise=0, matmul=0) for this model"
+                "deterministic. Use recompute_pointwise=0 and recompute_matmul=0 for this model"
             )
 
 

@@ -7,7 +7,6 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,60 +15,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hdp.errors import OffloadMemoryError
 
-from .pool import PoolFull, rounded, text_of
+from .pool import rounded
 from .recipe import MATMUL, POINTWISE, Recipe, Tape
 from .saved import Packed, Passed, Saved, Wrapped
 from .tensors import Range, geometry, is_parameter, storage_key, travelling_range
+from .types import ActivationPolicy, CopyBuffers, PoolFull, text_of
 
 if TYPE_CHECKING:
     from .engine import OffloadEngine
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Treatment:
-    """What happens to what a forward saves. Shares of bytes, 0 to 1.
-
-    pointwise, matmul: of what cheap operations, or matrix products, can make again, so much is
-    ratio: of everything else so much travels
-    """
-
-    ratio: float = 1.0
-    pointwise: float = 0.0
-    matmul: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("ratio", "pointwise", "matmul"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"offload: {name}={value} is a share, 0 to 1")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Windows:
-    """Device memory that offload may use to hide its copies, in bytes. See engine.py, steps 2 to 4.
-
-    A decoder layer saves most of its bytes in a tenth of its time, around the MLP; the link drains
-    them during attention and fetches them during attention. So a window holds what a layer sends.
-    With 0.6 and 0.4 of it a step takes 5 to 15 % longer (tools/simulate_offload.py).
-    """
-
-    window_bytes: int
-    keep_bytes: int
-    prefetch_bytes: int
-
-    def __post_init__(self) -> None:
-        for name in ("window_bytes", "keep_bytes", "prefetch_bytes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"offload: {name}={getattr(self, name)} must be 0 or more")
-
-    @classmethod
-    def of_layer(cls, num_bytes: float) -> Windows:
-        """Windows for layers that send so many bytes each."""
-        return cls(
-            window_bytes=int(num_bytes),
-            keep_bytes=int(0.15 * num_bytes),
-            prefetch_bytes=int(0.8 * num_bytes),
-        )
 
 
 class _Quota:
@@ -94,12 +47,12 @@ class Forward:
     """
 
     def __init__(
-        self, engine: OffloadEngine, treatment: Treatment, windows: Windows, min_bytes: int
+        self, engine: OffloadEngine, policy: ActivationPolicy, buffers: CopyBuffers, min_bytes: int
     ) -> None:
         if min_bytes < 1:
             raise ValueError(f"offload: min_bytes={min_bytes} must be 1 or more")
         self._engine, self._min_bytes = engine, min_bytes
-        self.treatment, self.windows, self.device = treatment, windows, engine.link.device
+        self.policy, self.buffers, self.device = policy, buffers, engine.link.device
         self.uses: list[Saved] = []  # in the order in which forward saved them, again and again
         self._cursor: int | None = None  # in backward: the uses before it are still to be fetched
         self._num_passes = 1  # backward passes, the present one counted
@@ -110,12 +63,12 @@ class Forward:
         self._to_send: deque[tuple[Saved, int]] = deque()  # with the bytes saved up to it
         self._num_packed = 0
         self._num_recipes: dict[str, int] = {}
-        self._quota = _Quota(treatment.ratio)
+        self._quota = _Quota(policy.ratio)
         self._recipe_quotas = {
-            POINTWISE: _Quota(treatment.pointwise),
-            MATMUL: _Quota(treatment.matmul),
+            POINTWISE: _Quota(policy.recompute_pointwise),
+            MATMUL: _Quota(policy.recompute_matmul),
         }
-        kinds = {kind for kind in (POINTWISE, MATMUL) if getattr(treatment, kind)}
+        kinds = {kind for kind in (POINTWISE, MATMUL) if getattr(policy, f"recompute_{kind}")}
         self._tape = Tape(self, kinds, min_bytes) if kinds else None
         self._hooks: Any = None
 
@@ -281,7 +234,7 @@ class Forward:
             self._engine.counts.kept += saved.num_bytes
         while self._to_send:
             oldest, until = self._to_send[0]
-            if self._total_bytes - until < self.windows.keep_bytes:
+            if self._total_bytes - until < self.buffers.keep_bytes:
                 break
             self._to_send.popleft()
             self._send(oldest)
@@ -319,7 +272,7 @@ class Forward:
         stats = self._engine.link.stats()
         others = stats.in_use_bytes - self._sent_bytes
         wanted = self._sent_bytes + self._missed_bytes
-        room, ratio = max(stats.max_bytes - others, 0), self.treatment.ratio
+        room, ratio = max(stats.max_bytes - others, 0), self.policy.ratio
         # A quota may be over by half a tensor.
         fits = int(100 * ratio * max(room - self._largest_bytes, 0) / wanted) / 100
         return (
@@ -349,7 +302,7 @@ class Forward:
             self._num_passes += 1  # the graph was retained, and backward runs again
         if late or self._cursor is None:
             self._cursor = saved.last_use
-        while self._cursor > 0 and engine._state.ahead_bytes < self.windows.prefetch_bytes:
+        while self._cursor > 0 and engine._state.ahead_bytes < self.buffers.prefetch_bytes:
             self._cursor -= 1
             earlier = self.uses[self._cursor]
             there = earlier.value is not None or earlier.block is None or earlier.home != stream

@@ -16,7 +16,6 @@ left out once: it is missed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -25,18 +24,7 @@ from hdp.errors import FreedError
 
 from .pool import Extent, HostPool, Read, Slabs
 from .streams import IN, OUT, Streams
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkStats:
-    """Bytes of host memory, and bytes copied since the start."""
-
-    held_bytes: int
-    in_use_bytes: int
-    peak_in_use_bytes: int
-    max_bytes: int
-    sent_bytes: int
-    fetched_bytes: int
+from .types import LinkStats
 
 
 class _Block:

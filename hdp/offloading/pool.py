@@ -28,28 +28,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from hdp.errors import HDPError
+from .types import PoolFull
 
 GRANULE_BYTES = 64 << 10  # sizes are rounded up to this: a copy of less is mostly overhead
-
-
-class PoolFull(HDPError):
-    """The pool may not grow so far."""
-
-    def __init__(self, wanted_bytes: int, in_use_bytes: int, max_bytes: int) -> None:
-        self.wanted_bytes, self.in_use_bytes, self.max_bytes = wanted_bytes, in_use_bytes, max_bytes
-        super().__init__(
-            f"the host pool of {text_of(max_bytes)} is full: {text_of(in_use_bytes)} are in use "
-            f"and {text_of(wanted_bytes)} more are wanted"
-        )
-
-
-def text_of(num_bytes: float) -> str:
-    """A size for people."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes:.0f} bytes"
 
 
 def rounded(num_bytes: int) -> int:

@@ -30,10 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hdp.errors import ModifiedError
-
-from .saved import Saved, modified
+from .saved import Saved
 from .tensors import Geometry, geometry, storage_key, touched_range
+from .types import modified
 
 if TYPE_CHECKING:
     from .engine import Forward
@@ -94,11 +93,11 @@ class _Held(NamedTuple):
     def get(self) -> Tensor:
         what = f"{str(self.tensor.dtype).removeprefix('torch.')} {tuple(self.tensor.shape)}"
         if self.writes:
-            raise ModifiedError(modified("an input of a recipe", what, self.writes))
+            raise modified("an input of a recipe", what, self.writes)
         if self.emptied:
             raise RuntimeError(
                 f"offload: {what}, with which backward makes a tensor again, has no memory by "
-                "now, as if a weight was sharded again. Use Treatment(matmul=0)"
+                "now, as if a weight was sharded again. Use recompute_matmul=0"
             )
         return self.tensor
 

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hdp.errors import ModifiedError
-
 from .tensors import Geometry, Range, VersionWatch
+from .types import modified
 
 if TYPE_CHECKING:
     from .engine import Forward
@@ -87,7 +86,7 @@ class Packed:
 
     def check(self) -> None:
         if self.watch.num_writes:
-            raise ModifiedError(modified(self.name, str(self.geometry), self.watch.num_writes))
+            raise modified(self.name, str(self.geometry), self.watch.num_writes)
 
     def __del__(self) -> None:
         # Not there if the watch could not be made: then nobody counted on this owner.
@@ -109,7 +108,7 @@ class Passed:
         writes = self.tensor._version - self.version
         if writes:
             what = f"{str(self.tensor.dtype).removeprefix('torch.')} {tuple(self.tensor.shape)}"
-            raise ModifiedError(modified("a tensor that stays on the device", what, writes))
+            raise modified("a tensor that stays on the device", what, writes)
         return self.tensor
 
 
@@ -128,11 +127,3 @@ class Wrapped:
     def unpack(self, unpack: Callable[[Any], Tensor]) -> Tensor:
         inner = {name: unpack(packed) for name, packed in self.inner.items()} | self.others
         return self.kind.__tensor_unflatten__(inner, self.context, self.size, self.stride)
-
-
-def modified(name: str, what: str, writes: int) -> str:
-    return (
-        f"{name}, {what}, was modified in place after backward's copy was saved "
-        f"({writes} {'write' if writes == 1 else 'writes'}): its gradient would be wrong. Modify a "
-        "clone, or use the operation that is not in place"
-    )

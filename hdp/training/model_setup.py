@@ -23,7 +23,7 @@ from hdp.models.loading import build_model, load_model
 from hdp.offloading.context import open_engine
 from hdp.offloading.engine import OffloadEngine
 from hdp.offloading.memory import host_bytes_per_rank
-from hdp.offloading.planned import PlannedOffload
+from hdp.offloading.per_microbatch import PerMicrobatchOffload
 from hdp.scheduler import CostModel
 from hdp.scheduler.costs.activation_plan import decoder_classes, scaled
 from hdp.scheduler.costs.estimate import HOST_BYTES_PER_S, estimate_cost
@@ -39,7 +39,7 @@ class ModelSetup:
     model: CausalLM
     dtype: torch.dtype  # that it computes in
     cost: CostModel
-    offload: PlannedOffload | None  # what executes the plans' offload ratios; None: no host memory
+    offload: PerMicrobatchOffload | None  # executes the plans' ratios; None: no host memory
     layers: str  # whose kernels its layers use, for people
     attention: Choice  # the block kernel, and why
 
@@ -56,7 +56,7 @@ def set_up_model(
     model = _open_model(config, mesh, dtype, vocab_size, config.seed if seed is None else seed)
     shape = transformer_shape(model)
     cost = open_cost(config, mesh, shape, dtype)
-    offload: PlannedOffload | None = None
+    offload: PerMicrobatchOffload | None = None
     if config.offload_gib:
         offload = _open_offload(config, model, mesh, dtype, cost)
         cost = offload.cost
@@ -138,7 +138,7 @@ def _open_model(
 
 def _open_offload(
     config: TrainConfig, model: CausalLM, mesh: HDPMesh, dtype: torch.dtype, cost: CostModel
-) -> PlannedOffload:
+) -> PerMicrobatchOffload:
     """The engine that executes the plan's offload ratios. Collective.
 
     Its `cost` is the given one with what was not measured: the host link, and the bytes that the
@@ -173,4 +173,4 @@ def _open_offload(
 
     engine = on_all_ranks(open_it, mesh.hdp_group)
     min_bytes = 1 << (20 if mesh.device.type == "cuda" else 12)
-    return PlannedOffload(engine, cost=cost, classes=classes, min_bytes=min_bytes)
+    return PerMicrobatchOffload(engine, cost=cost, classes=classes, min_bytes=min_bytes)

@@ -18,7 +18,7 @@ from hdp.distributed.mesh import HDPMesh
 from hdp.distributed.rng import seed_rng
 from hdp.distributed.watchdog import Watchdog
 from hdp.models.causal_lm import CausalLM
-from hdp.offloading.planned import PlannedOffload
+from hdp.offloading.per_microbatch import PerMicrobatchOffload
 from hdp.ops.native import describe
 from hdp.scheduler import CostModel, StepPlan, plan
 from hdp.scheduler.policies.memory import shard_capacity
@@ -52,10 +52,10 @@ class Run:
         return self.context.optimizer
 
     @property
-    def offload(self) -> PlannedOffload | None:
+    def offload(self) -> PerMicrobatchOffload | None:
         """What executes the plans' offload ratios, if the run has host memory for it."""
         offload = self.context.offload
-        return offload if isinstance(offload, PlannedOffload) else None
+        return offload if isinstance(offload, PerMicrobatchOffload) else None
 
     @property
     def is_main(self) -> bool:
@@ -194,7 +194,7 @@ def _introduce(run: Run, made: ModelSetup) -> None:
     )
 
 
-def _introduce_offload(run: Run, offload: PlannedOffload, longest: StepPlan) -> None:
+def _introduce_offload(run: Run, offload: PerMicrobatchOffload, longest: StepPlan) -> None:
     """Which host memory, and what becomes of what the longest sequence saves."""
     is_cpu = run.mesh.device.type == "cpu"
     rate = run.cost.host_bytes_per_s / run.cost.ranks_per_host_link

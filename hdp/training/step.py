@@ -52,7 +52,7 @@ def keep_everything(layout: RingLayout, offload_ratio: float) -> AbstractContext
     if offload_ratio:
         raise ValueError(
             f"the plan has a microbatch with offload ratio {offload_ratio:.2f}: give StepContext a "
-            "PlannedOffload, or plan with offload=False"
+            "PerMicrobatchOffload, or plan with offload=False"
         )
     return nullcontext()
 
@@ -69,7 +69,7 @@ class StepContext:
     grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
     overlap_reduce: bool = False  # reduce inside the last backward where the plan allows it
     watchdog: Watchdog = field(default_factory=Watchdog.off)
-    # Around each forward, with the microbatch's layout and its offload ratio: a PlannedOffload.
+    # Around each forward, given the microbatch's layout and offload ratio: a PerMicrobatchOffload
     offload: Callable[[RingLayout, float], AbstractContextManager[Any]] = keep_everything
 
     @classmethod

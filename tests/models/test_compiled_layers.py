@@ -20,8 +20,8 @@ from hdp.distributed.fsdp import (
 from hdp.distributed.mesh import HDPMesh
 from hdp.models.compiled import compile_layers
 from hdp.offloading.context import offload, open_engine
-from hdp.offloading.forward import Windows
 from hdp.offloading.tensors import is_parameter
+from hdp.offloading.types import CopyBuffers
 from hdp.scheduler import StepPlan
 from tests.run_ranks import run_ranks
 from tests.tiny_models import local_batch, random_samples, tiny_model
@@ -111,19 +111,19 @@ def test_norms_mlp_and_rope_are_inside():
 
 
 @pytest.mark.parametrize(
-    "treatment",
+    "policy",
     [
         {"ratio": 1.0},
-        {"ratio": 0.5, "pointwise": 1.0, "matmul": 1.0},
+        {"ratio": 0.5, "recompute_pointwise": 1.0, "recompute_matmul": 1.0},
     ],
 )
-def test_saved_tensors_of_graphs_are_offloaded(treatment):
+def test_saved_tensors_of_graphs_are_offloaded(policy):
     plain, compiled, _ = pair()
-    windows = Windows(window_bytes=1 << 16, keep_bytes=1 << 10, prefetch_bytes=1 << 14)
-    engine = open_engine(torch.device("cpu"), max_bytes=1 << 28, windows=windows)
+    buffers = CopyBuffers(send_bytes=1 << 16, keep_bytes=1 << 10, prefetch_bytes=1 << 14)
+    engine = open_engine(torch.device("cpu"), max_bytes=1 << 28, buffers=buffers)
     try:
         for seqlens in ([64, 90], [30, 40, 51]):
-            context = offload(**treatment, min_bytes=1024, engine=engine)
+            context = offload(**policy, min_bytes=1024, engine=engine)
             check_equal(plain, compiled, seqlens, rtol=1e-4, context=context)
         assert engine.counts.sent > 0
     finally:

@@ -12,30 +12,30 @@ import torch.nn.functional as F
 from torch import nn
 
 from hdp.offloading.engine import OffloadEngine
-from hdp.offloading.forward import Treatment, Windows
 from hdp.offloading.link import Link
 from hdp.offloading.streams import CpuStreams
+from hdp.offloading.types import ActivationPolicy, CopyBuffers
 from tests.offloading.twin_streams import TwinStreams
 
 GRANULE = 64 << 10
 
 # The double under three schedules, and what runs on a CPU.
 KINDS = ["lazy", "random", "eager", "cpu"]
-TIGHT = Windows(window_bytes=0, keep_bytes=0, prefetch_bytes=0)
-SMALL = Windows(window_bytes=20_000, keep_bytes=10_000, prefetch_bytes=20_000)
-ROOMY = Windows(window_bytes=1 << 20, keep_bytes=60_000, prefetch_bytes=1 << 20)
+TIGHT = CopyBuffers(send_bytes=0, keep_bytes=0, prefetch_bytes=0)
+SMALL = CopyBuffers(send_bytes=20_000, keep_bytes=10_000, prefetch_bytes=20_000)
+ROOMY = CopyBuffers(send_bytes=1 << 20, keep_bytes=60_000, prefetch_bytes=1 << 20)
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
-TREATMENTS = [
-    Treatment(),
-    Treatment(ratio=0.4),
-    Treatment(ratio=0.0, pointwise=1.0),
-    Treatment(pointwise=1.0),
-    Treatment(ratio=0.7, pointwise=0.5, matmul=0.5),
-    Treatment(pointwise=1.0, matmul=1.0),
+POLICIES = [
+    ActivationPolicy(),
+    ActivationPolicy(ratio=0.4),
+    ActivationPolicy(ratio=0.0, recompute_pointwise=1.0),
+    ActivationPolicy(recompute_pointwise=1.0),
+    ActivationPolicy(ratio=0.7, recompute_pointwise=0.5, recompute_matmul=0.5),
+    ActivationPolicy(recompute_pointwise=1.0, recompute_matmul=1.0),
 ]
-every_treatment = pytest.mark.parametrize(
-    "treatment", TREATMENTS, ids=lambda t: f"{t.ratio}-{t.pointwise}-{t.matmul}"
+every_policy = pytest.mark.parametrize(
+    "policy", POLICIES, ids=lambda t: f"{t.ratio}-{t.recompute_pointwise}-{t.recompute_matmul}"
 )
 MIN_BYTES = 1000
 SLAB = 4 * GRANULE  # of open_engine
@@ -63,11 +63,11 @@ def _young_garbage_only() -> Iterator[None]:
 
 @contextmanager
 def open_engine(
-    kind: str = "lazy", *, windows: Windows = SMALL, on_full="error", idle=True, **sizes
+    kind: str = "lazy", *, buffers: CopyBuffers = SMALL, on_full="error", idle=True, **sizes
 ) -> Iterator[OffloadEngine]:
     """An engine; afterwards nothing is held (if idle) and no access was unordered."""
     link, streams = open_link(kind, **sizes)
-    engine = OffloadEngine(link, windows=windows, on_full=on_full)
+    engine = OffloadEngine(link, buffers=buffers, on_full=on_full)
     with _young_garbage_only():
         yield engine
         if idle:
@@ -151,5 +151,5 @@ def assert_same(got, want):
         assert torch.equal(got[name], gradient), f"{name} differs"
 
 
-def forward_of(engine, treatment=None, **options):
-    return engine.forward(treatment, min_bytes=options.pop("min_bytes", MIN_BYTES), **options)
+def forward_of(engine, policy=None, **options):
+    return engine.forward(policy, min_bytes=options.pop("min_bytes", MIN_BYTES), **options)

@@ -17,14 +17,14 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from hdp.offloading.forward import Treatment
+from hdp.offloading.types import ActivationPolicy
 from tests.offloading.offload_engines import (
+    POLICIES,
     TIGHT,
-    TREATMENTS,
     assert_same,
     check_idle,
     every_kind,
-    every_treatment,
+    every_policy,
     forward_of,
     gradients,
     loss_of,
@@ -37,12 +37,12 @@ from tests.offloading.offload_engines import (
 
 
 @every_kind
-@every_treatment
-def test_retain_graph(kind, treatment):
+@every_policy
+def test_retain_graph(kind, policy):
     model, x = make_model(), make_input()
     want = gradients(model, x)
     with open_engine(kind) as engine:
-        with forward_of(engine, treatment):
+        with forward_of(engine, policy):
             loss = loss_of(model(x))
         for _ in range(3):
             model.zero_grad()
@@ -53,8 +53,8 @@ def test_retain_graph(kind, treatment):
         check_idle(engine)
 
 
-@every_treatment
-def test_double_backward(treatment):
+@every_policy
+def test_double_backward(policy):
     x = torch.randn(40, 30, dtype=torch.float64, requires_grad=True)
     w = torch.randn(30, 30, dtype=torch.float64, requires_grad=True)
 
@@ -66,8 +66,8 @@ def test_double_backward(treatment):
         return torch.autograd.grad(first.square().sum(), (x, w))
 
     want = second(model())
-    with open_engine(windows=TIGHT) as engine:
-        with forward_of(engine, treatment):
+    with open_engine(buffers=TIGHT) as engine:
+        with forward_of(engine, policy):
             loss = model()
         got = second(loss)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -75,7 +75,7 @@ def test_double_backward(treatment):
 
 
 def test_a_second_backward_is_refused_as_without():
-    with open_engine(windows=TIGHT) as engine:
+    with open_engine(buffers=TIGHT) as engine:
         x = torch.randn(1000, requires_grad=True)
         with forward_of(engine):
             y = x.exp().sum()
@@ -85,9 +85,9 @@ def test_a_second_backward_is_refused_as_without():
 
 
 @every_kind
-@every_treatment
+@every_policy
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(kind, treatment, reentrant):
+def test_activation_checkpointing(kind, policy, reentrant):
     model, x = make_model(), make_input().requires_grad_()
     want = gradients(model, x)
 
@@ -99,21 +99,21 @@ def test_activation_checkpointing(kind, treatment, reentrant):
 
     outer = Checkpointed()
     outer.layers = model
-    with open_engine(kind, windows=TIGHT) as engine:
-        got = gradients(outer, x, forward_of(engine, treatment))
+    with open_engine(kind, buffers=TIGHT) as engine:
+        got = gradients(outer, x, forward_of(engine, policy))
         assert_same({name.removeprefix("layers."): g for name, g in got.items()}, want)
         moved = engine.counts.sent + engine.counts.kept
         assert 0 < moved <= 4 * x.nbytes * 2  # layer inputs and the loss
 
 
 @every_kind
-@every_treatment
-def test_backward_inside_of_the_context(kind, treatment):
+@every_policy
+def test_backward_inside_of_the_context(kind, policy):
     model, x = make_model(), make_input()
     want = gradients(model, x)
     with open_engine(kind) as engine:
         model.zero_grad()
-        with forward_of(engine, treatment):
+        with forward_of(engine, policy):
             loss_of(model(x)).backward()
         assert_same({name: p.grad for name, p in model.named_parameters()}, want)
 
@@ -140,9 +140,9 @@ def test_branches_and_frozen_weights():
     net, x = Net(), torch.randn(64, 32)
     want = gradients(net, x)
     for kind in ("lazy", "random"):
-        for treatment in TREATMENTS:
+        for policy in POLICIES:
             with open_engine(kind) as engine:
-                assert_same(gradients(net, x, forward_of(engine, treatment)), want)
+                assert_same(gradients(net, x, forward_of(engine, policy)), want)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -151,19 +151,19 @@ def test_compiled_function_inside(backend):
     torch._dynamo.reset()
     model[1].forward = torch.compile(model[1].forward, backend=backend)
     want = gradients(model, x)
-    for treatment in TREATMENTS:
-        with open_engine(windows=TIGHT) as engine:
+    for policy in POLICIES:
+        with open_engine(buffers=TIGHT) as engine:
             for _ in range(2):
-                assert_same(gradients(model, x, forward_of(engine, treatment)), want)
+                assert_same(gradients(model, x, forward_of(engine, policy)), want)
 
 
-@every_treatment
-def test_selective_checkpointing(treatment):
+@every_policy
+def test_selective_checkpointing(policy):
     """Checkpoints that save some results have tensors of their own, and modes like ours."""
     model, x = make_model(2), make_input().requires_grad_()
     want = gradients(model, x)
 
-    def policy(context, operation, *args, **kwargs):
+    def keep_products(context, operation, *args, **kwargs):
         if operation is torch.ops.aten.addmm.default:
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
@@ -171,14 +171,14 @@ def test_selective_checkpointing(treatment):
     class Checkpointed(nn.Module):
         def forward(self, x):
             for layer in model:
-                contexts = partial(create_selective_checkpoint_contexts, policy)
+                contexts = partial(create_selective_checkpoint_contexts, keep_products)
                 x = checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
             return x
 
     outer = Checkpointed()
     outer.layers = model
-    with open_engine(windows=TIGHT) as engine:
-        got = gradients(outer, x, forward_of(engine, treatment))
+    with open_engine(buffers=TIGHT) as engine:
+        got = gradients(outer, x, forward_of(engine, policy))
         assert_same({name.removeprefix("layers."): g for name, g in got.items()}, want)
 
 
@@ -190,7 +190,12 @@ def test_threads_share_an_engine():
 
         def train(model):
             for _ in range(4):
-                assert_same(gradients(model, x, forward_of(engine, Treatment(pointwise=1.0))), want)
+                assert_same(
+                    gradients(
+                        model, x, forward_of(engine, ActivationPolicy(recompute_pointwise=1.0))
+                    ),
+                    want,
+                )
 
         for done in [threads.submit(train, model) for model in models]:
             done.result()
@@ -200,8 +205,8 @@ def test_threads_share_an_engine():
 
 
 @every_kind
-@every_treatment
-def test_several_live_microbatches(kind, treatment):
+@every_policy
+def test_several_live_microbatches(kind, policy):
     """1F1B: up to four forwards wait for their backward, which come first in, first out."""
     model = make_model(2)
     inputs = [make_input(n, seed=n) for n in (40, 7, 96, 30, 61, 12)]
@@ -214,7 +219,7 @@ def test_several_live_microbatches(kind, treatment):
             model.zero_grad()
             waiting = []
             for x in inputs:
-                with forward_of(engine, treatment):
+                with forward_of(engine, policy):
                     waiting.append(loss_of(model(x)))
                 if len(waiting) == live:
                     waiting.pop(0).backward()
@@ -229,13 +234,13 @@ def test_held_memory_after_random_steps(kind):
     """50 steps of random lengths and numbers of microbatches: held <= 1.25 x most in use."""
     rng = np.random.default_rng(3)
     model = make_model(2, size=64)
-    with open_engine(kind, windows=TIGHT, slab_bytes=64 << 10) as engine:
+    with open_engine(kind, buffers=TIGHT, slab_bytes=64 << 10) as engine:
         for step in range(50):
             live = int(rng.integers(1, 4))
             waiting = []
             for _ in range(rng.integers(1, 5)):
                 x = make_input(int(rng.integers(3, 200)), size=64, seed=step)
-                with forward_of(engine, Treatment(ratio=float(rng.random()))):
+                with forward_of(engine, ActivationPolicy(ratio=float(rng.random()))):
                     waiting.append(loss_of(model(x)))
                 if len(waiting) >= live:
                     waiting.pop(int(rng.integers(len(waiting)))).backward()
@@ -254,7 +259,7 @@ def test_nested_contexts():
         model.zero_grad()
         with forward_of(engine):
             h = model[0](x)
-            with forward_of(engine, Treatment(pointwise=1.0)):
+            with forward_of(engine, ActivationPolicy(recompute_pointwise=1.0)):
                 h = model[1](h)
             loss = loss_of(model[2](h))
         loss.backward()

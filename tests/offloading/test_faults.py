@@ -11,14 +11,14 @@ import torch
 
 from hdp.errors import FreedError, ModifiedError, OffloadMemoryError
 from hdp.offloading.engine import OffloadEngine
-from hdp.offloading.forward import Treatment, Windows
+from hdp.offloading.types import ActivationPolicy, CopyBuffers
 from tests.offloading.offload_engines import (
     ROOMY,
     TIGHT,
     assert_same,
     check_idle,
     every_kind,
-    every_treatment,
+    every_policy,
     forward_of,
     gradients,
     loss_of,
@@ -30,12 +30,14 @@ from tests.offloading.offload_engines import (
 
 
 @every_kind
-@pytest.mark.parametrize("windows", [TIGHT, ROOMY], ids=["sent", "kept"])
-@pytest.mark.parametrize("treatment", [Treatment(), Treatment(pointwise=1.0)], ids=["r", "p"])
-def test_modified_in_place_is_named(kind, windows, treatment):
-    with open_engine(kind, windows=windows) as engine:
+@pytest.mark.parametrize("buffers", [TIGHT, ROOMY], ids=["sent", "kept"])
+@pytest.mark.parametrize(
+    "policy", [ActivationPolicy(), ActivationPolicy(recompute_pointwise=1.0)], ids=["r", "p"]
+)
+def test_modified_in_place_is_named(kind, buffers, policy):
+    with open_engine(kind, buffers=buffers) as engine:
         x = torch.randn(1000, requires_grad=True)
-        with forward_of(engine, treatment):
+        with forward_of(engine, policy):
             h = x * 2
             y = h.exp()
             z = (y * 3).sum()
@@ -63,8 +65,8 @@ def test_small_tensors_modified_in_place():
 
 
 @every_kind
-@every_treatment
-def test_nothing_leaks_after_an_exception_in_forward(kind, treatment):
+@every_policy
+def test_nothing_leaks_after_an_exception_in_forward(kind, policy):
     model, x = make_model(), make_input()
     want = gradients(model, x)
 
@@ -75,11 +77,11 @@ def test_nothing_leaks_after_an_exception_in_forward(kind, treatment):
         for layer in (2, 1):
             hook = model[layer].register_forward_pre_hook(stop)
             with pytest.raises(OSError, match="stop here"):
-                gradients(model, x, forward_of(engine, treatment))
+                gradients(model, x, forward_of(engine, policy))
             hook.remove()
             gc.collect()
             check_idle(engine)
-        assert_same(gradients(model, x, forward_of(engine, treatment)), want)
+        assert_same(gradients(model, x, forward_of(engine, policy)), want)
 
 
 @every_kind
@@ -121,7 +123,11 @@ def test_an_exception_in_backward(kind):
 
 def test_no_grad_passes():
     model, x = make_model(), make_input()
-    with open_engine() as engine, torch.no_grad(), forward_of(engine, Treatment(pointwise=1.0)):
+    with (
+        open_engine() as engine,
+        torch.no_grad(),
+        forward_of(engine, ActivationPolicy(recompute_pointwise=1.0)),
+    ):
         assert torch.equal(model(x), model(x))
         assert engine.stats().sent_bytes == 0
 
@@ -131,7 +137,7 @@ def test_inference_mode_inside():
     model, x = make_model(), make_input()
     want = gradients(model, x)
     with open_engine() as engine:
-        forward = forward_of(engine, Treatment(pointwise=1.0))
+        forward = forward_of(engine, ActivationPolicy(recompute_pointwise=1.0))
         model.zero_grad()
         with forward:
             with torch.inference_mode():
@@ -144,14 +150,14 @@ def test_inference_mode_inside():
 
 
 @pytest.mark.parametrize("order", ["lazy", "random", "eager"])
-@pytest.mark.parametrize("window_bytes", [0, 20_000, 1 << 20])
+@pytest.mark.parametrize("send_bytes", [0, 20_000, 1 << 20])
 @pytest.mark.parametrize("keep_bytes", [0, 10_000, 1 << 20])
-def test_memory_that_the_model_takes_away(order, window_bytes, keep_bytes):
+def test_memory_that_the_model_takes_away(order, send_bytes, keep_bytes):
     """An output is dropped after its use and made again before backward, by resize_ and copy_ on
     its storage, as Megatron does: a copy that was under way then may hold anything."""
-    windows = Windows(window_bytes=window_bytes, keep_bytes=keep_bytes, prefetch_bytes=0)
+    buffers = CopyBuffers(send_bytes=send_bytes, keep_bytes=keep_bytes, prefetch_bytes=0)
     x = torch.randn(5000, requires_grad=True)
-    with open_engine(order, windows=windows) as engine:
+    with open_engine(order, buffers=buffers) as engine:
         with forward_of(engine):
             y = (x * 2).exp()
             z = (y * 3).square()
@@ -177,7 +183,7 @@ def test_no_device_memory_to_prefetch(monkeypatch):
     model, x = make_model(), make_input()
     want = gradients(model, x)
     with open_engine(
-        windows=Windows(window_bytes=0, keep_bytes=0, prefetch_bytes=50_000)
+        buffers=CopyBuffers(send_bytes=0, keep_bytes=0, prefetch_bytes=50_000)
     ) as engine:
         fetch, asked = engine._fetch, []
 
@@ -196,7 +202,7 @@ def test_no_device_memory_to_prefetch(monkeypatch):
 def test_a_full_pool_says_what_fits():
     model, x = make_model(4), make_input(3000)  # tensors of several granules
     want = gradients(model, x)
-    with open_engine(windows=TIGHT, max_bytes=8 << 20) as engine:
+    with open_engine(buffers=TIGHT, max_bytes=8 << 20) as engine:
         with pytest.raises(OffloadMemoryError) as error:
             gradients(model, x, forward_of(engine))
         text = str(error.value)
@@ -205,7 +211,7 @@ def test_a_full_pool_says_what_fits():
         check_idle(engine)
         ratio = float(re.search(r"ratio (\d\.\d+) fits", text)[1])
         assert 0.1 < ratio < 1
-        assert_same(gradients(model, x, forward_of(engine, Treatment(ratio=ratio))), want)
+        assert_same(gradients(model, x, forward_of(engine, ActivationPolicy(ratio=ratio))), want)
         pool = float(re.search(r"a pool of (\S+) MiB;", text)[1])
         assert pool == pytest.approx(8 / ratio, rel=0.2)
 
@@ -213,7 +219,7 @@ def test_a_full_pool_says_what_fits():
 def test_a_full_pool_may_keep_the_rest():
     model, x = make_model(8), make_input(200)
     want = gradients(model, x)
-    with open_engine(windows=TIGHT, max_bytes=1 << 20, on_full="keep") as engine:
+    with open_engine(buffers=TIGHT, max_bytes=1 << 20, on_full="keep") as engine:
         with pytest.warns(UserWarning, match="stays on the device"):
             got = gradients(model, x, forward_of(engine))
         assert_same(got, want)
@@ -226,7 +232,7 @@ def test_pinning_that_fails_is_a_full_pool():
     def fail(count):
         raise MemoryError("cudaHostRegister failed")
 
-    with open_engine(windows=TIGHT, on_full="keep") as engine:
+    with open_engine(buffers=TIGHT, on_full="keep") as engine:
         engine.link._pool._grow = fail
         with pytest.warns(UserWarning, match="cudaHostRegister failed"):
             gradients(model, x, forward_of(engine))
@@ -235,7 +241,7 @@ def test_pinning_that_fails_is_a_full_pool():
 @every_kind
 def test_closed_too_early(kind):
     model, x = make_model(), make_input()
-    engine = OffloadEngine(open_link(kind)[0], windows=TIGHT)
+    engine = OffloadEngine(open_link(kind)[0], buffers=TIGHT)
     with forward_of(engine):
         loss = loss_of(model(x))
     engine.close()
@@ -249,7 +255,7 @@ def test_closed_too_early(kind):
 
 
 def test_use_after_free_of_a_handle():
-    with open_engine(windows=TIGHT) as engine:
+    with open_engine(buffers=TIGHT) as engine:
         forward = forward_of(engine)
         packed = forward.pack(torch.randn(1000) * 1)
         assert engine.unpack(packed).shape == (1000,)
@@ -263,10 +269,14 @@ def test_use_after_free_of_a_handle():
 
 def test_bad_arguments():
     with open_engine() as engine:
-        for bad in ({"ratio": 1.5}, {"pointwise": -0.1}, {"matmul": float("nan")}):
+        for bad in (
+            {"ratio": 1.5},
+            {"recompute_pointwise": -0.1},
+            {"recompute_matmul": float("nan")},
+        ):
             with pytest.raises(ValueError, match="share"):
-                Treatment(**bad)
+                ActivationPolicy(**bad)
         with pytest.raises(ValueError, match="min_bytes=0"):
             engine.forward(min_bytes=0)
-        with pytest.raises(ValueError, match="window_bytes=-1"):
-            Windows(window_bytes=-1, keep_bytes=0, prefetch_bytes=0)
+        with pytest.raises(ValueError, match="send_bytes=-1"):
+            CopyBuffers(send_bytes=-1, keep_bytes=0, prefetch_bytes=0)

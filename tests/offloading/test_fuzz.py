@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hdp.offloading.forward import Treatment, Windows
+from hdp.offloading.types import ActivationPolicy, CopyBuffers
 from tests.offloading.offload_engines import KINDS, open_engine
 
 SIZE = 24
@@ -132,16 +132,18 @@ def test_random_programs(kind, batch):
         rng = np.random.default_rng(seed + 10**6)
         error, want = run(seed)
         refused += error is not None
-        windows = Windows(
-            window_bytes=pick_bytes(rng), keep_bytes=pick_bytes(rng), prefetch_bytes=pick_bytes(rng)
+        buffers = CopyBuffers(
+            send_bytes=pick_bytes(rng), keep_bytes=pick_bytes(rng), prefetch_bytes=pick_bytes(rng)
         )
-        treatment = Treatment(
-            ratio=pick_share(rng), pointwise=pick_share(rng), matmul=pick_share(rng)
+        policy = ActivationPolicy(
+            ratio=pick_share(rng),
+            recompute_pointwise=pick_share(rng),
+            recompute_matmul=pick_share(rng),
         )
         # torch 2.13 itself never frees some graphs whose backward was refused
-        with open_engine(kind, windows=windows, seed=seed, idle=error is None) as engine:
+        with open_engine(kind, buffers=buffers, seed=seed, idle=error is None) as engine:
             for _ in range(2):
-                context = engine.forward(treatment, min_bytes=int(rng.choice([1, 600, 2000])))
+                context = engine.forward(policy, min_bytes=int(rng.choice([1, 600, 2000])))
                 got_error, got = run(seed, context)
                 del context
                 assert (error is None) == (got_error is None), (seed, error, got_error)

@@ -13,11 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hdp.offloading.context import open_engine
 from hdp.offloading.engine import OffloadEngine
-from hdp.offloading.forward import Treatment, Windows
+from hdp.offloading.types import ActivationPolicy, CopyBuffers
 from tests.offloading.offload_engines import (
     assert_same,
     check_idle,
-    every_treatment,
+    every_policy,
     forward_of,
     gradients,
     loss_of,
@@ -26,14 +26,14 @@ from tests.offloading.offload_engines import (
 )
 
 pytestmark = pytest.mark.gpu
-TIGHT = Windows(window_bytes=0, keep_bytes=0, prefetch_bytes=1 << 20)
+TIGHT = CopyBuffers(send_bytes=0, keep_bytes=0, prefetch_bytes=1 << 20)
 SIZE, TOKENS = 256, 2048
 
 
 @contextmanager
-def gpu_engine(windows: Windows = TIGHT) -> Iterator[OffloadEngine]:
+def gpu_engine(buffers: CopyBuffers = TIGHT) -> Iterator[OffloadEngine]:
     device = torch.device("cuda", torch.cuda.current_device())
-    engine = open_engine(device, max_bytes=1 << 30, windows=windows)
+    engine = open_engine(device, max_bytes=1 << 30, buffers=buffers)
     yield engine
     gc.collect()
     check_idle(engine)
@@ -44,14 +44,14 @@ def on_gpu(num_layers=4):
     return make_model(num_layers, SIZE).cuda(), make_input(TOKENS, SIZE).cuda()
 
 
-@every_treatment
-def test_gradients_are_bitwise_equal(treatment):
+@every_policy
+def test_gradients_are_bitwise_equal(policy):
     model, x = on_gpu()
     with sdpa_kernel(SDPBackend.MATH):  # deterministic
         want = gradients(model, x)
         with gpu_engine() as engine:
             for _ in range(5):
-                assert_same(gradients(model, x, forward_of(engine, treatment)), want)
+                assert_same(gradients(model, x, forward_of(engine, policy)), want)
 
 
 @pytest.mark.parametrize("pointwise", [0.0, 1.0])
@@ -75,7 +75,7 @@ def test_memory_leaves_the_device(pointwise):
     everything = left()
     with gpu_engine() as engine:
         for _ in range(2):
-            some = left(forward_of(engine, Treatment(pointwise=pointwise)))
+            some = left(forward_of(engine, ActivationPolicy(recompute_pointwise=pointwise)))
     assert some < 0.15 * everything, (some, everything)
 
 
@@ -103,7 +103,7 @@ def test_a_model_with_two_streams():
         if engine is None:
             loss = model(x)
         else:
-            with forward_of(engine, Treatment(pointwise=0.5)):
+            with forward_of(engine, ActivationPolicy(recompute_pointwise=0.5)):
                 loss = model(x)
         loss.backward()
         return {"left": left.weight.grad.clone(), "right": right.weight.grad.clone()}

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from hdp.offloading.forward import Treatment
+from hdp.offloading.types import ActivationPolicy
 from hdp.scheduler import CostModel
 from hdp.scheduler.costs.activation_plan import decoder_classes
 from tests.offloading.offload_engines import (
@@ -57,10 +57,12 @@ def test_gradients_are_bitwise_equal(kind, transformers):
     model = build(transformers, 2)
     want = gradients_of(model)
     for ratio, pointwise, matmul in itertools.product((0.3, 1.0), (0.0, 1.0), (0.0, 1.0)):
-        treatment = Treatment(ratio=ratio, pointwise=pointwise, matmul=matmul)
-        with open_engine(kind, windows=SMALL) as engine:
+        policy = ActivationPolicy(
+            ratio=ratio, recompute_pointwise=pointwise, recompute_matmul=matmul
+        )
+        with open_engine(kind, buffers=SMALL) as engine:
             for _ in range(2):
-                assert_same(gradients_of(model, forward_of(engine, treatment)), want)
+                assert_same(gradients_of(model, forward_of(engine, policy)), want)
 
 
 def test_bytes_are_those_that_are_planned_with(transformers):
@@ -76,19 +78,19 @@ def test_bytes_are_those_that_are_planned_with(transformers):
     # Where the norms' fp32 copies are kept, what they are copies of is not: the layer's input and
     # the residual. The plan counts both, for they are what the copies are made from.
     planned[0] -= 2 * SIZES["hidden_size"] * 2
-    treatments = (
-        Treatment(),
-        Treatment(pointwise=1.0),
-        Treatment(pointwise=1.0, matmul=1.0),
+    policies = (
+        ActivationPolicy(),
+        ActivationPolicy(recompute_pointwise=1.0),
+        ActivationPolicy(recompute_pointwise=1.0, recompute_matmul=1.0),
     )
-    for treatment, want in zip(treatments, planned, strict=True):
+    for policy, want in zip(policies, planned, strict=True):
         sent = []
         for num_layers in (2, 4):
-            with open_engine(windows=TIGHT) as engine:
-                gradients_of(build(transformers, num_layers), forward_of(engine, treatment))
+            with open_engine(buffers=TIGHT) as engine:
+                gradients_of(build(transformers, num_layers), forward_of(engine, policy))
                 sent.append(engine.counts.sent)
         per_token = (sent[1] - sent[0]) / 2 / TOKENS
-        assert per_token == pytest.approx(want, rel=0.02), treatment
+        assert per_token == pytest.approx(want, rel=0.02), policy
 
 
 def shape_of_classes():

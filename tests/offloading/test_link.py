@@ -9,8 +9,8 @@ import torch
 
 from hdp.errors import FreedError
 from hdp.offloading.link import Link
-from hdp.offloading.pool import PoolFull
 from hdp.offloading.streams import IN, OUT
+from hdp.offloading.types import PoolFull
 from tests.offloading.offload_engines import GRANULE, KINDS, open_link
 from tests.offloading.twin_streams import TwinStreams
 from tests.training.test_overlap import tool

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hdp
 from hdp.errors import OffloadMemoryError
-from hdp.offloading.forward import Treatment, Windows
+from hdp.offloading.types import ActivationPolicy, CopyBuffers
 from tests.offloading.offload_engines import (
     ROOMY,
     SLAB,
@@ -26,7 +26,7 @@ from tests.offloading.offload_engines import (
     assert_same,
     check_idle,
     every_kind,
-    every_treatment,
+    every_policy,
     forward_of,
     gradients,
     loss_of,
@@ -40,43 +40,45 @@ from tests.offloading.twin_streams import CALLER, SIDE
 
 
 @every_kind
-@every_treatment
-@pytest.mark.parametrize("windows", [TIGHT, SMALL, ROOMY], ids=["tight", "small", "roomy"])
-def test_gradients_are_bitwise_equal(kind, treatment, windows):
+@every_policy
+@pytest.mark.parametrize("buffers", [TIGHT, SMALL, ROOMY], ids=["tight", "small", "roomy"])
+def test_gradients_are_bitwise_equal(kind, policy, buffers):
     model, x = make_model(), make_input()
     want = gradients(model, x)
-    with open_engine(kind, windows=windows) as engine:
+    with open_engine(kind, buffers=buffers) as engine:
         for _ in range(2):
-            assert_same(gradients(model, x, forward_of(engine, treatment)), want)
+            assert_same(gradients(model, x, forward_of(engine, policy)), want)
             check_idle(engine)
         moved = engine.counts
         assert moved.sent + moved.kept + moved.recomputed > 0
-        assert bool(moved.recomputed) == bool(treatment.pointwise)
+        assert bool(moved.recomputed) == bool(policy.recompute_pointwise)
 
 
 @every_kind
 @pytest.mark.parametrize("seed", range(4))
 def test_no_race(kind, seed):
-    """Other copy timings, windows of other sizes; the race detector of the twin judges."""
+    """Other copy timings, buffers of other sizes; the race detector of the twin judges."""
     rng = np.random.default_rng(seed)
     model, x = make_model(2), make_input(int(rng.integers(20, 150)))
     want = gradients(model, x)
-    windows = Windows(
-        window_bytes=int(rng.integers(0, 60_000)),
+    buffers = CopyBuffers(
+        send_bytes=int(rng.integers(0, 60_000)),
         keep_bytes=int(rng.integers(0, 30_000)),
         prefetch_bytes=int(rng.integers(0, 60_000)),
     )
-    treatment = Treatment(ratio=rng.random(), pointwise=rng.random(), matmul=rng.random())
-    with open_engine(kind, windows=windows, seed=seed) as engine:
+    policy = ActivationPolicy(
+        ratio=rng.random(), recompute_pointwise=rng.random(), recompute_matmul=rng.random()
+    )
+    with open_engine(kind, buffers=buffers, seed=seed) as engine:
         for _ in range(3):
-            assert_same(gradients(model, x, forward_of(engine, treatment)), want)
+            assert_same(gradients(model, x, forward_of(engine, policy)), want)
 
 
 def test_a_model_with_two_streams():
     """Backward asks for each tensor on the stream that saved it. What one stream fetched is not
     ready for the other."""
-    windows = Windows(window_bytes=0, keep_bytes=0, prefetch_bytes=1 << 20)
-    with open_engine("lazy", windows=windows) as engine:
+    buffers = CopyBuffers(send_bytes=0, keep_bytes=0, prefetch_bytes=1 << 20)
+    with open_engine("lazy", buffers=buffers) as engine:
         streams = engine.link._streams
         rng, forward, saved = np.random.default_rng(0), forward_of(engine), []
         with forward:
@@ -99,10 +101,10 @@ def test_a_model_with_two_streams():
 
 def test_a_ratio_is_met_evenly():
     """After every tensor the bytes that travel are within half a tensor of the share."""
-    with open_engine(windows=TIGHT) as engine:
+    with open_engine(buffers=TIGHT) as engine:
         for ratio in (0.0, 0.3, 0.5, 0.77, 1.0):
             before = engine.counts.sent
-            forward = forward_of(engine, Treatment(ratio=ratio))
+            forward = forward_of(engine, ActivationPolicy(ratio=ratio))
             weight = nn.Parameter(torch.ones(4000))
             with forward:
                 outputs = [torch.randn(1000) * weight[:1000] for _ in range(40)]
@@ -114,8 +116,8 @@ def test_a_ratio_is_met_evenly():
 
 def test_the_last_tensors_stay():
     """keep_bytes of what was saved last never travels: backward wants it first."""
-    windows = Windows(window_bytes=0, keep_bytes=10_000, prefetch_bytes=0)
-    with open_engine(windows=windows) as engine:
+    buffers = CopyBuffers(send_bytes=0, keep_bytes=10_000, prefetch_bytes=0)
+    with open_engine(buffers=buffers) as engine:
         weight = nn.Parameter(torch.ones(1000))
         with forward_of(engine):
             total = sum((torch.randn(1000) * weight).sum() for _ in range(10))
@@ -163,25 +165,25 @@ def no_garbage_collector():
 
 
 def test_memory_leaves_the_device_in_forward():
-    """With no windows, what is alive does not grow with the number of layers. Nothing waits for
+    """With no buffers, what is alive does not grow with the number of layers. Nothing waits for
     the garbage collector."""
 
-    def most_in_forward(layers, treatment):
+    def most_in_forward(layers, policy):
         model, x = make_model(layers), make_input(256)
-        with open_engine(windows=TIGHT) as engine:
-            gradients(model, x, forward_of(engine, treatment))  # recipes are verified, slabs made
+        with open_engine(buffers=TIGHT) as engine:
+            gradients(model, x, forward_of(engine, policy))  # recipes are verified, slabs made
             with LiveBytes(model) as live, no_garbage_collector():
-                if treatment is None:
+                if policy is None:
                     loss = loss_of(model(x))
                 else:
-                    with forward_of(engine, treatment):
+                    with forward_of(engine, policy):
                         loss = loss_of(model(x))
             loss.backward()
             del loss
         return live.most
 
-    for treatment in (Treatment(), Treatment(pointwise=1.0)):
-        few, many = most_in_forward(3, treatment), most_in_forward(9, treatment)
+    for policy in (ActivationPolicy(), ActivationPolicy(recompute_pointwise=1.0)):
+        few, many = most_in_forward(3, policy), most_in_forward(9, policy)
         layer = (most_in_forward(9, None) - most_in_forward(3, None)) / 6
         assert many - few < 0.01 * 6 * layer, (few, many, layer)
 
@@ -190,11 +192,11 @@ def test_memory_in_backward_is_bounded_by_prefetch():
     """Backward holds what a layer works on and what is fetched ahead, not the whole forward."""
 
     def most_in_backward(prefetch_bytes, layers=9):
-        windows = Windows(window_bytes=0, keep_bytes=0, prefetch_bytes=prefetch_bytes)
+        buffers = CopyBuffers(send_bytes=0, keep_bytes=0, prefetch_bytes=prefetch_bytes)
         model, x = make_model(layers), make_input(256)
-        with open_engine(windows=windows) as engine:
+        with open_engine(buffers=buffers) as engine:
             for _ in range(2):
-                with forward_of(engine, Treatment(pointwise=1.0)):
+                with forward_of(engine, ActivationPolicy(recompute_pointwise=1.0)):
                     loss = loss_of(model(x))
                 with LiveBytes(model) as live, no_garbage_collector():
                     loss.backward()
@@ -227,7 +229,7 @@ def test_offload_on_an_engine():
     want = gradients(model, x)
     with open_engine() as engine:
         model.zero_grad()
-        with hdp.offload(ratio=0.8, pointwise=1.0, min_bytes=1000, engine=engine):
+        with hdp.offload(ratio=0.8, recompute_pointwise=1.0, min_bytes=1000, engine=engine):
             loss = loss_of(model(x))
         loss.backward()
         assert_same({name: p.grad for name, p in model.named_parameters()}, want)

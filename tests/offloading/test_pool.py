@@ -16,7 +16,8 @@ from hdp.offloading.memory import (
     host_bytes_per_rank,
     touched_pages,
 )
-from hdp.offloading.pool import GRANULE_BYTES, HostPool, PoolFull, Read, Slabs
+from hdp.offloading.pool import GRANULE_BYTES, HostPool, Read, Slabs
+from hdp.offloading.types import PoolFull
 
 SLAB = 4 * GRANULE_BYTES
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.offloading.offload_engines import (
+    POLICIES,
     TIGHT,
-    TREATMENTS,
     assert_same,
     forward_of,
     gradients,
@@ -28,13 +28,13 @@ def local_gradients(model, x, forward=None):
 
 
 def offload_every_way(model, x):
-    """[bytes sent] by treatment; gradients are those without offload."""
+    """[bytes sent] by policy; gradients are those without offload."""
     want, sent = local_gradients(model, x), []
-    for treatment in TREATMENTS:
-        with open_engine(windows=TIGHT) as engine:
+    for policy in POLICIES:
+        with open_engine(buffers=TIGHT) as engine:
             for _ in range(2):
                 assert_same(
-                    local_gradients(model, x, forward_of(engine, treatment, min_bytes=500)), want
+                    local_gradients(model, x, forward_of(engine, policy, min_bytes=500)), want
                 )
             sent.append(engine.counts.sent)
     return sent
@@ -108,7 +108,7 @@ def collective_rank(rank, world_size):
     import torch.distributed._functional_collectives as collectives
 
     x = torch.full((400,), rank + 1.0, requires_grad=True)
-    with open_engine(windows=TIGHT) as engine:
+    with open_engine(buffers=TIGHT) as engine:
         gathered = collectives.all_gather_tensor_autograd(x * 1, 0, dist.group.WORLD)
         assert type(gathered).__name__ == "AsyncCollectiveTensor"
         with forward_of(engine):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hdp.offloading.forward import Treatment
 from hdp.offloading.tensors import geometry, is_parameter, travelling_range
+from hdp.offloading.types import ActivationPolicy
 from tests.offloading.offload_engines import (
     ROOMY,
     TIGHT,
@@ -24,7 +24,7 @@ from tests.offloading.offload_engines import (
 
 
 def test_saved_twice_travels_once():
-    with open_engine(windows=TIGHT) as engine:
+    with open_engine(buffers=TIGHT) as engine:
         x, w = torch.randn(50, 40, requires_grad=True), torch.randn(50, 40, requires_grad=True)
         with forward_of(engine):
             h = x * 2
@@ -39,7 +39,7 @@ def test_parameters_never_travel():
     model, x = make_model(1, dtype=torch.float32), make_input(8, dtype=torch.float32)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sent = []
-    with open_engine(windows=TIGHT) as engine:
+    with open_engine(buffers=TIGHT) as engine:
         send = engine.link.send
         engine.link.send = lambda data, stream: (
             sent.append(data.untyped_storage().data_ptr()) or send(data, stream)
@@ -53,7 +53,7 @@ def test_parameters_never_travel():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_casts_of_parameters_never_travel(dtype):
     linear, x = nn.Linear(64, 64), torch.randn(2, 64)
-    with open_engine(windows=TIGHT) as engine:
+    with open_engine(buffers=TIGHT) as engine:
         with forward_of(engine), torch.autocast("cpu", dtype=dtype):
             loss = linear(x).sum()
         assert engine.counts.sent == 0  # x is small, the weight a parameter
@@ -70,7 +70,7 @@ def test_is_parameter():
 
 
 def test_small_tensors_stay():
-    with open_engine(windows=TIGHT) as engine:
+    with open_engine(buffers=TIGHT) as engine:
         x = torch.randn(100, requires_grad=True)
         with forward_of(engine, min_bytes=401):
             y = (x.exp() * x).sum()
@@ -119,7 +119,7 @@ def test_views_keep_their_strides(kind, shape, dtype):
             return torch.zeros_like(x)
 
     base = torch.randn(40, 40).to(dtype)
-    with open_engine(kind, windows=TIGHT) as engine:
+    with open_engine(kind, buffers=TIGHT) as engine:
         source = base.clone().requires_grad_()
         view = STRANGE[shape](source * 2)
         if not view.requires_grad:
@@ -145,7 +145,7 @@ def test_travelling_range():
 
 def test_slices_of_one_storage_travel_once():
     """q, k, v of a fused projection: their storage goes once, not each slice with its gaps."""
-    with open_engine(windows=TIGHT) as engine:
+    with open_engine(buffers=TIGHT) as engine:
         linear, x = nn.Linear(16, 48), torch.randn(100, 16)
         with forward_of(engine, min_bytes=1000):
             q, k, v = linear(x).split(16, dim=1)
@@ -162,15 +162,15 @@ def test_recipes_need_less_than_they_save():
     """A decoder layer: bytes that stay or travel per token, with and without recipes."""
     layers, kept = 5, {}
     model, x = make_model(layers, size=32), make_input(64)
-    for name, treatment in (
-        ("all", Treatment()),
-        ("pointwise", Treatment(pointwise=1.0)),
-        ("matmul", Treatment(pointwise=1.0, matmul=1.0)),
+    for name, policy in (
+        ("all", ActivationPolicy()),
+        ("pointwise", ActivationPolicy(recompute_pointwise=1.0)),
+        ("matmul", ActivationPolicy(recompute_pointwise=1.0, recompute_matmul=1.0)),
     ):
-        with open_engine(windows=TIGHT) as engine:
+        with open_engine(buffers=TIGHT) as engine:
             for _ in range(2):
                 before = engine.counts.sent
-                gradients(model, x, forward_of(engine, treatment))
+                gradients(model, x, forward_of(engine, policy))
                 kept[name] = (engine.counts.sent - before) / (layers * 64 * 32)
     assert kept["pointwise"] < 0.6 * kept["all"]
     # products: each layer's input and attention output are left, and the first residual and the
@@ -193,18 +193,20 @@ def test_a_write_that_torch_does_not_see_is_found():
         return (h * weight).sum()
 
     x = torch.randn(500, requires_grad=True)
-    with open_engine(windows=TIGHT) as engine:
+    with open_engine(buffers=TIGHT) as engine:
         model(x).backward()
         want, weight.grad = weight.grad, None
         with (
             pytest.warns(UserWarning, match="must have written to it unseen"),
-            forward_of(engine, Treatment(pointwise=1.0)),
+            forward_of(engine, ActivationPolicy(recompute_pointwise=1.0)),
         ):
             y = model(x)
         y.backward()
         assert torch.equal(weight.grad, want)
         weight.grad = None
-        with forward_of(engine, Treatment(pointwise=1.0)):  # known by now, and no warning
+        with forward_of(
+            engine, ActivationPolicy(recompute_pointwise=1.0)
+        ):  # known by now, and no warning
             y = model(x)
         y.backward()
         assert torch.equal(weight.grad, want)
@@ -213,9 +215,9 @@ def test_a_write_that_torch_does_not_see_is_found():
 def test_a_source_may_be_modified_after_its_use():
     """x is not saved by autograd (its fp32 copy is), so writing to it is allowed; the recipe for
     the copy needs the old x, whether it has travelled or not."""
-    for windows, treatment in (
-        (TIGHT, Treatment(pointwise=1.0)),
-        (ROOMY, Treatment(ratio=0.0, pointwise=1.0)),
+    for buffers, policy in (
+        (TIGHT, ActivationPolicy(recompute_pointwise=1.0)),
+        (ROOMY, ActivationPolicy(ratio=0.0, recompute_pointwise=1.0)),
     ):
         weight = nn.Parameter(torch.randn(500))
         x = torch.randn(500, dtype=torch.bfloat16)
@@ -229,9 +231,9 @@ def test_a_source_may_be_modified_after_its_use():
 
         model(x, weight).backward()
         want, weight.grad = weight.grad, None
-        with open_engine(windows=windows) as engine:
+        with open_engine(buffers=buffers) as engine:
             for _ in range(2):
-                with forward_of(engine, treatment):
+                with forward_of(engine, policy):
                     y = model(x, weight)
                 y.backward()
                 assert torch.equal(weight.grad, want)

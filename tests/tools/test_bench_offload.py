@@ -95,26 +95,26 @@ def test_in_simulation_the_plan_meets_the_goals(tokens: int, num_layers: int, mo
     """At the memory of checkpointing every layer, which costs 1.25 to 1.28. Whole tensors may be a
     little over the budget."""
     simulation = tool("simulate_offload")
-    treatment, planned, budget, found = simulation.simulate_planned(
+    policy, planned, budget, found = simulation.simulate_planned(
         tool("decoder_layers").LLAMA_7B, tokens << 10, num_layers, 50.8e9
     )
     assert found.ratio <= most
     assert abs(found.ratio - planned) < 0.025
     assert found.device_bytes < 1.2 * budget
-    assert treatment.ratio > 0.5 and found.sent_bytes
+    assert policy.ratio > 0.5 and found.sent_bytes
 
 
 def test_windows_hold_what_a_layer_sends() -> None:
     """Bursts: with half of a layer's bytes in each window, copies are waited for."""
     simulation, shape = tool("simulate_offload"), tool("decoder_layers").LLAMA_7B
     layers = simulation.decoder_layer(shape, 128 << 10) * 4
-    treatment = simulation.Treatment(ratio=0.9, pointwise=1.0)
+    policy = simulation.ActivationPolicy(ratio=0.9, recompute_pointwise=1.0)
     num_bytes = 0.9 * sum(
         kept.num_bytes for op in layers[:8] for kept in op.saves if kept.kind != "pointwise"
     )
-    full = simulation.Windows.of_layer(num_bytes)
-    half = simulation.Windows.of_layer(num_bytes / 2)
-    times = [simulation.simulate(layers, treatment, w, 50.8e9).ratio for w in (full, half)]
+    full = simulation.CopyBuffers.of_layer(num_bytes)
+    half = simulation.CopyBuffers.of_layer(num_bytes / 2)
+    times = [simulation.simulate(layers, policy, w, 50.8e9).ratio for w in (full, half)]
     assert times[0] < 1.03 and times[1] > 1.06, times
 
 
@@ -124,6 +124,6 @@ def test_the_simulation_knows_the_link() -> None:
     layers = simulation.decoder_layer(shape, 32 << 10) * 8
     work_s = sum(op.forward_s + op.backward_s for op in layers)
     found = simulation.simulate(
-        layers, simulation.Treatment(), simulation.Windows.of_layer(5e9), 10e9
+        layers, simulation.ActivationPolicy(), simulation.CopyBuffers.of_layer(5e9), 10e9
     )
     assert found.ratio * work_s == pytest.approx(2 * found.sent_bytes / 10e9, rel=0.15)

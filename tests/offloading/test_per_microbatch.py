@@ -13,7 +13,7 @@ from hdp.distributed.fsdp import shard
 from hdp.distributed.mesh import HDPMesh
 from hdp.models.causal_lm import transformer_shape
 from hdp.offloading.context import open_engine
-from hdp.offloading.planned import PlannedOffload
+from hdp.offloading.per_microbatch import PerMicrobatchOffload
 from hdp.scheduler import CostModel, StepPlan, plan
 from hdp.scheduler.costs.activation_plan import decoder_classes
 from hdp.training.recorder import StepRecorder
@@ -25,7 +25,7 @@ from tests.training.test_step import SEQLENS, TakeGradients, dense_step, make_ba
 LAYERS = 4  # two of them are always at work
 
 
-def planned_offload(model, *, host_bytes_per_s=5e9) -> PlannedOffload:
+def planned_offload(model, *, host_bytes_per_s=5e9) -> PerMicrobatchOffload:
     shape = transformer_shape(model)
     size = next(model.parameters()).dtype.itemsize
     cost = CostModel.from_transformer(
@@ -33,7 +33,7 @@ def planned_offload(model, *, host_bytes_per_s=5e9) -> PlannedOffload:
     )
     classes = decoder_classes(cost, **shape, bytes_per_element=size)
     engine = open_engine(torch.device("cpu"), max_bytes=64 << 20)
-    return PlannedOffload(engine, cost=cost, classes=classes, min_bytes=64)
+    return PerMicrobatchOffload(engine, cost=cost, classes=classes, min_bytes=64)
 
 
 def _step(rank, world, capacity):
@@ -98,5 +98,5 @@ def test_a_ratio_without_an_engine_is_refused():
     layout = RingLayout(local_seqlens=(4,))
     with keep_everything(layout, 0.0):
         pass
-    with pytest.raises(ValueError, match=r"ratio 0\.50: give StepContext a PlannedOffload"):
+    with pytest.raises(ValueError, match=r"ratio 0\.50: give StepContext a PerMicrobatchOffload"):
         keep_everything(layout, 0.5)

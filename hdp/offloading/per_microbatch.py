@@ -1,6 +1,6 @@
-"""PlannedOffload: each microbatch with the offload ratio that its StepPlan gives it.
+"""PerMicrobatchOffload: each microbatch with the offload ratio that its StepPlan gives it.
 
-    offload = PlannedOffload(engine, cost=cost, classes=decoder_classes(cost, ...))
+    offload = PerMicrobatchOffload(engine, cost=cost, classes=decoder_classes(cost, ...))
     with offload(batch.layout, batch.offload_ratio):
         logprobs = model(batch, comm)
 
@@ -23,10 +23,10 @@ from hdp.scheduler import CostModel
 from hdp.scheduler.costs.activation_plan import ActivationPlan, SavedClass, plan_microbatch
 
 from .engine import OffloadEngine
-from .forward import Treatment, Windows
+from .types import ActivationPolicy, CopyBuffers
 
 
-class PlannedOffload:
+class PerMicrobatchOffload:
     """Makes the context of a microbatch's forward.
 
     cost: the cost model that the plan was made with
@@ -49,8 +49,8 @@ class PlannedOffload:
         """Context around the forward of a microbatch of so many tokens; ratio: the plan's."""
         if not ratio:
             return nullcontext()
-        treatment, windows = treatment_of(self.plan(layout, ratio))
-        return self.engine.forward(treatment, windows=windows, min_bytes=self._min_bytes)
+        policy, buffers = policy_of(self.plan(layout, ratio))
+        return self.engine.forward(policy, buffers=buffers, min_bytes=self._min_bytes)
 
     def plan(self, layout: RingLayout, ratio: float) -> ActivationPlan:
         """What is kept, sent and made again of a microbatch."""
@@ -71,11 +71,11 @@ class PlannedOffload:
         self.engine.close()
 
 
-def treatment_of(plan: ActivationPlan) -> tuple[Treatment, Windows]:
+def policy_of(plan: ActivationPlan) -> tuple[ActivationPolicy, CopyBuffers]:
     """What the engine is told of a plan."""
-    treatment = Treatment(
+    policy = ActivationPolicy(
         ratio=plan.offload_ratio,
-        pointwise=plan.remade_share("pointwise"),
-        matmul=plan.remade_share("matmul"),
+        recompute_pointwise=plan.remade_share("pointwise"),
+        recompute_matmul=plan.remade_share("matmul"),
     )
-    return treatment, Windows.of_layer(plan.bytes_sent_per_layer)
+    return policy, CopyBuffers.of_layer(plan.bytes_sent_per_layer)

@@ -1,4 +1,4 @@
-"""What tools/bench_offload.py asks of the engine and the planner: engines, budgets, treatments."""
+"""What tools/bench_offload.py asks of the engine and the planner: engines, budgets, policies."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from decoder_layers import Shape
 
 from hdp.offloading.context import open_engine
 from hdp.offloading.engine import OffloadEngine
-from hdp.offloading.forward import Windows
 from hdp.offloading.link import Link
 from hdp.offloading.memory import available_host_bytes
 from hdp.offloading.streams import CpuStreams
+from hdp.offloading.types import CopyBuffers
 from hdp.scheduler import CostModel
 from hdp.scheduler.costs.activation_plan import (
     ActivationPlan,
@@ -73,7 +73,7 @@ def plan_for_memory(
     backward_s: float,
     host_bytes_per_s: float,
 ) -> ActivationPlan:
-    """The planner's treatment. Raises ValueError if the budget is too small for any."""
+    """The planner's policy. Raises ValueError if the budget is too small for any."""
     return plan_activations(
         classes_of(shape, budget.num_layers),
         num_tokens=budget.tokens,
@@ -86,13 +86,13 @@ def plan_for_memory(
 
 
 def open_bench_engine(
-    device: torch.device, windows: Windows | None, *, num_bytes: float = 64 << 20
+    device: torch.device, buffers: CopyBuffers | None, *, num_bytes: float = 64 << 20
 ) -> OffloadEngine:
     """On a GPU as users have it. On a CPU with slabs of about a hundredth of num_bytes, as 512 MiB
     are of a pool of 50 GiB."""
     if device.type == "cuda":
         most = available_host_bytes() * 9 // 10
-        return open_engine(device, max_bytes=most, windows=windows)
+        return open_engine(device, max_bytes=most, buffers=buffers)
     sizes = {"max_bytes": 1 << 30, "slab_bytes": max(int(num_bytes) // 100 >> 16, 1) << 16}
     link = Link(CpuStreams(), num_threads=2, **sizes)
-    return OffloadEngine(link, windows=windows or Windows.of_layer(100_000))
+    return OffloadEngine(link, buffers=buffers or CopyBuffers.of_layer(100_000))
