@@ -10,9 +10,9 @@ Llama-7B-shaped layers (tools/decoder_layers.py), bf16, one sequence, forward + 
     nothing          everything that autograd saves stays
     recompute        torch's activation checkpoints, every layer
     TRL, torch       OffloadActivations if trl is installed, save_on_cpu (tools/peer_offload.py)
-    hdp planned      keep, send or make again as scheduler/costs/activation_plan.py decides for the
-                     memory of recompute; where the measured peak is above it, planned for less
-    hdp R, hdp R+P   a share R of all bytes, or of what is not element-wise (that is made again)
+    hdp planned      keep, send or recompute as scheduler/costs/activation_plan.py decides for the
+                     memory of `recompute`; where the measured peak is above it, planned for less
+    hdp R, hdp R+P   a share R of all bytes, or of what is not element-wise (that is recomputed)
 
 Times are medians of device events after a first step, whose extra seconds (host memory, kernels,
 recipes verified) have a column. Peak is what a step takes beyond weights, gradients and input.
@@ -84,7 +84,7 @@ class Row:
     peak_bytes: float | None = None
     sent_bytes: float | None = None
     kept_bytes: float | None = None
-    remade_bytes: float | None = None
+    recomputed_bytes: float | None = None
     held_bytes: float | None = None
     in_use_bytes: float | None = None
     first_s: float | None = None  # the first step beyond the others
@@ -194,7 +194,7 @@ class Bench:
         return measured, {
             "sent_bytes": counts.sent / measured.num_steps,
             "kept_bytes": counts.kept / measured.num_steps,
-            "remade_bytes": counts.recomputed / measured.num_steps,
+            "recomputed_bytes": counts.recomputed / measured.num_steps,
             "held_bytes": stats.held_bytes,
             "in_use_bytes": stats.peak_in_use_bytes,
         }
@@ -296,10 +296,10 @@ def random_lengths(shape: Shape, args: argparse.Namespace) -> dict[str, float]:
 def report(rows: list[Row], args: argparse.Namespace) -> None:
     scale, unit = (1e6, "MB") if args.tiny else (GB, "GB")
     columns = [
-        *("setup", "variant", "ms", "ratio", f"peak {unit}", "sent", "kept", "remade"),
+        *("setup", "variant", "ms", "ratio", f"peak {unit}", "sent", "kept", "recomputed"),
         *("host held", "in use", "first s", "exact", "goal"),
     ]
-    sizes = ("peak_bytes", "sent_bytes", "kept_bytes", "remade_bytes", "held_bytes", "in_use_bytes")
+    sizes = [f"{name}_bytes" for name in ("peak", "sent", "kept", "recomputed", "held", "in_use")]
     table = []
     for row in rows:
         times = [

@@ -21,7 +21,7 @@ from hdp.scheduler.costs.activation_plan import (
     plan_activations,
 )
 
-MATMUL_FLOPS_PER_S = 799e12  # H200, for what a product costs to make again
+MATMUL_FLOPS_PER_S = 799e12  # H200, for what a product costs to recompute
 ATTENTION_FLOPS_PER_S = 600e12
 ELEMENT_BYTES = 2  # bf16
 

@@ -47,11 +47,11 @@ SETUPS = ((32, 3), (64, 3), (128, 2), (128, 3), (64, 16), (128, 8))  # thousands
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """A tensor that an operation saves. remake_s: to make it again."""
+    """A tensor that an operation saves. recompute_s: to recompute it."""
 
     num_bytes: float
     kind: str
-    remake_s: float = 0.0
+    recompute_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +91,8 @@ def decoder_layer(shape: Shape, tokens: int) -> list[Operation]:
         seconds = pointwise_s(num_bytes)
         return Operation(forward_s=seconds / 2, backward_s=seconds, saves=saves)
 
-    def made(kind: str, num_bytes: float, remake_s: float = 0.0) -> Kept:
-        return Kept(num_bytes=num_bytes, kind=kind, remake_s=remake_s)
+    def made(kind: str, num_bytes: float, recompute_s: float = 0.0) -> Kept:
+        return Kept(num_bytes=num_bytes, kind=kind, recompute_s=recompute_s)
 
     normed = made("pointwise", narrow, pointwise_s(narrow))
     pairs_flops = 2.0 * tokens * tokens * heads  # causal
@@ -119,11 +119,11 @@ def decoder_layer(shape: Shape, tokens: int) -> list[Operation]:
 def simulate(
     operations: list[Operation], policy: ActivationPolicy, buffers: CopyBuffers, bytes_per_s: float
 ) -> Simulated:
-    """Forward and backward of the operations. What is made again takes its time in backward."""
+    """Forward and backward of the operations. What is recomputed takes its time in backward."""
     streams = TimedStreams(bytes_per_s * SCALE)
     link = Link(streams, max_bytes=1 << 30, slab_bytes=1 << 20, num_threads=1)
     engine = OffloadEngine(link, buffers=_scaled(buffers))
-    again = {
+    quotas = {
         "pointwise": _Quota(policy.recompute_pointwise),
         "matmul": _Quota(policy.recompute_matmul),
     }
@@ -138,8 +138,8 @@ def simulate(
         for operation in operations:
             backward_s, packs = operation.backward_s, []
             for kept in operation.saves:
-                if kept.kind in again and again[kept.kind].takes(int(kept.num_bytes)):
-                    backward_s += kept.remake_s
+                if kept.kind in quotas and quotas[kept.kind].takes(int(kept.num_bytes)):
+                    backward_s += kept.recompute_s
                 else:
                     data = torch.empty(int(kept.num_bytes * SCALE), dtype=torch.uint8)
                     packs.append(forward.pack(data))

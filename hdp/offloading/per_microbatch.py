@@ -6,7 +6,7 @@
 
 The plan says what share of a microbatch's activations must leave the device, and on how many ranks
 it fits because of that. What is done about it is decided here, from lengths and cost model alone:
-how much travels and how much is made again (scheduler/costs/activation_plan.py), and how much
+how much travels and how much is recomputed (scheduler/costs/activation_plan.py), and how much
 device memory hides the copies.
 """
 
@@ -53,7 +53,7 @@ class PerMicrobatchOffload:
         return self.engine.forward(policy, buffers=buffers, min_bytes=self._min_bytes)
 
     def plan(self, layout: RingLayout, ratio: float) -> ActivationPlan:
-        """What is kept, sent and made again of a microbatch."""
+        """What of a microbatch is kept, sent and recomputed."""
         ring = np.array(layout.ring_seqlens, dtype=np.float64)
         local = np.array(layout.local_seqlens, dtype=np.float64)
         compute_s = self.cost.compute_s(ring, layout.ring_size, layout.gathered).sum()
@@ -75,7 +75,7 @@ def policy_of(plan: ActivationPlan) -> tuple[ActivationPolicy, CopyBuffers]:
     """What the engine is told of a plan."""
     policy = ActivationPolicy(
         ratio=plan.offload_ratio,
-        recompute_pointwise=plan.remade_share("pointwise"),
-        recompute_matmul=plan.remade_share("matmul"),
+        recompute_pointwise=plan.recomputed_share("pointwise"),
+        recompute_matmul=plan.recomputed_share("matmul"),
     )
     return policy, CopyBuffers.of_layer(plan.bytes_sent_per_layer)

@@ -1,26 +1,26 @@
-"""Keep, offload or make again: what happens to what a microbatch's forward saves for backward.
+"""Keep, offload or recompute: what happens to what a microbatch's forward saves for backward.
 
 A decoder layer saves tensors of a few classes. Each byte of them can stay on the device, travel to
-the host and back, or be thrown away and made again from others (`SavedClass.remake_s_per_byte`: a
-norm costs next to nothing, a matrix product a little, attention is never made again). What is best
+the host and back, or be dropped and recomputed from others (`SavedClass.recompute_s_per_byte`: a
+norm costs next to nothing, a matrix product a little, attention is never recomputed). What is best
 depends on the microbatch, because what the link hides grows with the length of its sequences.
 
 The microbatch has `total` bytes, and room for `device_bytes` of them. With V bytes on the host:
 
-    windows   w V / l           bytes on the device for copies under way, l layers
-    remade    R = total - device_bytes + w V / l - V, the cheapest first, in C(R) seconds
-    late      out: V / B behind forward;  back: V / B behind backward and what is made again
-    cost(V)   max(C(R), V / B - backward_s) + max(0, V / B - forward_s)
+    buffers      w V / l        bytes on the device for copies under way, l layers
+    recomputed   R = total - device_bytes + w V / l - V, the cheapest first, in C(R) seconds
+    late         out: V / B behind forward;  back: V / B behind backward and what is recomputed
+    cost(V)      max(C(R), V / B - backward_s) + max(0, V / B - forward_s)
 
 C is convex, so cost is, and it is linear between few points: all of them are looked at, and the
-least V with the least cost is taken. Which classes travel follows: those that cost most to remake.
+least V with the least cost is taken. What travels are the classes that cost most to recompute.
 
     classes = decoder_classes(cost, hidden_size=4096, ...)
     plan = plan_activations(classes, num_tokens=n, num_layers=32, forward_s=..., backward_s=...,
                             device_bytes=..., host_bytes_per_s=50e9)
     plan.table()
 
-Invariants (tests/scheduler/test_activation_plan.py): no treatment of a fine grid that fits is
+Invariants (tests/scheduler/test_activation_plan.py): no split on a fine grid that fits is
 faster; the shares of a class sum to 1; what does not fit is a ValueError that says what would.
 """
 
@@ -36,70 +36,74 @@ import numpy as np
 
 from .cost_model import CostModel
 
-KEEP_ONLY = math.inf  # remake_s_per_byte of what cannot be made again
+KEEP_ONLY = math.inf  # recompute_s_per_byte of what cannot be recomputed
 # w above: device memory of copies under way, in bytes that a layer sends. tools/simulate_offload.py
 # finds 1.35 to 2.4.
-WINDOW_SHARE = 1.9
+BUFFER_SHARE = 1.9
 LINK_SHARE = 0.9  # of the link's bandwidth that a plan counts on: layers send in bursts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedClass:
     """Tensors of all layers that are treated alike. `kind` is how they are made: "pointwise" and
-    "matmul" can be made again by the runtime, "other" cannot."""
+    "matmul" can be recomputed by the runtime, "other" cannot."""
 
     name: str
     kind: str
     bytes_per_token: float
-    remake_s_per_byte: float = KEEP_ONLY
+    recompute_s_per_byte: float = KEEP_ONLY
 
     def __post_init__(self) -> None:
         if self.kind not in ("pointwise", "matmul", "other"):
             raise ValueError(f"{self.name}: kind {self.kind!r} is not pointwise, matmul or other")
         if not 0 <= self.bytes_per_token < math.inf:
             raise ValueError(f"{self.name}: bytes_per_token={self.bytes_per_token}")
-        if not self.remake_s_per_byte >= 0:
-            raise ValueError(f"{self.name}: remake_s_per_byte={self.remake_s_per_byte}")
-        if (self.kind == "other") != (self.remake_s_per_byte == KEEP_ONLY):
-            raise ValueError(f"{self.name}: what is made as {self.kind!r} costs no or some seconds")
+        if not self.recompute_s_per_byte >= 0:
+            raise ValueError(f"{self.name}: recompute_s_per_byte={self.recompute_s_per_byte}")
+        if (self.kind == "other") != (self.recompute_s_per_byte == KEEP_ONLY):
+            raise ValueError(
+                f"{self.name}: recompute_s_per_byte={self.recompute_s_per_byte} for kind "
+                f"{self.kind!r}: 'other' cannot be recomputed, leave it unset; other kinds need a "
+                "finite value"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClassTreatment:
+class ClassShares:
     """Shares of a class's bytes; they sum to 1."""
 
     saved: SavedClass
     keep: float
     offload: float
-    remake: float
+    recompute: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationPlan:
-    """The treatment of one microbatch."""
+    """What happens to the saved tensors of one microbatch."""
 
-    treatments: tuple[ClassTreatment, ...]
+    shares: tuple[ClassShares, ...]
     num_tokens: int
     num_layers: int
     host_bytes: float  # that travel
-    device_bytes: float  # that stay, windows included
-    remake_s: float
+    device_bytes: float  # that stay, copy buffers included
+    recompute_s: float
     late_s: float  # exposed copies
 
     @property
     def extra_s(self) -> float:
         """Seconds beyond a forward and backward that keep everything."""
-        return self.remake_s + self.late_s
+        return self.recompute_s + self.late_s
 
-    def remade_share(self, kind: str) -> float:
-        """Share of the bytes of a kind that is made again."""
-        return self._share([t for t in self.treatments if t.saved.kind == kind], "remake")
+    def recomputed_share(self, kind: str) -> float:
+        """Share of the bytes of a kind that is recomputed."""
+        return self._share([t for t in self.shares if t.saved.kind == kind], "recompute")
 
     @property
     def offload_ratio(self) -> float:
-        """Share of the bytes that are not made again that travels."""
-        left = sum(t.saved.bytes_per_token * (1 - t.remake) for t in self.treatments)
-        sent = sum(t.saved.bytes_per_token * t.offload for t in self.treatments)
+        """Share of the bytes not recomputed that travels."""
+        left = sum(t.saved.bytes_per_token * (1 - t.recompute) for t in self.shares)
+        sent = sum(t.saved.bytes_per_token * t.offload for t in self.shares)
         return min(sent / left, 1.0) if left else 0.0
 
     @property
@@ -108,22 +112,22 @@ class ActivationPlan:
 
     def table(self) -> str:
         """One line per class, for people."""
-        lines = [f"{'class':20}{'KB/token':>10}{'keep':>8}{'offload':>9}{'remake':>8}"]
-        for t in self.treatments:
+        lines = [f"{'class':20}{'KB/token':>10}{'keep':>8}{'offload':>9}{'recompute':>11}"]
+        for t in self.shares:
             size = t.saved.bytes_per_token / 1024
             lines.append(
-                f"{t.saved.name:20}{size:10.1f}{t.keep:8.0%}{t.offload:9.0%}{t.remake:8.0%}"
+                f"{t.saved.name:20}{size:10.1f}{t.keep:8.0%}{t.offload:9.0%}{t.recompute:11.0%}"
             )
         lines.append(
             f"{self.device_bytes / 2**30:.2f} GiB stay, {self.host_bytes / 2**30:.2f} GiB travel, "
-            f"{1e3 * self.remake_s:.1f} ms to remake, {1e3 * self.late_s:.1f} ms late"
+            f"{1e3 * self.recompute_s:.1f} ms to recompute, {1e3 * self.late_s:.1f} ms late"
         )
         return "\n".join(lines)
 
     @staticmethod
-    def _share(treatments: Sequence[ClassTreatment], what: str) -> float:
-        total = sum(t.saved.bytes_per_token for t in treatments)
-        part = sum(t.saved.bytes_per_token * getattr(t, what) for t in treatments)
+    def _share(shares: Sequence[ClassShares], what: str) -> float:
+        total = sum(t.saved.bytes_per_token for t in shares)
+        part = sum(t.saved.bytes_per_token * getattr(t, what) for t in shares)
         return min(part / total, 1.0) if total else 0.0
 
 
@@ -137,9 +141,9 @@ def plan_activations(
     device_bytes: float,
     host_bytes_per_s: float,
     host_bytes: float = math.inf,
-    window_share: float = WINDOW_SHARE,
+    buffer_share: float = BUFFER_SHARE,
 ) -> ActivationPlan:
-    """The fastest treatment with which a microbatch's saved tensors fit.
+    """The fastest way in which a microbatch's saved tensors fit.
 
     num_tokens: of the microbatch on this rank; num_layers: that the rank holds
     forward_s, backward_s: its kernels, without what is planned here
@@ -150,16 +154,16 @@ def plan_activations(
     Raises ValueError with the least device memory that would do.
     """
     size = np.array([c.bytes_per_token for c in classes], dtype=np.float64) * num_tokens
-    price = np.array([c.remake_s_per_byte for c in classes], dtype=np.float64)
-    order = np.argsort(price, kind="stable")  # cheapest to remake first
-    remakable = np.where(np.isfinite(price), size, 0.0)[order]
+    price = np.array([c.recompute_s_per_byte for c in classes], dtype=np.float64)
+    order = np.argsort(price, kind="stable")  # cheapest to recompute first
+    recomputable = np.where(np.isfinite(price), size, 0.0)[order]
     cheap = np.where(np.isfinite(price), price, 0.0)[order]
-    steps_bytes = np.concatenate([[0.0], np.cumsum(remakable)])
-    steps_s = np.concatenate([[0.0], np.cumsum(remakable * cheap)])
+    steps_bytes = np.concatenate([[0.0], np.cumsum(recomputable)])
+    steps_s = np.concatenate([[0.0], np.cumsum(recomputable * cheap)])
     problem = _Problem(
         total=float(size.sum()),
         device_bytes=device_bytes,
-        gain=1.0 - window_share / num_layers,
+        gain=1.0 - buffer_share / num_layers,
         bytes_per_s=host_bytes_per_s * LINK_SHARE,
         forward_s=forward_s,
         backward_s=backward_s,
@@ -170,15 +174,15 @@ def plan_activations(
     candidates = problem.candidates(low, high)
     cost = np.array([problem.cost(v) for v in candidates])
     sent = float(candidates[np.flatnonzero(cost <= cost.min() * (1 + 1e-9) + 1e-12)[0]])
-    remade = problem.remade(sent)
+    recomputed = problem.recomputed(sent)
     return ActivationPlan(
-        treatments=_divide(classes, size, order, sent, remade),
+        shares=_divide(classes, size, order, sent, recomputed),
         num_tokens=num_tokens,
         num_layers=num_layers,
         host_bytes=sent,
-        device_bytes=problem.total - sent * problem.gain - remade,
-        remake_s=problem.remake_s(sent),
-        late_s=problem.cost(sent) - problem.remake_s(sent),
+        device_bytes=problem.total - sent * problem.gain - recomputed,
+        recompute_s=problem.recompute_s(sent),
+        late_s=problem.cost(sent) - problem.recompute_s(sent),
     )
 
 
@@ -195,37 +199,37 @@ class _Problem:
     steps_bytes: np.ndarray  # C is linear between them
     steps_s: np.ndarray
 
-    def remade(self, sent: float) -> float:
+    def recomputed(self, sent: float) -> float:
         return min(max(self._lacking(sent), 0.0), float(self.steps_bytes[-1]))
 
-    def remake_s(self, sent: float) -> float:
-        return float(np.interp(self.remade(sent), self.steps_bytes, self.steps_s))
+    def recompute_s(self, sent: float) -> float:
+        return float(np.interp(self.recomputed(sent), self.steps_bytes, self.steps_s))
 
     def cost(self, sent: float) -> float:
         copy_s = sent / self.bytes_per_s if sent else 0.0
-        back_s = max(self.remake_s(sent), copy_s - self.backward_s)
+        back_s = max(self.recompute_s(sent), copy_s - self.backward_s)
         return back_s + max(0.0, copy_s - self.forward_s)
 
     def limits(self, host_bytes: float) -> tuple[float, float]:
-        """(least, most) bytes that may travel. What is remade cannot travel as well."""
+        """(least, most) bytes that may travel. What is recomputed cannot travel as well."""
         most = min(host_bytes, self.total) if self.bytes_per_s > 0 and self.gain > 0 else 0.0
         if self._lacking(0.0) <= 0:
             return 0.0, 0.0  # there is room for everything
-        remakable = float(self.steps_bytes[-1])
+        recomputable = float(self.steps_bytes[-1])
         least = 0.0
-        if self._lacking(0.0) > remakable:
-            least = (self._lacking(0.0) - remakable) / self.gain if self.gain > 0 else math.inf
-        # sent + remade <= total
+        if self._lacking(0.0) > recomputable:
+            least = (self._lacking(0.0) - recomputable) / self.gain if self.gain > 0 else math.inf
+        # sent + recomputed <= total
         both = (self.total - self._lacking(0.0)) / (1.0 - self.gain) if self.gain < 1 else math.inf
         enough = self._lacking(0.0) / self.gain if self.gain > 0 else 0.0
         most = min(most, both, enough)
         if least > most * (1 + 1e-9):
-            needed = self.total - remakable - most * self.gain
+            needed = self.total - recomputable - most * self.gain
             raise ValueError(
                 f"saved tensors of {self.total / 2**30:.2f} GiB do not fit in "
-                f"{self.device_bytes / 2**30:.2f} GiB: {remakable / 2**30:.2f} GiB can be made "
-                f"again and {most / 2**30:.2f} GiB can travel; {needed / 2**30:.2f} GiB would do, "
-                "or fewer tokens per microbatch"
+                f"{self.device_bytes / 2**30:.2f} GiB: {recomputable / 2**30:.2f} GiB can be "
+                f"recomputed and {most / 2**30:.2f} GiB can travel; {needed / 2**30:.2f} GiB would "
+                "do, or fewer tokens per microbatch"
             )
         return min(least, most), most
 
@@ -239,9 +243,9 @@ class _Problem:
         points += corners
         if self.bytes_per_s > 0:
             for a, b in itertools.pairwise(corners):
-                # in between, remake_s falls and the copy back grows: where they meet
-                fa = self.remake_s(a) - (a / self.bytes_per_s - self.backward_s)
-                fb = self.remake_s(b) - (b / self.bytes_per_s - self.backward_s)
+                # in between, recompute_s falls and the copy back grows: where they meet
+                fa = self.recompute_s(a) - (a / self.bytes_per_s - self.backward_s)
+                fb = self.recompute_s(b) - (b / self.bytes_per_s - self.backward_s)
                 if fa > 0 > fb:
                     points.append(a + (b - a) * fa / (fa - fb))
         return np.unique(np.clip(points, low, high))
@@ -251,24 +255,28 @@ class _Problem:
 
 
 def _divide(
-    classes: Sequence[SavedClass], size: np.ndarray, order: np.ndarray, sent: float, remade: float
-) -> tuple[ClassTreatment, ...]:
-    """Remake the cheapest bytes, send the dearest of the rest."""
-    remake, offload = np.zeros(len(classes)), np.zeros(len(classes))
+    classes: Sequence[SavedClass],
+    size: np.ndarray,
+    order: np.ndarray,
+    sent: float,
+    recomputed: float,
+) -> tuple[ClassShares, ...]:
+    """Recompute the cheapest bytes, send the dearest of the rest."""
+    recompute, offload = np.zeros(len(classes)), np.zeros(len(classes))
     for c in order:
-        if size[c] and math.isfinite(classes[c].remake_s_per_byte):
-            remake[c] = min(remade / size[c], 1.0)
-            remade = max(remade - size[c], 0.0)
+        if size[c] and math.isfinite(classes[c].recompute_s_per_byte):
+            recompute[c] = min(recomputed / size[c], 1.0)
+            recomputed = max(recomputed - size[c], 0.0)
     for c in order[::-1]:
         if size[c]:
-            offload[c] = min(sent / size[c], 1.0 - remake[c])
+            offload[c] = min(sent / size[c], 1.0 - recompute[c])
             sent = max(sent - offload[c] * size[c], 0.0)
     return tuple(
-        ClassTreatment(
+        ClassShares(
             saved=saved,
-            keep=float(1.0 - offload[c] - remake[c]),
+            keep=float(1.0 - offload[c] - recompute[c]),
             offload=float(offload[c]),
-            remake=float(remake[c]),
+            recompute=float(recompute[c]),
         )
         for c, saved in enumerate(classes)
     )
@@ -304,7 +312,7 @@ def decoder_classes(
         size = float(layers * columns * e)
         seconds = layers * rows * columns * product_s
         return SavedClass(
-            name=name, kind="matmul", bytes_per_token=size, remake_s_per_byte=seconds / size
+            name=name, kind="matmul", bytes_per_token=size, recompute_s_per_byte=seconds / size
         )
 
     def pointwise(name: str, num_bytes: float) -> SavedClass:
@@ -312,7 +320,7 @@ def decoder_classes(
             name=name,
             kind="pointwise",
             bytes_per_token=layers * num_bytes,
-            remake_s_per_byte=pointwise_s,
+            recompute_s_per_byte=pointwise_s,
         )
 
     norm = hidden_size * (e + (4 + e if eager_norms else 0))
@@ -343,7 +351,7 @@ def plan_microbatch(
     offload_ratio: float,
     host_bytes: float = math.inf,
 ) -> ActivationPlan:
-    """The treatment of a microbatch that a StepPlan gives an offload ratio.
+    """The plan for a microbatch that a StepPlan gives an offload ratio.
 
     The ratio says what must go: of l layers' bytes (l - 2) / l times the ratio (ByteScale Eq. 3,
     where two layers are at work). How they go is decided here. compute_s: seconds of the
@@ -360,5 +368,5 @@ def plan_microbatch(
         device_bytes=total * (1 - offload_ratio * moving),
         host_bytes_per_s=cost.host_bytes_per_s / cost.ranks_per_host_link,
         host_bytes=host_bytes,
-        window_share=0.0,  # of the two layers at work
+        buffer_share=0.0,  # of the two layers at work
     )

@@ -23,8 +23,8 @@ def test_the_table_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ours = {name: row for name, row in rows.items() if name.startswith("hdp")}
     for name, row in ours.items():
         assert row["in_use_bytes"] <= row["held_bytes"] <= 1.25 * row["in_use_bytes"] + (1 << 20)
-        assert bool(row["remade_bytes"]) == ("+P" in name or name == "hdp planned")
-        total = row["sent_bytes"] + row["kept_bytes"] + row["remade_bytes"]
+        assert bool(row["recomputed_bytes"]) == ("+P" in name or name == "hdp planned")
+        total = row["sent_bytes"] + row["kept_bytes"] + row["recomputed_bytes"]
         assert total == pytest.approx(ours["hdp 1"]["sent_bytes"], rel=0.15), name
     half = ours["hdp 0.5"]["sent_bytes"] / ours["hdp 1"]["sent_bytes"]
     assert half == pytest.approx(0.5, abs=0.1)
@@ -104,8 +104,8 @@ def test_in_simulation_the_plan_meets_the_goals(tokens: int, num_layers: int, mo
     assert policy.ratio > 0.5 and found.sent_bytes
 
 
-def test_windows_hold_what_a_layer_sends() -> None:
-    """Bursts: with half of a layer's bytes in each window, copies are waited for."""
+def test_buffers_hold_what_a_layer_sends() -> None:
+    """Bursts: with half of a layer's bytes in each buffer, copies are waited for."""
     simulation, shape = tool("simulate_offload"), tool("decoder_layers").LLAMA_7B
     layers = simulation.decoder_layer(shape, 128 << 10) * 4
     policy = simulation.ActivationPolicy(ratio=0.9, recompute_pointwise=1.0)
