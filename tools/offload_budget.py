@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from decoder_layers import Shape
 
-from hdp.offloading.context import open_engine
-from hdp.offloading.engine import OffloadEngine
+from hdp.offloading.engine import OffloadEngine, open_engine
 from hdp.offloading.link import Link
 from hdp.offloading.memory import available_host_bytes
 from hdp.offloading.streams import CpuStreams

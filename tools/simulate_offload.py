@@ -27,10 +27,10 @@ import torch
 
 from hdp import console
 from hdp.offloading.engine import OffloadEngine
-from hdp.offloading.forward import _Quota
 from hdp.offloading.link import Link
+from hdp.offloading.packed import Packed
 from hdp.offloading.per_microbatch import policy_of
-from hdp.offloading.saved import Packed
+from hdp.offloading.send_queue import Quota
 from hdp.offloading.types import ActivationPolicy, CopyBuffers
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -124,8 +124,8 @@ def simulate(
     link = Link(streams, max_bytes=1 << 30, slab_bytes=1 << 20, num_threads=1)
     engine = OffloadEngine(link, buffers=_scaled(buffers))
     quotas = {
-        "pointwise": _Quota(policy.recompute_pointwise),
-        "matmul": _Quota(policy.recompute_matmul),
+        "pointwise": Quota(policy.recompute_pointwise),
+        "matmul": Quota(policy.recompute_matmul),
     }
     stack: list[tuple[float, list[Packed]]] = []
     work_s = most = 0.0
@@ -142,15 +142,17 @@ def simulate(
                     backward_s += kept.recompute_s
                 else:
                     data = torch.empty(int(kept.num_bytes * SCALE), dtype=torch.uint8)
-                    packs.append(forward.pack(data))
-                    del data
+                    packed = forward.pack(data)
+                    assert isinstance(packed, Packed)
+                    packs.append(packed)
+                    del data, packed
             stack.append((backward_s, packs))
             streams.compute(operation.forward_s)
             work_s += operation.forward_s + operation.backward_s
             most = max(most, on_device())
     while stack:
         backward_s, packs = stack[-1]
-        values = [engine.unpack(packed) for packed in packs]
+        values = [packed.unpack() for packed in packs]
         given = sum(v.numel() for v, p in zip(values, packs, strict=True) if p.saved.value is None)
         most = max(most, on_device() + given / SCALE)
         streams.compute(backward_s)

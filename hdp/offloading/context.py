@@ -1,24 +1,16 @@
-"""`hdp.offload()` for any model, and the engines behind it."""
+"""`hdp.offload()` for any model."""
 
 from __future__ import annotations
 
 import functools
-import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from hdp.errors import OffloadMemoryError
-
-from .engine import OffloadEngine
-from .link import Link
-from .memory import available_host_bytes, host_bytes_per_rank
-from .streams import CpuStreams, CudaStreams
-from .types import ActivationPolicy, CopyBuffers, text_of
-
-_SLAB_BYTES = 512 << 20
-_NUM_THREADS = 16  # that pin slabs; each is pinned once
+from .engine import OffloadEngine, open_engine
+from .memory import host_bytes_per_rank
+from .types import ActivationPolicy, CopyBuffers
 
 
 def offload(
@@ -67,63 +59,3 @@ def offload(
 def default_engine(device_index: int) -> OffloadEngine:
     """The engine of a CUDA device that `offload` uses; it lives as long as the process."""
     return open_engine(torch.device("cuda", device_index), max_bytes=host_bytes_per_rank())
-
-
-def open_engine(
-    device: torch.device,
-    *,
-    max_bytes: int,
-    prefill: bool = False,
-    on_full: Literal["error", "keep"] = "error",
-    buffers: CopyBuffers | None = None,
-) -> OffloadEngine:
-    """An engine of one's own; close() gives its host memory back.
-
-    device: a CUDA device; or the CPU, where all of the engine runs and no memory is saved.
-    max_bytes: host memory that it may take.
-    prefill: take all of it now, in the background, instead of when it is needed.
-    on_full: "error": forwards that want more raise OffloadMemoryError; "keep": what does not fit
-        stays on the device, which is said once.
-
-    Raises OffloadMemoryError if the machine has less memory than max_bytes, unless on_full="keep".
-    """
-    max_bytes = _affordable(max_bytes, on_full)
-    slab_bytes = min(_SLAB_BYTES, _round(max_bytes))
-    is_cuda = device.type == "cuda"
-    if buffers is None:
-        total = 1 << 30
-        if is_cuda:
-            total = torch.cuda.get_device_properties(device).total_memory
-        buffers = CopyBuffers.of_layer(total / 24)
-    link = Link(
-        CudaStreams(device) if is_cuda else CpuStreams(),
-        max_bytes=max_bytes,
-        slab_bytes=slab_bytes,
-        num_threads=_NUM_THREADS if is_cuda else 2,
-    )
-    if prefill:
-        link.prepare(max_bytes)
-    return OffloadEngine(link, buffers=buffers, on_full=on_full)
-
-
-def _affordable(max_bytes: int, on_full: str) -> int:
-    if max_bytes < 1 << 16:
-        raise ValueError(f"offload: max_bytes={max_bytes}, the host memory, is less than 64 KiB")
-    available = available_host_bytes()
-    if max_bytes <= available:
-        return max_bytes
-    text = (
-        f"offload: a host pool of {text_of(max_bytes)} was asked for, and {text_of(available)} "
-        "are available"
-    )
-    if on_full == "keep":
-        warnings.warn(f"{text}; taking {text_of(available * 9 // 10)}")
-        return available * 9 // 10
-    raise OffloadMemoryError(
-        f"{text}: a ratio {available / max_bytes:.2g} times as large fits, or fewer ranks per "
-        "machine; on_full='keep' takes what there is"
-    )
-
-
-def _round(num_bytes: int) -> int:
-    return max(num_bytes // (1 << 16), 1) << 16

@@ -20,8 +20,7 @@ from hdp.models.causal_lm import CausalLM, transformer_shape
 from hdp.models.compiled import compile_layers
 from hdp.models.liger import use_liger
 from hdp.models.loading import build_model, load_model
-from hdp.offloading.context import open_engine
-from hdp.offloading.engine import OffloadEngine
+from hdp.offloading.engine import OffloadEngine, open_engine
 from hdp.offloading.memory import host_bytes_per_rank
 from hdp.offloading.per_microbatch import PerMicrobatchOffload
 from hdp.scheduler import CostModel

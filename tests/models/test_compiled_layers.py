@@ -19,7 +19,8 @@ from hdp.distributed.fsdp import (
 )
 from hdp.distributed.mesh import HDPMesh
 from hdp.models.compiled import compile_layers
-from hdp.offloading.context import offload, open_engine
+from hdp.offloading.context import offload
+from hdp.offloading.engine import open_engine
 from hdp.offloading.tensors import is_parameter
 from hdp.offloading.types import CopyBuffers
 from hdp.scheduler import StepPlan

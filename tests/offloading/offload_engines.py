@@ -82,10 +82,10 @@ def open_engine(
 def check_idle(engine: OffloadEngine) -> None:
     """No host memory is in use, no device memory is kept, no account is off."""
     assert engine.stats().in_use_bytes == 0
-    state = engine._state
-    assert state.leaving_bytes == state.ahead_bytes == 0
-    assert not state.dropped
-    assert all(saved.value is None for saved in state.leaving)
+    store = engine.store
+    assert store.leaving_bytes == store.ahead_bytes == 0
+    assert not store.dropped
+    assert all(saved.value is None for saved in store._leaving)
 
 
 class Norm(nn.Module):

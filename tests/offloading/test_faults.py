@@ -185,7 +185,7 @@ def test_no_device_memory_to_prefetch(monkeypatch):
     with open_engine(
         buffers=CopyBuffers(send_bytes=0, keep_bytes=0, prefetch_bytes=50_000)
     ) as engine:
-        fetch, asked = engine._fetch, []
+        fetch, asked = engine.store.fetch, []
 
         def fail_sometimes(saved):
             ahead = sys._getframe(1).f_code.co_name == "_prefetch"
@@ -194,7 +194,7 @@ def test_no_device_memory_to_prefetch(monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             fetch(saved)
 
-        monkeypatch.setattr(engine, "_fetch", fail_sometimes)
+        monkeypatch.setattr(engine.store, "fetch", fail_sometimes)
         assert_same(gradients(model, x, forward_of(engine)), want)
         assert asked.count(True) > 10 and asked.count(False) > 3, asked
 
@@ -258,13 +258,13 @@ def test_use_after_free_of_a_handle():
     with open_engine(buffers=TIGHT) as engine:
         forward = forward_of(engine)
         packed = forward.pack(torch.randn(1000) * 1)
-        assert engine.unpack(packed).shape == (1000,)
+        assert packed.unpack().shape == (1000,)
         saved = packed.saved
-        engine._state.dropped.append(saved)
-        engine._collect()
+        engine.store.dropped.append(saved)
+        engine.store.collect()
         with pytest.raises(FreedError, match="after its free"):
-            engine.unpack(packed)
-        packed._dropped = type(engine._state.dropped)()  # it has been dropped already
+            packed.unpack()
+        packed._dropped = type(engine.store.dropped)()  # it has been dropped already
 
 
 def test_bad_arguments():

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hdp.offloading.context import open_engine
-from hdp.offloading.engine import OffloadEngine
+from hdp.offloading.engine import OffloadEngine, open_engine
 from hdp.offloading.types import ActivationPolicy, CopyBuffers
 from tests.offloading.offload_engines import (
     assert_same,

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hdp
+import hdp.offloading.engine as engines
 from hdp.errors import OffloadMemoryError
 from hdp.offloading.types import ActivationPolicy, CopyBuffers
 from tests.offloading.offload_engines import (
@@ -88,7 +89,7 @@ def test_a_model_with_two_streams():
         values = []
         for i, (caller, packed) in reversed(list(enumerate(saved))):
             streams.caller = caller
-            values.append(engine.unpack(packed))
+            values.append(packed.unpack())
             streams.read(values[-1])
             assert torch.equal(values[-1], torch.full((1000,), 1.0 * i))
         assert not streams.races
@@ -239,18 +240,16 @@ def test_offload_on_an_engine():
 
 
 def test_open_engine_checks_the_machine(monkeypatch):
-    from hdp.offloading import context
-
-    monkeypatch.setattr(context, "available_host_bytes", lambda: 10 << 30)
+    monkeypatch.setattr(engines, "available_host_bytes", lambda: 10 << 30)
     with pytest.raises(OffloadMemoryError, match=r"40.00 GiB was asked .* 10.00 GiB .* 0.25 times"):
-        context.open_engine(torch.device("cpu"), max_bytes=40 << 30)
+        engines.open_engine(torch.device("cpu"), max_bytes=40 << 30)
     with pytest.warns(UserWarning, match="taking 9.00 GiB"):
-        engine = context.open_engine(torch.device("cpu"), max_bytes=40 << 30, on_full="keep")
+        engine = engines.open_engine(torch.device("cpu"), max_bytes=40 << 30, on_full="keep")
     assert engine.stats().max_bytes == 9 << 30 and engine.stats().held_bytes == 0
     engine.close()
     with pytest.raises(ValueError, match="64 KiB"):
-        context.open_engine(torch.device("cpu"), max_bytes=1000)
-    engine = context.open_engine(torch.device("cpu"), max_bytes=8 << 20, prefill=True)
+        engines.open_engine(torch.device("cpu"), max_bytes=1000)
+    engine = engines.open_engine(torch.device("cpu"), max_bytes=8 << 20, prefill=True)
     engine.link.send(torch.zeros(1, dtype=torch.uint8), engine.link.stream())
     assert engine.link.stats().held_bytes == 8 << 20
     engine.close()

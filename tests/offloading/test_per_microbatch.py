@@ -12,7 +12,7 @@ from hdp.data.pack import Sample, pack_rank
 from hdp.distributed.fsdp import shard
 from hdp.distributed.mesh import HDPMesh
 from hdp.models.causal_lm import transformer_shape
-from hdp.offloading.context import open_engine
+from hdp.offloading.engine import open_engine
 from hdp.offloading.per_microbatch import PerMicrobatchOffload
 from hdp.scheduler import CostModel, StepPlan, plan
 from hdp.scheduler.costs.activation_plan import decoder_classes

@@ -1,0 +1,79 @@
+"""Registry: which Saved holds the present value of a tensor. One per forward.
+
+Several functions save the same tensor, or views of one storage; recipes need what is saved anyway.
+Each of them finds the Saved that is there already, as long as nothing has been written to the
+tensor since.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from .store import Saved, Store
+from .tensors import Range, storage_key, travelling_range
+
+
+class Registry:
+    """The Saved of a forward, by storage."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.device = store, store.device
+        self._known: dict[int, tuple[list[Saved], weakref.ref]] = {}
+
+    def find(self, tensor: Tensor) -> Saved | None:
+        """The Saved that holds the present value of `tensor`, if there is one."""
+        entry = self._known.get(storage_key(tensor.untyped_storage()))
+        if entry is None:
+            return None
+        wanted, version = travelling_range(tensor), tensor._version
+        for saved in entry[0]:
+            if wanted and saved.owners and saved.version == version and saved.range.covers(wanted):
+                return saved
+        return None
+
+    def add(self, tensor: Tensor, range_: Range) -> Saved:
+        """A new Saved for a range of the storage of `tensor`. It has no owner yet."""
+        storage = tensor.untyped_storage()
+        stream = self.store.link.stream()
+        saved = Saved(range_, range_.of(storage), stream, tensor._version)
+        self._entry(storage).append(saved)
+        return saved
+
+    def find_or_add(self, tensor: Tensor) -> Saved:
+        """The Saved of `tensor`, for a recipe; a new one has all of its storage."""
+        return self.find(tensor) or self.add(tensor, whole_storage(tensor))
+
+    def before_write(self, tensor: Tensor) -> None:
+        """`tensor` is about to be modified in place: recipes go on using its present value."""
+        entry = self._known.get(storage_key(tensor.untyped_storage()))
+        with self.store.lock:
+            for saved in entry[0] if entry is not None else ():
+                if saved.value is None or not saved.owners:
+                    continue
+                if saved.block is not None or saved.recipe is not None:
+                    self.store.let_go(saved)
+                else:
+                    saved.value = saved.value.clone()
+
+    def clear(self) -> None:
+        self._known.clear()
+
+    def _entry(self, storage: torch.UntypedStorage) -> list[Saved]:
+        key = storage_key(storage)
+        if key not in self._known:
+            registry = weakref.ref(self)
+
+            def died(_: object) -> None:
+                known = registry()
+                if known is not None:
+                    known._known.pop(key, None)
+
+            self._known[key] = ([], weakref.ref(storage, died))
+        return self._known[key][0]
+
+
+def whole_storage(tensor: Tensor) -> Range:
+    return Range(0, tensor.untyped_storage().nbytes())

@@ -1,0 +1,209 @@
+"""Store: where the values that backward needs are, and how they move.
+
+A Saved is a range of bytes that backward needs, however many functions saved it. Its value is
+
+    on the device    `value`
+    on the host      `block`; while copies run and after a fetch, there is a value beside it
+    nowhere          `recipe` recomputes it from other Saved
+
+The store moves values over one link. It never waits on the host, and it keeps no more device memory
+for copies under way than it is given. All methods are called with `lock` held.
+
+A Saved is freed when its last owner is gone. Owners lose it in any thread and at any time (a
+`__del__`), so they only append it to `dropped`; `collect` does the rest.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hdp.errors import FreedError
+
+from .link import Link
+from .tensors import Geometry, Range
+from .types import Counts
+
+
+class Recipe(Protocol):
+    """What a Saved needs of the recipe that recomputes it (recipe.py has the only one)."""
+
+    uses: list[Saved]
+
+    def run(self, value_of: Callable[[Saved], Tensor]) -> Tensor:
+        """(num_bytes,) uint8, from the values of `uses`. On the current stream."""
+        ...
+
+
+class Saved:
+    """A range of a storage that backward needs. See the module docstring.
+
+    owners: graph nodes and recipes that need it; 0: freed
+    home: the stream that saved it, where backward asks for it
+    stream: the one that may use `value`
+    leaving: the copy out may still read `value`; arriving: the copy in may still write it
+    ahead: fetched before it was asked for
+    asked: the last backward pass that asked for it; the first is 1
+    last_use: the place in its forward's BackwardOrder
+    """
+
+    __slots__ = (
+        *("range", "value", "block", "recipe", "owners", "home", "stream", "version"),
+        *("leaving", "arriving", "ahead", "last_use", "asked"),
+    )
+
+    def __init__(self, range_: Range, value: Tensor, stream: Any, version: int) -> None:
+        self.range, self.version = range_, version
+        self.value: Tensor | None = value  # (num_bytes,) uint8
+        self.home = self.stream = stream
+        self.block: Any = None
+        self.recipe: Recipe | None = None
+        self.owners = 0
+        self.leaving = self.arriving = self.ahead = False
+        self.last_use = -1
+        self.asked = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return self.range.num_bytes
+
+    @property
+    def emptied(self) -> bool:
+        """Whether the model took the memory of `value` away (resize_), to fill it again before
+        backward: Megatron's recomputation of single outputs does."""
+        value = self.value
+        if value is None:
+            return False
+        return value.untyped_storage().nbytes() < int(value.storage_offset()) + self.num_bytes
+
+    def view(self, value: Tensor, geometry: Geometry) -> Tensor:
+        """`geometry`, a view of the storage that the range was part of, in `value`."""
+        moved = self.range.start - int(value.storage_offset())
+        return geometry.on(value.untyped_storage(), moved)
+
+
+class Store:
+    """See the module docstring."""
+
+    def __init__(self, link: Link) -> None:
+        self.link, self.device, self.counts = link, link.device, Counts()
+        self.lock = threading.RLock()
+        self.dropped: deque[Saved] = deque()  # one entry per lost owner
+        self.ahead_bytes = 0  # fetched and not yet asked for
+        self.leaving_bytes = 0  # sent, and still on the device
+        self.closed = False
+        self._leaving: deque[Saved] = deque()
+
+    def request(self, saved: Saved) -> bool:
+        """Start every copy that `value` will wait for. Whether there was one."""
+        if saved.value is not None and saved.stream != self.link.stream():
+            self.let_go(saved)  # it is there for another stream
+        if saved.value is not None:
+            return False
+        if saved.recipe is not None:
+            late = [self.request(source) for source in saved.recipe.uses]  # all of them
+            return any(late)
+        if saved.block is not None:
+            self.fetch(saved)
+        return True
+
+    def value(self, saved: Saved, backward_pass: int = 0) -> Tensor:
+        """(num_bytes,) uint8 on the device, ready for the caller's stream.
+
+        backward_pass: the one that asks; 0: it is not backward that does.
+        """
+        if not saved.owners:
+            raise FreedError(f"a saved tensor of {saved.num_bytes} bytes was used after its free")
+        self.request(saved)
+        if saved.value is None:
+            assert saved.recipe is not None
+            value = saved.recipe.run(lambda source: self.value(source, backward_pass))
+            saved.value, saved.stream = value, self.link.stream()
+            for source in saved.recipe.uses:
+                if source.owners == 1:  # only this recipe: it can be fetched or recomputed
+                    self.let_go(source)
+        self._settle(saved)
+        self._arrived(saved)
+        if backward_pass:
+            saved.asked = backward_pass
+        return saved.value
+
+    def fetch(self, saved: Saved) -> None:
+        """Start the copy back."""
+        stream = saved.stream = self.link.stream()
+        saved.value = torch.empty(saved.num_bytes, dtype=torch.uint8, device=self.device)
+        self.link.fetch(saved.block, saved.value, stream)
+        saved.arriving = saved.ahead = True
+        self.ahead_bytes += saved.num_bytes
+
+    def send(self, saved: Saved, send_bytes: int) -> None:
+        """Start the copy out. Of all copies under way, let go of the oldest ones' device memory
+        until send_bytes are left. Raises PoolFull."""
+        assert saved.value is not None and saved.block is None
+        saved.block = self.link.send(saved.value, saved.stream)
+        saved.leaving = True
+        self._leaving.append(saved)
+        self.leaving_bytes += saved.num_bytes
+        while self.leaving_bytes > send_bytes or (self._leaving and not self._leaving[0].leaving):
+            oldest = self._leaving.popleft()
+            if oldest.leaving:
+                self.let_go(oldest)
+
+    def let_go(self, saved: Saved) -> None:
+        """Free the device memory of what can be fetched or recomputed."""
+        if saved.value is None or (saved.block is None and saved.recipe is None):
+            return
+        self._settle(saved)
+        self._arrived(saved)
+        if saved.emptied:  # perhaps while it left: what the model fills in is what counts
+            self.link.free(saved.block)
+            saved.block = None
+            return
+        saved.value = None
+
+    def collect(self) -> None:
+        """Free what has lost its last owner."""
+        while self.dropped:
+            saved = self.dropped.popleft()
+            saved.owners -= 1
+            assert saved.owners >= 0
+            if saved.owners:
+                continue
+            if not self.closed:
+                self._settle(saved)
+            self._arrived(saved)
+            saved.value = None
+            if saved.block is not None:
+                self.link.free(saved.block)
+                saved.block = None
+            if saved.recipe is not None:
+                self.dropped.extend(saved.recipe.uses)
+                saved.recipe = None
+
+    def close(self) -> None:
+        """Give all host memory back."""
+        self.collect()
+        self.closed = True
+        self._leaving.clear()
+        self.link.close()
+
+    def _settle(self, saved: Saved) -> None:
+        """Let the stream that owns the value wait for copies that read or write it."""
+        if saved.leaving:
+            saved.leaving = False
+            self.leaving_bytes -= saved.num_bytes
+            self.link.sent(saved.block, saved.stream)
+        if saved.arriving:
+            saved.arriving = False
+            self.link.fetched(saved.block, saved.stream)
+
+    def _arrived(self, saved: Saved) -> None:
+        """It is no longer fetched ahead of need."""
+        if saved.ahead:
+            saved.ahead = False
+            self.ahead_bytes -= saved.num_bytes
