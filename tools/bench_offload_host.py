@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     gc.collect()
     gc.freeze()  # the collector would walk through all of torch now and then
     found = measure(device, args.repeats)
+    gc.unfreeze()
     link, _ = found.pop("link")
     console.print_table(
         ["a saved tensor", "forward us", "backward us", "link us"],

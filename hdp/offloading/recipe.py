@@ -60,7 +60,7 @@ class Held(NamedTuple):
         if self.emptied:
             raise RuntimeError(
                 f"offload: {what}, from which backward recomputes a tensor, has no memory any "
-                "more, as if a weight was sharded again. Use recompute_matmul=0"
+                "more: was a weight resharded? Use recompute_matmul=0"
             )
         return self.tensor
 

@@ -42,6 +42,14 @@ def test_host_memory_over_random_lengths(tmp_path: Path) -> None:
     assert 1 <= found["ratio"] < 1.25
 
 
+def test_host_time_per_saved_tensor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool("bench_offload_host").main(["--repeats", "2"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    times = {row[0]: [float(x) for x in row[-3:] if x != "-"] for row in rows[3:]}
+    assert set(times) == {"travels", "stays", "half"}
+    assert len(times["travels"]) == 3 and min(times["travels"]) > 0
+
+
 def test_a_row_that_fails_is_named_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = tool("bench_offload")
     peers = bench.peer_offloads
