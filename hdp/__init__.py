@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from hdp.distributed.mesh import HDPMesh as HDPMesh
     from hdp.errors import ChatTemplateError as ChatTemplateError
     from hdp.errors import CheckpointError as CheckpointError
-    from hdp.errors import FreedError as FreedError
     from hdp.errors import HDPError as HDPError
-    from hdp.errors import ModifiedError as ModifiedError
     from hdp.errors import NonFiniteError as NonFiniteError
+    from hdp.errors import OffloadFreedError as OffloadFreedError
     from hdp.errors import OffloadMemoryError as OffloadMemoryError
+    from hdp.errors import OffloadModifiedError as OffloadModifiedError
     from hdp.errors import RankFailure as RankFailure
     from hdp.models.causal_lm import transformer_shape as transformer_shape
     from hdp.models.loading import build_model as build_model
@@ -79,8 +79,8 @@ _EXPORTS = {  # module -> its public names; in the order of docs/api.md
         "RankFailure",
         "CheckpointError",
         "OffloadMemoryError",
-        "FreedError",
-        "ModifiedError",
+        "OffloadFreedError",
+        "OffloadModifiedError",
         "ChatTemplateError",
     ),
 }

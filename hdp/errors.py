@@ -44,11 +44,11 @@ class OffloadMemoryError(HDPError, MemoryError):
     """A forward wanted more host memory than its pool may have. Says how much, and what fits."""
 
 
-class FreedError(HDPError, RuntimeError):
+class OffloadFreedError(HDPError, RuntimeError):
     """Backward asked for an offloaded tensor after it was freed or its engine was closed."""
 
 
-class ModifiedError(HDPError, RuntimeError):
+class OffloadModifiedError(HDPError, RuntimeError):
     """A tensor that backward needs was modified in place after it was saved."""
 
 

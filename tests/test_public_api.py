@@ -148,7 +148,7 @@ def test_names_resolve_once_and_for_all() -> None:
 
 def test_exceptions_have_one_base_class() -> None:
     """Every exception class of the package is an HDPError, and what leaves a room is exported."""
-    from hdp.offloading.pool import PoolFull
+    from hdp.offloading.types import PoolFull
 
     classes = [
         (name_of(path), node)
@@ -164,7 +164,7 @@ def test_exceptions_have_one_base_class() -> None:
     )
     # Control flow between two files of one room stays there.
     private = {node.name: path for path, node in classes if path != "hdp/errors.py"}
-    assert private == {"PoolFull": "hdp/offloading/pool.py"}, "public ones live in hdp/errors.py"
+    assert private == {"PoolFull": "hdp/offloading/types.py"}, "public ones live in hdp/errors.py"
     for kind in (PoolFull, *(getattr(hdp, name) for name in hdp._EXPORTS["hdp.errors"])):
         assert issubclass(kind, hdp.HDPError)
 
@@ -176,8 +176,8 @@ def test_exceptions_have_one_base_class() -> None:
         ("RankFailure", RuntimeError),
         ("CheckpointError", RuntimeError),
         ("OffloadMemoryError", MemoryError),
-        ("FreedError", RuntimeError),
-        ("ModifiedError", RuntimeError),
+        ("OffloadFreedError", RuntimeError),
+        ("OffloadModifiedError", RuntimeError),
         ("ChatTemplateError", ValueError),
     ],
 )

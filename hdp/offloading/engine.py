@@ -26,7 +26,7 @@ import warnings
 
 import torch
 
-from hdp.errors import FreedError, OffloadMemoryError
+from hdp.errors import OffloadFreedError, OffloadMemoryError
 
 from .forward import Forward, Shared
 from .link import Link
@@ -67,7 +67,7 @@ class OffloadEngine:
     ) -> Forward:
         """Context manager around one forward pass. Tensors below min_bytes stay."""
         if self.store.closed:
-            raise FreedError("the offload engine is closed")
+            raise OffloadFreedError("the offload engine is closed")
         policy = policy or ActivationPolicy()
         return Forward(self._shared, policy, buffers or self.buffers, min_bytes)
 
@@ -78,7 +78,7 @@ class OffloadEngine:
             return self.link.stats()
 
     def close(self) -> None:
-        """Give all host memory back. A backward that still needs some of it raises FreedError."""
+        """Give all host memory back. A backward that still needs some of it raises OffloadFreedError."""
         with self.store.lock:
             self.store.close()
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hdp.errors import FreedError
+from hdp.errors import OffloadFreedError
 
 from .pool import Extent, HostPool, Read, Slabs
 from .streams import IN, OUT, Streams
@@ -135,8 +135,10 @@ class Link:
     def _check(self, block: _Block) -> None:
         self._check_open()
         if block.extents is None:
-            raise FreedError(f"a block of {block.num_bytes} bytes was used after it was freed")
+            raise OffloadFreedError(
+                f"a block of {block.num_bytes} bytes was used after it was freed"
+            )
 
     def _check_open(self) -> None:
         if self._closed:
-            raise FreedError("the host memory was given back: the offload engine is closed")
+            raise OffloadFreedError("the host memory was given back: the offload engine is closed")

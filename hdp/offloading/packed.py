@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hdp.errors import FreedError
+from hdp.errors import OffloadFreedError
 
 from .backward_order import BackwardOrder
 from .store import Saved
@@ -38,11 +38,13 @@ class Packed:
         saved.owners += 1
 
     def unpack(self) -> Tensor:
-        """The tensor. Raises ModifiedError or FreedError."""
+        """The tensor. Raises OffloadModifiedError or OffloadFreedError."""
         store, saved = self._order.store, self.saved
         with store.lock:
             if store.closed:
-                raise FreedError("backward needs tensors of an offload engine that was closed")
+                raise OffloadFreedError(
+                    "backward needs tensors of an offload engine that was closed"
+                )
             store.collect()
             if self.watch.num_writes:
                 raise modified(self.name, str(self.geometry), self.watch.num_writes)

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hdp.errors import FreedError
+from hdp.errors import OffloadFreedError
 
 from .link import Link
 from .tensors import Geometry, Range
@@ -118,7 +118,9 @@ class Store:
         backward_pass: the one that asks; 0: it is not backward that does.
         """
         if not saved.owners:
-            raise FreedError(f"a saved tensor of {saved.num_bytes} bytes was used after its free")
+            raise OffloadFreedError(
+                f"a saved tensor of {saved.num_bytes} bytes was used after its free"
+            )
         self.request(saved)
         if saved.value is None:
             assert saved.recipe is not None

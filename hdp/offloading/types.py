@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hdp.errors import HDPError, ModifiedError
+from hdp.errors import HDPError, OffloadModifiedError
 
 
 class PoolFull(HDPError):
@@ -91,9 +91,9 @@ class LinkStats:
     fetched_bytes: int
 
 
-def modified(name: str, what: str, num_writes: int) -> ModifiedError:
+def modified(name: str, what: str, num_writes: int) -> OffloadModifiedError:
     """The error for a saved tensor that has been written to."""
-    return ModifiedError(
+    return OffloadModifiedError(
         f"{name}, {what}, was modified in place after it was saved for backward "
         f"({num_writes} {'write' if num_writes == 1 else 'writes'}): its gradient would be "
         "wrong. Modify a clone, or use the operation that is not in place"

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from hdp.errors import FreedError, ModifiedError, OffloadMemoryError
+from hdp.errors import OffloadFreedError, OffloadMemoryError, OffloadModifiedError
 from hdp.offloading.engine import OffloadEngine
 from hdp.offloading.types import ActivationPolicy, CopyBuffers
 from tests.offloading.offload_engines import (
@@ -43,7 +43,9 @@ def test_modified_in_place_is_named(kind, buffers, policy):
             z = (y * 3).sum()
         with torch.no_grad():
             y.add_(1)
-        with pytest.raises(ModifiedError, match=r"output of ExpBackward0\), float32 \(1000,\)"):
+        with pytest.raises(
+            OffloadModifiedError, match=r"output of ExpBackward0\), float32 \(1000,\)"
+        ):
             z.backward()
         del h, y, z
         y = (x * 2).exp()  # as without offload
@@ -60,7 +62,7 @@ def test_small_tensors_modified_in_place():
             y = (x * 2).exp()
         with torch.no_grad():
             y.add_(1)
-        with pytest.raises(ModifiedError, match="stays on the device"):
+        with pytest.raises(OffloadModifiedError, match="stays on the device"):
             y.sum().backward()
 
 
@@ -245,9 +247,9 @@ def test_closed_too_early(kind):
     with forward_of(engine):
         loss = loss_of(model(x))
     engine.close()
-    with pytest.raises(FreedError, match="closed"):
+    with pytest.raises(OffloadFreedError, match="closed"):
         loss.backward()
-    with pytest.raises(FreedError, match="closed"):
+    with pytest.raises(OffloadFreedError, match="closed"):
         engine.forward()
     del loss
     gc.collect()
@@ -262,7 +264,7 @@ def test_use_after_free_of_a_handle():
         saved = packed.saved
         engine.store.dropped.append(saved)
         engine.store.collect()
-        with pytest.raises(FreedError, match="after its free"):
+        with pytest.raises(OffloadFreedError, match="after its free"):
             packed.unpack()
         packed._dropped = type(engine.store.dropped)()  # it has been dropped already
 

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from hdp.errors import FreedError
+from hdp.errors import OffloadFreedError
 from hdp.offloading.link import Link
 from hdp.offloading.streams import IN, OUT
 from hdp.offloading.types import PoolFull
@@ -128,11 +128,11 @@ def test_use_after_free(kind):
         lambda: link.fetch(block, torch.empty(1000, dtype=torch.uint8), stream),
         lambda: link.fetched(block, stream),
     ):
-        with pytest.raises(FreedError, match="1000 bytes was used after it was freed"):
+        with pytest.raises(OffloadFreedError, match="1000 bytes was used after it was freed"):
             use()
     link.close()
     link.close()
-    with pytest.raises(FreedError, match="closed"):
+    with pytest.raises(OffloadFreedError, match="closed"):
         link.send(data, stream)
 
 
