@@ -78,7 +78,7 @@ class OffloadEngine:
             return self.link.stats()
 
     def close(self) -> None:
-        """Give all host memory back. A backward that still needs some of it raises OffloadFreedError."""
+        """Give all host memory back. A backward that still needs it raises OffloadFreedError."""
         with self.store.lock:
             self.store.close()
 
