@@ -43,7 +43,7 @@ class Link:
     def __init__(
         self, streams: Streams, *, max_bytes: int, slab_bytes: int, num_threads: int = 8
     ) -> None:
-        self.device, self.name = streams.device, type(streams).__name__
+        self.device = streams.device
         self._streams = streams
         self._slabs = Slabs(streams.new_slab, slab_bytes=slab_bytes, num_threads=num_threads)
         self._slab_bytes = slab_bytes

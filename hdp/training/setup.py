@@ -200,7 +200,7 @@ def _introduce_offload(run: Run, offload: PerMicrobatchOffload, longest: StepPla
     rate = run.cost.host_bytes_per_s / run.cost.ranks_per_host_link
     run.say(
         f"offload: up to {run.config.offload_gib:g} GiB of host memory per rank over a link of "
-        f"{rate / 1e9:.0f} GB/s ({offload.engine.link.name})"
+        f"{rate / 1e9:.0f} GB/s"
         + ("; on a CPU it exercises the engine and saves nothing" if is_cpu else "")
     )
     tokens, degree = int(longest.seqlens[0]), int(longest.degrees[0])

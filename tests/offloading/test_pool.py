@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hdp.offloading.memory import (
     touched_pages,
 )
 from hdp.offloading.pool import GRANULE_BYTES, HostPool, Read, Slabs
+from hdp.offloading.streams import _pci_address
 from hdp.offloading.types import PoolFull
 
 SLAB = 4 * GRANULE_BYTES
@@ -205,3 +207,12 @@ def test_pages_are_writable_and_the_thread_stays_where_it_was(cpus):
     assert pages.dtype == torch.uint8 and pages.tolist() == [7] * 3 * GRANULE_BYTES
     if before is not None:
         assert os.sched_getaffinity(0) == before
+
+
+def test_the_pci_address_of_a_device(monkeypatch):
+    """As sysfs names it; torch has it as three numbers, or not at all."""
+    found = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: found)
+    assert _pci_address(torch.device("cuda", 0)) == "0000:3b:00.0"
+    del found.pci_bus_id
+    assert _pci_address(torch.device("cuda", 0)) == ""
