@@ -135,7 +135,7 @@ def test_no_grad_passes():
 
 
 def test_inference_mode_inside():
-    """Writes to inference tensors are not counted: nothing is made again from them."""
+    """Writes to inference tensors are not counted: nothing is recomputed from them."""
     model, x = make_model(), make_input()
     want = gradients(model, x)
     with open_engine() as engine:

@@ -78,7 +78,7 @@ def test_step_with_offload_equals_dense(world, capacity):
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
 def test_the_device_keeps_what_the_plan_says(ratio, host_bytes_per_s):
     """Counted by the engine, of what an unmodified Llama saves. Over a slow link norms and products
-    are made again instead."""
+    are recomputed instead."""
     model = tiny_model(dtype=torch.float32, num_hidden_layers=8)
     offload = planned_offload(model, host_bytes_per_s=host_bytes_per_s)
     made = StepPlan.from_lists([256], [[0]], [[[0]]], max_tokens_per_rank=256)

@@ -1,4 +1,4 @@
-"""What of the saved tensors travels, what stays, what is made again."""
+"""What of the saved tensors travels, what stays, what is recomputed."""
 
 from __future__ import annotations
 
