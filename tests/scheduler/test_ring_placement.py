@@ -14,7 +14,7 @@ from hdp.scheduler.policies.hdp.degrees import Degrees, Widening
 from hdp.scheduler.policies.hdp.list_schedule import Limits, attempt
 from hdp.scheduler.policies.hdp.lower_bound import lower_bound_ticks
 from hdp.scheduler.policies.hdp.lpt import best_fit_by_rank, longest_first
-from hdp.scheduler.policies.hdp.ring_placement import Columns
+from hdp.scheduler.policies.hdp.ring_placement import GuillotineColumns
 from hdp.scheduler.policies.packing import best_fit
 from tests.scheduler.batches import COMPUTE_ONLY, WITH_COMM, batches, lognormal
 
@@ -22,7 +22,7 @@ sizes = st.lists(st.integers(1, 100), min_size=0, max_size=200)
 
 
 def placed(degree: list[int], ticks: list[int], ranks: int, node: int, target: int):
-    columns = Columns(
+    columns = GuillotineColumns(
         num_ranks=ranks,
         node=node,
         target=target,
@@ -62,7 +62,7 @@ def test_columns_are_even(rings, machine) -> None:
 @pytest.mark.parametrize(("local_work", "degree"), [(0, 6), (60, 5)])
 def test_a_useless_rest_is_not_split_off(local_work: int, degree: int) -> None:
     """Rings of 5 on 6 ranks leave one: with nothing for it to do they take all six."""
-    columns = Columns(
+    columns = GuillotineColumns(
         num_ranks=6,
         node=6,
         target=50 + local_work // 6,

@@ -15,9 +15,8 @@ from hdp.scheduler.policies.to_step_plan import assemble
 from hdp.scheduler.step_plan import StepPlan
 
 from .degrees import Degrees, Widening
-from .joins import Joins
 from .lpt import best_fit_by_rank, fill
-from .ring_placement import Columns, Ring
+from .ring_placement import GuillotineColumns, JoinedColumns, Ring
 
 # At least so many units make a microbatch where its time is limited.
 _FINE = 1 << 20
@@ -170,9 +169,9 @@ def _place(
     target: int,
     work: int,
 ) -> tuple[np.ndarray, list[Ring]]:
-    """Step 3: columns, then joins. Returns the load of each rank, and the rings."""
+    """Step 3: columns, then joined ones. Returns the load of each rank, and the rings."""
     jobs, low, cap = widening.jobs, widening.low.tolist(), widening.cap.tolist()
-    columns = Columns(
+    columns = GuillotineColumns(
         num_ranks=degrees.batch.hdp_size,
         node=degrees.node,
         target=target,
@@ -183,7 +182,7 @@ def _place(
     load, depth = columns.tops()
     rings = columns.rings
     if late:
-        joins = Joins(
+        joined = JoinedColumns(
             load,
             depth,
             node=degrees.node,
@@ -191,8 +190,8 @@ def _place(
         )
         size = (degree * ticks).tolist()
         for ring in sorted(late, key=lambda r: (-size[r], r)):
-            rings[ring] = joins.place(ring, low[ring], cap[ring])
-        load = joins.load
+            rings[ring] = joined.place(ring, low[ring], cap[ring])
+        load = joined.load
     return load, [rings[i] for i in range(len(degree))]
 
 

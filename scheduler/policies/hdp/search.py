@@ -7,7 +7,7 @@ scheduling of moldable parallel tasks. What makes it tractable is the long tail 
 2. Degrees: the least that memory allows, widened until no job takes longer than the target times
    `grain`. Wider rings are more work, so the target rises to what the work now needs.
 3. Rings, widest and longest first, go to columns of ranks (ring_placement.py); those for which no
-   column is low enough join several columns (joins.py).
+   column is low enough join several columns.
 4. Local jobs, longest first, go to the least loaded rank, the last ones where they fit (lpt.py).
 5. On each rank local jobs are packed into microbatches by best fit. They come after the rings, so
    that a rank with local work ends with it (StepPlan.ends_together).
