@@ -13,9 +13,9 @@ from hdp.scheduler.policies.batch import Batch
 from hdp.scheduler.policies.hdp.degrees import Degrees, Widening
 from hdp.scheduler.policies.hdp.list_schedule import Limits, attempt
 from hdp.scheduler.policies.hdp.lower_bound import lower_bound_ticks
-from hdp.scheduler.policies.hdp.lpt import best_fit_by_rank, longest_first
+from hdp.scheduler.policies.hdp.lpt import longest_first
 from hdp.scheduler.policies.hdp.ring_placement import GuillotineColumns
-from hdp.scheduler.policies.packing import best_fit
+from hdp.scheduler.policies.packing import best_fit, best_fit_by_rank
 from tests.scheduler.batches import COMPUTE_ONLY, WITH_COMM, batches, lognormal
 
 sizes = st.lists(st.integers(1, 100), min_size=0, max_size=200)

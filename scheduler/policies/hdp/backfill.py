@@ -16,9 +16,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from hdp.scheduler.policies.packing import best_fit_by_rank
+
 from .degrees import Degrees
 from .list_schedule import Attempt
-from .lpt import best_fit_by_rank
 
 
 def with_riders(degrees: Degrees, made: Attempt) -> Iterator[Attempt]:

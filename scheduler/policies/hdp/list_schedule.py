@@ -11,11 +11,12 @@ import numpy as np
 
 from hdp.scheduler.policies.batch import Batch
 from hdp.scheduler.policies.memory import max_pack_tokens
+from hdp.scheduler.policies.packing import best_fit_by_rank
 from hdp.scheduler.policies.to_step_plan import assemble
 from hdp.scheduler.step_plan import StepPlan
 
 from .degrees import Degrees, Widening
-from .lpt import best_fit_by_rank, fill
+from .lpt import fill
 from .ring_placement import GuillotineColumns, JoinedColumns, Ring
 
 # At least so many units make a microbatch where its time is limited.

@@ -17,8 +17,6 @@ _FEW = 24
 _HEAP_RUN = 512
 # Parts of the mean load: what LPT may leave above it, and what best fit aims at.
 _ENOUGH, _GOAL = 8192, 16384
-# Ranks with more jobs than this are packed one after the other.
-_MANY = 256
 
 
 def longest_first(load: np.ndarray, ticks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -88,56 +86,3 @@ def fill(load: np.ndarray, ticks: np.ndarray) -> np.ndarray:
         chosen.append(rank)
     fullest = goal - room[0][0]
     return np.concatenate([fitted, chosen]) if fullest < int(ends.max()) else ranks
-
-
-def best_fit_by_rank(
-    ranks: np.ndarray,
-    sizes: np.ndarray,
-    capacity: int,
-    num_ranks: int,
-    opened: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Best-fit decreasing packing, on each rank by itself and on all ranks at once.
-
-    ranks, sizes: (num_jobs,) int64 rank and size of each job, every size in [1, capacity]; opened:
-    (num_ranks, num_opened) int64 room of bins that exist already. Returns the bin of each job on
-    its rank (num_jobs,) int64, first the opened ones, then new ones in the order of opening, and
-    the number of new bins of each rank (num_ranks,) int64.
-    """
-    if opened is None:
-        opened = np.empty((num_ranks, 0), dtype=np.int64)
-    num_opened = opened.shape[1]
-    bins = np.zeros(len(sizes), dtype=np.int64)
-    num_bins = np.zeros(num_ranks, dtype=np.int64)
-    if not len(sizes):
-        return bins, num_bins
-    order = np.lexsort((-sizes, ranks))
-    count = np.bincount(ranks, minlength=num_ranks)
-    if int(count.max()) > _MANY:
-        for rank, jobs in enumerate(np.split(order, np.cumsum(count)[:-1])):
-            bins[jobs] = best_fit(sizes[jobs], capacity, opened[rank].tolist())
-        np.maximum.at(num_bins, ranks, bins + 1 - num_opened)
-        return bins, num_bins
-    first = np.cumsum(count) - count
-    busiest = np.argsort(-count, kind="stable")
-    falling = count[busiest]
-    # Rows in the order of `busiest`.
-    room = np.concatenate(
-        [opened[busiest], np.full((num_ranks, 4), capacity, dtype=np.int64)], axis=1
-    )
-    for k in range(int(falling[0])):
-        active = int(np.searchsorted(-falling, -k, side="left"))  # ranks with more than k jobs
-        jobs = order[first[busiest[:active]] + k]
-        size = sizes[jobs]
-        left = room[:active] - size[:, None]
-        chosen = np.argmin(np.where(left >= 0, left, capacity + 1), axis=1)
-        rows = np.arange(active)
-        if bool((left[rows, chosen] < 0).any()):  # some rank has no bin left: make more
-            more = np.full((num_ranks, room.shape[1]), capacity, dtype=np.int64)
-            room = np.concatenate([room, more], axis=1)
-            left = room[:active] - size[:, None]
-            chosen = np.argmin(np.where(left >= 0, left, capacity + 1), axis=1)
-        room[rows, chosen] = left[rows, chosen]
-        bins[jobs] = chosen
-    num_bins[busiest] = (room[:, num_opened:] < capacity).sum(axis=1)
-    return bins, num_bins
