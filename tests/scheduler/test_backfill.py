@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from hdp.scheduler import CostModel, finish_s, plan
 from hdp.scheduler.policies.batch import Batch
-from hdp.scheduler.policies.hdp.arrange import arrangements
-from hdp.scheduler.policies.hdp.backfill import with_riders
+from hdp.scheduler.policies.hdp.backfill import backfilled
 from hdp.scheduler.policies.hdp.degrees import Degrees
-from hdp.scheduler.policies.hdp.list_schedule import Limits, attempt, build
+from hdp.scheduler.policies.hdp.list_schedule import Limits, build_plan, schedule_jobs
 from hdp.scheduler.policies.hdp.lower_bound import lower_bound_ticks
 from hdp.scheduler.policies.hdp.lpt import fill, longest_first
+from hdp.scheduler.policies.hdp.reorder import pipeline_orders
 from tests.scheduler.batches import WITH_COMM, batches, lognormal
 
 PER_MICROBATCH = CostModel.from_coefficients(quadratic_s=0.0, linear_s=1e-6, fixed_s=1.0)
@@ -45,11 +45,13 @@ def test_riders_keep_capacity_and_order(case) -> None:
     arguments["cost"] = WITH_COMM
     degrees = Degrees(Batch.check(lengths, **arguments))
     bound = lower_bound_ticks(degrees)
-    made = attempt(degrees, Limits(target=bound, degree=bound, coarse=bound // 4))
+    made = schedule_jobs(degrees, Limits(target=bound, degree=bound, coarse=bound // 4))
     assert made is not None
-    for riding in with_riders(degrees, made):
-        plan_ = build(degrees.batch, riding).validate()
-        assert plan_.num_microbatches.sum() <= build(degrees.batch, made).num_microbatches.sum()
+    for riding in backfilled(degrees, made):
+        plan_ = build_plan(degrees.batch, riding).validate()
+        assert (
+            plan_.num_microbatches.sum() <= build_plan(degrees.batch, made).num_microbatches.sum()
+        )
 
 
 @given(batches(pipelines=False), st.sampled_from([2, 3]))
@@ -60,7 +62,9 @@ def test_orders_keep_what_is_in_them(case, stages: int) -> None:
     degrees = Degrees(batch)
     bound = lower_bound_ticks(degrees)
     limit = max(bound // stages, 1)
-    made = attempt(degrees, Limits(target=bound, degree=limit, coarse=limit, microbatch=limit))
+    made = schedule_jobs(
+        degrees, Limits(target=bound, degree=limit, coarse=limit, microbatch=limit)
+    )
     assert made is not None
 
     def contents(made_plan) -> list[set[frozenset[int]]]:
@@ -70,9 +74,9 @@ def test_orders_keep_what_is_in_them(case, stages: int) -> None:
             for rank in range(batch.hdp_size)
         ]
 
-    before = contents(build(batch, made))
-    for ordered in arrangements(made, batch.hdp_size, batch.seconds(made.degree)):
-        assert contents(build(batch, ordered).validate()) == before
+    before = contents(build_plan(batch, made))
+    for ordered in pipeline_orders(made, batch.hdp_size, batch.seconds(made.degree)):
+        assert contents(build_plan(batch, ordered).validate()) == before
 
 
 def test_orders_help_pipelines() -> None:
@@ -80,12 +84,14 @@ def test_orders_help_pipelines() -> None:
                         pp_size=4)  # fmt: skip
     degrees = Degrees(batch)
     limit = lower_bound_ticks(degrees) // 8
-    made = attempt(degrees, Limits(target=4 * limit, degree=limit, coarse=limit, microbatch=limit))
+    made = schedule_jobs(
+        degrees, Limits(target=4 * limit, degree=limit, coarse=limit, microbatch=limit)
+    )
     assert made is not None
     seconds = batch.seconds(made.degree)
     times = [
-        finish_s(build(batch, ordered), WITH_COMM)
-        for ordered in arrangements(made, batch.hdp_size, seconds)
+        finish_s(build_plan(batch, ordered), WITH_COMM)
+        for ordered in pipeline_orders(made, batch.hdp_size, seconds)
     ]
     assert len(times) > 2
     assert min(times) < max(times)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hdp.scheduler.policies.batch import Batch
 from hdp.scheduler.policies.hdp.degrees import Degrees, Widening
-from hdp.scheduler.policies.hdp.list_schedule import Limits, attempt
+from hdp.scheduler.policies.hdp.list_schedule import Limits, schedule_jobs
 from hdp.scheduler.policies.hdp.lower_bound import lower_bound_ticks
 from hdp.scheduler.policies.hdp.lpt import longest_first
 from hdp.scheduler.policies.hdp.ring_placement import GuillotineColumns
@@ -140,6 +140,6 @@ def test_attempts_end_when_they_say() -> None:
         for head_room, grain, coarse in ((1.0, 1.0, 2.0), (1.05, 0.3, 0.1), (1.3, 0.1, 0.05)):
             target = int(bound * head_room)
             limits = Limits(target=target, degree=int(target * grain), coarse=int(target * coarse))
-            made = attempt(degrees, limits)
+            made = schedule_jobs(degrees, limits)
             assert made is not None and made.end >= bound
             assert made.end <= 1.6 * bound

@@ -1,11 +1,11 @@
-"""Riders: local jobs in the room that rings leave in their microbatches.
+"""Backfill: local jobs in the room that rings leave in their microbatches.
 
 They save `fixed_s` of the microbatches that they would need, and a longer last microbatch hides
-more of the reduction; but ranks whose riders take less time wait for the others of the ring. Two
-ways to choose them; which is best, if any, the simulator says.
+more of the reduction; but ranks whose backfilled jobs take less time wait for the others of the
+ring. Two ways to choose them; the simulator says which is best, if any.
 
 * whole     a ring that is the last one of all its ranks takes all of their local jobs, if they fit:
-            what follows the ring then rides on it, so nobody waits any longer than before
+            what follows the ring then runs inside it, so nobody waits any longer than before
 * anywhere  every ring's room is one more bin of its ranks when they pack their local jobs
 """
 
@@ -19,45 +19,47 @@ import numpy as np
 from hdp.scheduler.policies.packing import best_fit_by_rank
 
 from .degrees import Degrees
-from .list_schedule import Attempt
+from .list_schedule import Schedule
 
 
-def with_riders(degrees: Degrees, made: Attempt) -> Iterator[Attempt]:
-    """The attempt with riders, in both ways, where there is room for any."""
+def backfilled(degrees: Degrees, schedule: Schedule) -> Iterator[Schedule]:
+    """The schedule with backfilled jobs, in both ways, where there is room for any."""
     batch = degrees.batch
-    shards = batch.tokens_per_rank(made.degree)[made.rings.job]
+    shards = batch.tokens_per_rank(schedule.degree)[schedule.rings.job]
     room = np.maximum(batch.max_tokens_per_rank - shards, 0)
-    if not len(made.local) or not room.any():
+    if not len(schedule.local) or not room.any():
         return
     if degrees.fixed == 0 and batch.cost.reduce_s == 0:
         return
-    yield _whole(degrees, made, room)
-    yield _anywhere(degrees, made, room)
+    yield _whole(degrees, schedule, room)
+    yield _anywhere(degrees, schedule, room)
 
 
-def _whole(degrees: Degrees, made: Attempt, room: np.ndarray) -> Attempt:
-    ranks, num_ranks = made.rings, degrees.batch.hdp_size
-    tokens = np.bincount(made.rank, weights=degrees.tokens[made.local], minlength=num_ranks)
+def _whole(degrees: Degrees, schedule: Schedule, room: np.ndarray) -> Schedule:
+    ranks, num_ranks = schedule.rings, degrees.batch.hdp_size
+    tokens = np.bincount(schedule.rank, weights=degrees.tokens[schedule.local], minlength=num_ranks)
     on, index = ranks.by_rank(ranks.index)
     _, job = ranks.by_rank(ranks.job)
     _, left = ranks.by_rank(room)
-    suits = (index + 1 == made.first_free[on]) & (tokens[on] <= left)
+    suits = (index + 1 == schedule.first_free[on]) & (tokens[on] <= left)
     good = np.ones(degrees.batch.num_jobs, dtype=bool)
     np.logical_and.at(good, job, suits)
     target = np.full(num_ranks, -1, dtype=np.int64)
     np.maximum.at(target, on, np.where(good[job], index, -1))
-    rides = target[made.rank] >= 0
-    return replace(made, index=np.where(rides, target[made.rank], made.index))
+    moves = target[schedule.rank] >= 0
+    return replace(schedule, index=np.where(moves, target[schedule.rank], schedule.index))
 
 
-def _anywhere(degrees: Degrees, made: Attempt, room: np.ndarray) -> Attempt:
-    batch, packing = degrees.batch, made.packing
-    on, index = made.rings.by_rank(made.rings.index)
-    _, left = made.rings.by_rank(np.minimum(room * packing.token, packing.capacity))
+def _anywhere(degrees: Degrees, schedule: Schedule, room: np.ndarray) -> Schedule:
+    batch, packing = degrees.batch, schedule.packing
+    on, index = schedule.rings.by_rank(schedule.rings.index)
+    _, left = schedule.rings.by_rank(np.minimum(room * packing.token, packing.capacity))
     opened = np.zeros((batch.hdp_size, int(index.max()) + 1), dtype=np.int64)
     opened[on, index] = left
     bins, _ = best_fit_by_rank(
-        made.rank, packing.size[made.local], packing.capacity, batch.hdp_size, opened=opened
+        schedule.rank, packing.size[schedule.local], packing.capacity, batch.hdp_size, opened=opened
     )
     new = bins - opened.shape[1]
-    return replace(made, index=np.where(new >= 0, made.first_free[made.rank] + new, bins))
+    return replace(
+        schedule, index=np.where(new >= 0, schedule.first_free[schedule.rank] + new, bins)
+    )

@@ -1,4 +1,4 @@
-"""One attempt of the hdp policy: given a target and limits, put every job somewhere. Columnar.
+"""List scheduling: given a target and limits, every job gets its ranks and microbatch. Columnar.
 
 The numbers of the steps are those of search.py.
 """
@@ -25,7 +25,7 @@ _FINE = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What an attempt aims at, in ticks."""
+    """What a schedule aims at, in ticks."""
 
     target: int  # finishing time of the ranks, less what pipelines add
     degree: int  # jobs are widened until they take no longer
@@ -70,7 +70,7 @@ class Packing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
+class Schedule:
     """Where everything is. `end` is the finishing time in ticks; with pipelines an estimate."""
 
     degree: np.ndarray  # (num_jobs,) int64
@@ -83,7 +83,7 @@ class Attempt:
     end: int
 
 
-def attempt(degrees: Degrees, limits: Limits) -> Attempt | None:
+def schedule_jobs(degrees: Degrees, limits: Limits) -> Schedule | None:
     """Steps 2 to 5 of search.py; None if rings would be on more ranks than `limits.entries`."""
     batch = degrees.batch
     # 2. Degrees. A local job's share of fixed_s is its share of a microbatch.
@@ -127,7 +127,7 @@ def attempt(degrees: Degrees, limits: Limits) -> Attempt | None:
     else:
         end += (batch.pp_size - 1) * max(longest, limits.microbatch or 0)
     others[loose.job] = True
-    return Attempt(
+    return Schedule(
         degree=degree,
         rings=rings.take(~others[rings.job]),
         local=local,
@@ -203,27 +203,27 @@ def _spans(jobs: np.ndarray, rings: list[Ring]) -> Spans:
     return Spans(job=job, first=first, size=size, index=index)
 
 
-def build(batch: Batch, made: Attempt) -> StepPlan:
-    """The plan of an attempt."""
-    ones = np.ones_like(made.rank)
+def build_plan(batch: Batch, schedule: Schedule) -> StepPlan:
+    """The plan of a schedule."""
+    ones = np.ones_like(schedule.rank)
     spans = Spans(
-        job=np.concatenate([made.rings.job, made.local]),
-        first=np.concatenate([made.rings.first, made.rank]),
-        size=np.concatenate([made.rings.size, ones]),
-        index=np.concatenate([made.rings.index, made.index]),
+        job=np.concatenate([schedule.rings.job, schedule.local]),
+        first=np.concatenate([schedule.rings.first, schedule.rank]),
+        size=np.concatenate([schedule.rings.size, ones]),
+        index=np.concatenate([schedule.rings.index, schedule.index]),
     )
     spans = spans.take(np.argsort(spans.job, kind="stable"))
     ranks, index = spans.by_rank(spans.index)
     if batch.has_units:  # every sequence of a job has the job's ring
-        offset = np.cumsum(made.degree) - made.degree
-        count, first = batch.by_seq(made.degree), batch.by_seq(offset)
+        offset = np.cumsum(schedule.degree) - schedule.degree
+        count, first = batch.by_seq(schedule.degree), batch.by_seq(offset)
         along = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
         take = np.repeat(first, count) + along
         ranks, index = ranks[take], index[take]
     return assemble(
         batch,
         policy="hdp",
-        degree=batch.by_seq(made.degree),
+        degree=batch.by_seq(schedule.degree),
         ring_ranks=ranks,
         index=index,
     )

@@ -10,8 +10,6 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
-from hdp.scheduler.policies.packing import best_fit
-
 # Rounds of longest_first that place fewer jobs than this go through a heap instead.
 _FEW = 24
 _HEAP_RUN = 512

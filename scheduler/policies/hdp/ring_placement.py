@@ -42,7 +42,7 @@ class Ring:
 
 
 class GuillotineColumns:
-    """The columns of one attempt. `ticks_at(ring, degree)` is the time of a ring at any degree."""
+    """The columns of one schedule. `ticks_at(ring, degree)` is the time of a ring at any degree."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ scheduling of moldable parallel tasks. What makes it tractable is the long tail 
 5. On each rank local jobs are packed into microbatches by best fit. They come after the rings, so
    that a rank with local work ends with it (StepPlan.ends_together).
 6. Local jobs may ride on rings that have room (backfill.py), and the order of all microbatches may
-   be turned around (arrange.py): the best of few attempts by simulation.
+   be turned around (reorder.py): the best of few attempts by simulation.
 7. Steps 1 to 5 are tried with less grain and more head room, with degrees that divide the ranks
    well, and with large local jobs among the rings (they may then widen too), until a plan is close
    to the bound or the tries are used up. The first of the best wins.
@@ -34,11 +34,11 @@ from hdp.scheduler.policies.batch import Batch
 from hdp.scheduler.simulation.simulator import finish_s
 from hdp.scheduler.step_plan import StepPlan
 
-from .arrange import arrangements, turned
-from .backfill import with_riders
+from .backfill import backfilled
 from .degrees import Degrees, Widening
-from .list_schedule import Attempt, Limits, attempt, build
+from .list_schedule import Limits, Schedule, build_plan, schedule_jobs
 from .lower_bound import needed_ticks, step_bound_s
+from .reorder import pipeline_orders, reversed_order
 
 # (head room, grain, coarse, even): local jobs longer than coarse * target are placed among the
 # rings; even degrees are those that divide the ranks well.
@@ -97,8 +97,8 @@ def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
     """The policy of the module docstring; `bound` is the lower bound in ticks."""
     if batch.pp_size > 1:
         return _plan_pipelines(batch, degrees, bound)
-    best: Attempt | None = None
-    tried: list[Attempt] = []
+    best: Schedule | None = None
+    tried: list[Schedule] = []
     spent, entries = 0, _entries(degrees)
     for head_room, grain, coarse, even in _TRIES:
         target = int(bound * head_room)
@@ -111,19 +111,21 @@ def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
             even=even,
             entries=None if best is None else entries,
         )
-        made = attempt(degrees, limits)
-        if made is None:
+        schedule = schedule_jobs(degrees, limits)
+        if schedule is None:
             continue
-        tried.append(made)
-        if best is None or made.end < best.end:
-            best = made
-        spent += len(made.rings.job) + batch.num_jobs // 16 + int(made.degree.sum()) // 64 + 16
+        tried.append(schedule)
+        if best is None or schedule.end < best.end:
+            best = schedule
+        spent += (
+            len(schedule.rings.job) + batch.num_jobs // 16 + int(schedule.degree.sum()) // 64 + 16
+        )
         if best.end <= _close_enough(spent) * bound:
             break
     return _first_to_end(degrees, tried, bound)
 
 
-def _first_to_end(degrees: Degrees, tried: list[Attempt], bound: int) -> StepPlan:
+def _first_to_end(degrees: Degrees, tried: list[Schedule], bound: int) -> StepPlan:
     """Step 6: the attempts that end first, as they are, turned around and with riders.
 
     What riders save, and what the reduction of gradients hides, can turn the order of attempts that
@@ -131,32 +133,32 @@ def _first_to_end(degrees: Degrees, tried: list[Attempt], bound: int) -> StepPla
     """
     batch, reduced = degrees.batch, degrees.batch.cost.reduce_s > 0.0
     count = max(1, min(_FINALISTS, _FEW_JOBS // batch.num_jobs))
-    finalists = _finalists([(made.end, made) for made in tried], count)
-    first = build(batch, finalists[0])
+    finalists = _finalists([(schedule.end, schedule) for schedule in tried], count)
+    first = build_plan(batch, finalists[0])
     if not reduced and (degrees.fixed == 0 or finalists[0].end <= _CLOSE * bound):
         return first
     if batch.num_jobs >= _LARGE and degrees.fixed * 100 <= bound:
         return first
     best, best_s = first, finish_s(first, batch.cost)
     close_s = _CLOSE * step_bound_s(degrees, bound)
-    for made in finalists:
+    for schedule in finalists:
         if best_s <= close_s:
             break
-        variants = [] if made is finalists[0] else [made]
-        variants += [turned(made)] if reduced else []
-        for variant in [*variants, *with_riders(degrees, made)]:
-            plan = build(batch, variant)
+        variants = [] if schedule is finalists[0] else [schedule]
+        variants += [reversed_order(schedule)] if reduced else []
+        for variant in [*variants, *backfilled(degrees, schedule)]:
+            plan = build_plan(batch, variant)
             end_s = finish_s(plan, batch.cost)
             if end_s < best_s:
                 best, best_s = plan, end_s
     return best
 
 
-def _finalists(tried: Sequence[tuple[float, Attempt]], count: int) -> list[Attempt]:
+def _finalists(tried: Sequence[tuple[float, Schedule]], count: int) -> list[Schedule]:
     """The first `count` different attempts by their end; of equal ones the first that was tried."""
-    different: dict[tuple[float, int, int], Attempt] = {}
-    for end, made in sorted(tried, key=lambda one: one[0]):
-        different.setdefault((end, int(made.degree.sum()), len(made.local)), made)
+    different: dict[tuple[float, int, int], Schedule] = {}
+    for end, schedule in sorted(tried, key=lambda one: one[0]):
+        different.setdefault((end, int(schedule.degree.sum()), len(schedule.local)), schedule)
     return list(different.values())[:count]
 
 
@@ -175,21 +177,21 @@ def _entries(degrees: Degrees) -> int:
 
 def _plan_pipelines(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
     """Step 7 by simulation: limits, then head room and wider rings, then orders."""
-    best: tuple[float, StepPlan, Attempt, Limits] | None = None
-    tried: list[tuple[float, Attempt]] = []
+    best: tuple[float, StepPlan, Schedule, Limits] | None = None
+    tried: list[tuple[float, Schedule]] = []
     spent, entries = 0, _entries(degrees)
 
-    def consider(made: Attempt | None, limits: Limits) -> None:
+    def consider(schedule: Schedule | None, limits: Limits) -> None:
         nonlocal best, spent
-        if made is None:
+        if schedule is None:
             return
-        plan = build(batch, made)
+        plan = build_plan(batch, schedule)
         end_s = finish_s(plan, batch.cost)
         slots = batch.pp_size * int(plan.num_microbatches.max())
-        spent += len(made.rings.job) + batch.num_jobs // 8 + slots * (8 + batch.hdp_size // 256)
-        tried.append((end_s, made))
+        spent += len(schedule.rings.job) + batch.num_jobs // 8 + slots * (8 + batch.hdp_size // 256)
+        tried.append((end_s, schedule))
         if best is None or end_s < best[0]:
-            best = (end_s, plan, made, limits)
+            best = (end_s, plan, schedule, limits)
 
     for limit, mean in _microbatch_limits(degrees, bound):
         limits = Limits(
@@ -200,7 +202,7 @@ def _plan_pipelines(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
             entries=None if best is None else entries,
         )
         if best is None or spent < _BUDGET:
-            consider(attempt(degrees, limits), limits)
+            consider(schedule_jobs(degrees, limits), limits)
     assert best is not None
     first = best[3]
     for head_room, wider in ((1.03, 1), (1.1, 1), (1.0, 4), (1.1, 4), (1.0, 32)):
@@ -211,14 +213,14 @@ def _plan_pipelines(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
             entries=entries,
         )
         if spent < _BUDGET:
-            consider(attempt(degrees, limits), limits)
-    made, limits = best[2:]
+            consider(schedule_jobs(degrees, limits), limits)
+    schedule, limits = best[2:]
     finalists = _finalists(tried, _FINALISTS)  # none has riders yet
-    for ordered in arrangements(made, batch.hdp_size, batch.seconds(made.degree)):
+    for ordered in pipeline_orders(schedule, batch.hdp_size, batch.seconds(schedule.degree)):
         if spent < _BUDGET:
             consider(ordered, limits)
-    for made in finalists:
-        for riding in with_riders(degrees, made):
+    for schedule in finalists:
+        for riding in backfilled(degrees, schedule):
             if spent < _BUDGET:
                 consider(riding, limits)
     return best[1]
