@@ -8,11 +8,11 @@ Nothing here simulates time; that a plan cannot deadlock is shown by walking all
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from .rendezvous import meetings, stuck, walk
 
 if TYPE_CHECKING:
     from .step_plan import StepPlan
@@ -30,10 +30,11 @@ def validate_plan(plan: StepPlan) -> None:
     columns_are_sound(plan)
     every_token_once(plan)
     capacity_kept(plan)
-    meetings = one_ring_each(plan)
-    gathered_alone(plan, meetings)
-    acyclic_order(plan, meetings)
-    same_index_under_pp(plan, meetings)
+    one_ring_each(plan)
+    meeting = meetings(plan)
+    gathered_alone(plan, meeting)
+    acyclic_order(plan, meeting)
+    same_index_under_pp(plan, meeting)
     no_rank_without_work(plan)
 
 
@@ -131,12 +132,8 @@ def capacity_kept(plan: StepPlan) -> None:
         )
 
 
-def one_ring_each(plan: StepPlan) -> np.ndarray:
-    """Multi-rank pieces come first, share one ring, and are the same on all ranks of the ring.
-
-    Returns meetings (num_microbatches,) int64: the first multi-rank sequence of each microbatch,
-    which names the meeting that the ranks of its ring hold there; -1 for microbatches without one.
-    """
+def one_ring_each(plan: StepPlan) -> None:
+    """Multi-rank pieces come first, share one ring, and are the same on all ranks of the ring."""
     wide = plan.degrees[plan.piece_seqs] > 1
     owner = np.repeat(np.arange(len(plan.offload_ratio)), np.diff(plan.piece_offsets))
     late = np.flatnonzero(wide[1:] & ~wide[:-1] & (owner[1:] == owner[:-1]))
@@ -144,13 +141,10 @@ def one_ring_each(plan: StepPlan) -> np.ndarray:
         raise ValueError(
             f"one_ring_each: {_name(plan, owner[late[0]])} has a local piece before one of a ring"
         )
-    meetings = np.full(len(plan.offload_ratio), -1, dtype=np.int64)
-    first = np.flatnonzero(wide & (np.diff(owner, prepend=-1) != 0))
-    meetings[owner[first]] = plan.piece_seqs[first]
     if int(np.bincount(owner[wide], minlength=1).max()) <= 1:
-        return meetings  # one multi-rank piece each: every_token_once has shown the rest
+        return  # one multi-rank piece each: every_token_once has shown the rest
     lists: dict[int, tuple[int, ...]] = {}
-    for m in np.flatnonzero(meetings >= 0).tolist():
+    for m in np.unique(owner[wide]).tolist():
         span = slice(plan.piece_offsets[m], plan.piece_offsets[m + 1])
         seqs = tuple(plan.piece_seqs[span][wide[span]].tolist())
         for seq in seqs:
@@ -162,10 +156,9 @@ def one_ring_each(plan: StepPlan) -> np.ndarray:
     for seqs in set(lists.values()):
         if len({plan.ring(s) for s in seqs}) > 1:
             raise ValueError(f"one_ring_each: sequences {seqs} share a microbatch but not one ring")
-    return meetings
 
 
-def gathered_alone(plan: StepPlan, meetings: np.ndarray) -> None:
+def gathered_alone(plan: StepPlan, meeting: np.ndarray) -> None:
     """A gathered sequence is on several ranks, and alone on its ring (beside local ones).
 
     The price of a gathered ring, its memory and its node are the planner's concern.
@@ -180,42 +173,42 @@ def gathered_alone(plan: StepPlan, meetings: np.ndarray) -> None:
         )
     # one_ring_each has shown that a meeting has the same sequences on all of its ranks.
     seqs = plan.piece_seqs
-    meeting = np.repeat(meetings, np.diff(plan.piece_offsets))
-    others = np.flatnonzero((plan.degrees[seqs] > 1) & (seqs != meeting))
-    bad = others[plan.gathered[seqs[others]] | plan.gathered[meeting[others]]]
+    of_piece = np.repeat(meeting, np.diff(plan.piece_offsets))
+    others = np.flatnonzero((plan.degrees[seqs] > 1) & (seqs != of_piece))
+    bad = others[plan.gathered[seqs[others]] | plan.gathered[of_piece[others]]]
     if len(bad):
-        first, other = int(meeting[bad[0]]), int(seqs[bad[0]])
+        first, other = int(of_piece[bad[0]]), int(seqs[bad[0]])
         raise ValueError(
             f"gathered_alone: sequences {first} and {other} share a ring, "
             "and one of them is gathered; let them go round"
         )
 
 
-def acyclic_order(plan: StepPlan, meetings: np.ndarray) -> None:
+def acyclic_order(plan: StepPlan, meeting: np.ndarray) -> None:
     """Walk all ranks at once: a meeting ends when all ranks of its ring are there."""
-    shared = np.flatnonzero(meetings >= 0)
-    by_rank: list[list[int]] = [[] for _ in range(plan.hdp_size)]
-    ranks = plan.microbatch_ranks[shared].tolist()
-    for rank, seq in zip(ranks, meetings[shared].tolist(), strict=True):
-        by_rank[rank].append(seq)
-    stuck = _walk(by_rank, plan.degrees)
-    if stuck:
+    shared = np.flatnonzero(meeting >= 0)
+    ranks = plan.microbatch_ranks[shared]
+    offsets = np.searchsorted(ranks, np.arange(plan.hdp_size + 1))
+    _, end = walk(offsets, meeting[shared], np.zeros(len(shared)))
+    waiting = stuck(offsets, end)[:8]
+    if len(waiting):
+        where = zip(ranks[waiting].tolist(), meeting[shared[waiting]].tolist(), strict=True)
         raise ValueError(
             "acyclic_order: deadlock: "
-            + "; ".join(f"rank {rank} waits in sequence {seq}" for rank, seq in stuck[:8])
+            + "; ".join(f"rank {rank} waits in sequence {seq}" for rank, seq in where)
         )
 
 
-def same_index_under_pp(plan: StepPlan, meetings: np.ndarray) -> None:
+def same_index_under_pp(plan: StepPlan, meeting: np.ndarray) -> None:
     """With pp_size > 1 a shared microbatch has the same local index on all ranks of its ring."""
     if plan.pp_size == 1:
         return
-    index = np.arange(len(meetings)) - plan.microbatch_offsets[plan.microbatch_ranks]
-    shared = np.flatnonzero(meetings >= 0)
+    index = np.arange(len(meeting)) - plan.microbatch_offsets[plan.microbatch_ranks]
+    shared = np.flatnonzero(meeting >= 0)
     low = np.full(plan.num_seqs, np.iinfo(np.int64).max)
     high = np.full(plan.num_seqs, -1)
-    np.minimum.at(low, meetings[shared], index[shared])
-    np.maximum.at(high, meetings[shared], index[shared])
+    np.minimum.at(low, meeting[shared], index[shared])
+    np.maximum.at(high, meeting[shared], index[shared])
     bad = np.flatnonzero((high >= 0) & (low != high))
     if len(bad):
         raise ValueError(
@@ -231,25 +224,6 @@ def no_rank_without_work(plan: StepPlan) -> None:
         raise ValueError(
             f"no_rank_without_work: rank {idle[0]} has no microbatch; give it an empty one"
         )
-
-
-def _walk(by_rank: Sequence[Sequence[int]], degrees: np.ndarray) -> list[tuple[int, int]]:
-    """Ranks walk their lists of meetings; returns (rank, sequence) for ranks that never finish."""
-    position = [0] * len(by_rank)
-    waiting: dict[int, list[int]] = {}
-    ready = deque(rank for rank, seqs in enumerate(by_rank) if seqs)
-    while ready:
-        rank = ready.popleft()
-        if position[rank] == len(by_rank[rank]):
-            continue
-        seq = by_rank[rank][position[rank]]
-        there = waiting.setdefault(seq, [])
-        there.append(rank)
-        if len(there) == degrees[seq]:
-            for other in waiting.pop(seq):
-                position[other] += 1
-                ready.append(other)
-    return sorted((rank, seq) for seq, ranks in waiting.items() for rank in ranks)
 
 
 def _name(plan: StepPlan, m: int) -> str:

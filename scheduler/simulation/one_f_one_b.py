@@ -1,82 +1,94 @@
-"""1F1B over all pipelines at once, columnar: the finishing time of a plan with pp_size > 1.
+"""1F1B: when each operation of a plan with pipeline stages runs.
 
-Stage s of n microbatches runs w = pp_size - 1 - s forwards, then B0 F(w+1) B1 F(w+2) .., then the
-remaining backwards. So in slot k, on any rank, stage s runs B(k - w - 1) and then F(k), if they
-exist; and slots in rising order, backwards of a slot from the last stage to the first, then
-forwards from the first to the last, is an order in which every operation finds its inputs done. All
-ranks follow it, and shared microbatches have one index, so ring partners meet in the same slot: one
-vector operation over ranks does each step, and 1F1B cannot deadlock (`test_1f1b_two_ways` compares
-with the event loop of events.py).
+Stage s of n microbatches runs w = min(pp_size - 1 - s, n) forwards, then F(w) B(0) F(w + 1) B(1)
+.., then the remaining backwards. So forward i is operation max(i, 2 i - w) of its stage and
+backward i is operation min(w + 2 i + 1, n + i). Forward needs that of the stage before, backward
+that of the stage after, and ring partners meet in each stage, in forward and in backward.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from hdp.scheduler.rendezvous import meetings, stuck, walk
 from hdp.scheduler.step_plan import StepPlan
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pipelines:
-    """Microbatches by index. Ranks are in the order of falling numbers of microbatches."""
-
-    seconds: list[np.ndarray]  # of index i: one entry for each rank that has more than i
-    rings: list[tuple[np.ndarray, np.ndarray]]  # of index i: ranks on rings, and ring of each, 0..
+from .events import Operations, deadlock
 
 
-def gather(plan: StepPlan, meeting: np.ndarray, total: np.ndarray) -> Pipelines:
-    """A plan's microbatches to Pipelines; all shared ones must have one index on their ranks.
+def run_1f1b(plan: StepPlan, total_s: np.ndarray, forward_share: float) -> Operations:
+    """Operations, of every stage of every rank; total_s: (num_microbatches,) seconds of each.
 
-    meeting (num_microbatches,): the ring, -1 for none; total (num_microbatches,): seconds of each.
+    Raises ValueError if the plan deadlocks, and says who waits.
     """
-    counts, first = plan.num_microbatches, plan.microbatch_offsets[:-1]
-    order = np.argsort(-counts, kind="stable")
-    falling = counts[order]
-    seconds, rings = [], []
-    for i in range(int(falling[0])):
-        active = int(np.searchsorted(-falling, -i, side="left"))
-        mine = first[order[:active]] + i
-        seconds.append(total[mine])
-        shared = np.flatnonzero(meeting[mine] >= 0)
-        _, ring = np.unique(meeting[mine[shared]], return_inverse=True)
-        rings.append((shared, ring))
-    return Pipelines(seconds=seconds, rings=rings)
+    forward, backward, offsets = _positions(plan)
+    seconds, start_s, end_s = _walk(plan, total_s, forward_share)
+    count = len(total_s)
+    microbatch, stage = np.empty((2, len(end_s)), dtype=np.int64)
+    part = np.full(len(end_s), "F")
+    microbatch[forward] = microbatch[backward] = np.arange(count)
+    stage[forward] = stage[backward] = np.arange(plan.pp_size)[:, None]
+    part[backward] = "B"
+    if np.isinf(end_s).any():
+        where = stuck(offsets, end_s)
+        m = microbatch[where]
+        rank = plan.microbatch_ranks[m]
+        columns = (rank, stage[where], part[where], m - plan.microbatch_offsets[rank])
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        raise deadlock(f"rank {r} stage {s} at {p}{i}" for r, s, p, i in rows)
+    ready_s = np.concatenate([[0.0], end_s[:-1]])
+    ready_s[offsets[:-1][np.diff(offsets) > 0]] = 0.0
+    return Operations(
+        microbatch=microbatch,
+        stage=stage,
+        part=part,
+        ready_s=ready_s,
+        start_s=start_s,
+        own_s=seconds,
+        end_s=end_s,
+    )
 
 
-def finish_1f1b(pipelines: Pipelines, pp_size: int, forward_share: float) -> float:
-    """When the last backward of the first stage is done, in the unit of `seconds`."""
-    count, ranks = len(pipelines.seconds), len(pipelines.seconds[0])
-    free = np.zeros((pp_size, ranks))
-    # End of the latest forward of a microbatch over the stages so far, and of its backward.
-    forward = [np.zeros(len(s)) for s in pipelines.seconds]
-    backward = [np.zeros(len(s)) for s in pipelines.seconds]
-    forward_s = [s * forward_share for s in pipelines.seconds]
-    backward_s = [s * (1 - forward_share) for s in pipelines.seconds]
-    lone = [not len(shared) for shared, _ in pipelines.rings]
+def finish_1f1b(plan: StepPlan, total_s: np.ndarray, forward_share: float) -> float:
+    """When the last operation ends: that of `run_1f1b`, without its columns."""
+    end_s = float(_walk(plan, total_s, forward_share)[2].max())
+    if np.isinf(end_s):
+        run_1f1b(plan, total_s, forward_share)  # says who waits
+    return end_s
 
-    def run(stage: int, i: int, done: list[np.ndarray], own: list[np.ndarray]) -> None:
-        active = len(own[i])
-        start = np.maximum(free[stage, :active], done[i])
-        end = start + own[i]
-        if not lone[i]:
-            shared, ring = pipelines.rings[i]
-            size = int(ring.max()) + 1
-            begin, longest = np.zeros(size), np.zeros(size)
-            np.maximum.at(begin, ring, start[shared])
-            np.maximum.at(longest, ring, own[i][shared])
-            end[shared] = (begin + longest)[ring]
-        free[stage, :active] = done[i] = end
 
-    for k in range(count + pp_size):
-        for stage in range(pp_size - 1, -1, -1):
-            i = k - (pp_size - stage)
-            if 0 <= i < count:
-                if stage == pp_size - 1:
-                    backward[i] = forward[i]
-                run(stage, i, backward, backward_s)
-        if k < count:
-            for stage in range(pp_size):
-                run(stage, k, forward, forward_s)
-    return float(free.max())
+def _positions(plan: StepPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each forward and backward is, (pp_size, num_microbatches), and the lanes' offsets.
+
+    Operations are in the order of ranks, on each rank in the order of stages.
+    """
+    pp_size, rank = plan.pp_size, plan.microbatch_ranks
+    first, n = plan.microbatch_offsets[rank], plan.num_microbatches[rank]
+    i, stage = np.arange(len(rank)) - first, np.arange(pp_size)[:, None]
+    lane = 2 * (pp_size * first + stage * n)
+    w = np.minimum(pp_size - 1 - stage, n)
+    offsets = np.concatenate([[0], np.cumsum(np.repeat(2 * plan.num_microbatches, pp_size))])
+    return lane + np.maximum(i, 2 * i - w), lane + np.minimum(w + 2 * i + 1, n + i), offsets
+
+
+def _walk(
+    plan: StepPlan, total_s: np.ndarray, forward_share: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Seconds, start and end of each operation."""
+    forward, backward, offsets = _positions(plan)
+    count, stages = forward.size + backward.size, np.arange(plan.pp_size)[:, None]
+    meeting = meetings(plan)
+    alone = plan.num_seqs + np.arange(len(meeting))
+    own = np.where(meeting >= 0, meeting, alone)
+    groups = plan.num_seqs + len(meeting)
+    group, after = np.empty((2, count), dtype=np.int64)
+    group[forward] = own + stages * groups
+    group[backward] = own + (plan.pp_size + stages) * groups
+    after[forward[0]] = count
+    after[forward[1:]] = forward[:-1]
+    after[backward[:-1]] = backward[1:]
+    after[backward[-1]] = forward[-1]
+    seconds = np.empty(count)
+    seconds[forward] = total_s * forward_share
+    seconds[backward] = total_s * (1 - forward_share)
+    return (seconds, *walk(offsets, group, seconds, after))

@@ -24,8 +24,8 @@ import numpy as np
 from hdp.scheduler.costs.cost_model import CostModel
 from hdp.scheduler.step_plan import StepPlan
 
-from .events import Operations, meetings, walk_1f1b, walk_flat
-from .one_f_one_b import finish_1f1b, gather
+from .events import Operations, run_flat
+from .one_f_one_b import finish_1f1b, run_1f1b
 from .timeline import Span, Timeline
 
 
@@ -94,7 +94,7 @@ def simulate(plan: StepPlan, cost: CostModel) -> Timeline:
     Raises ValueError, with the ranks that wait for each other, if the plan deadlocks.
     """
     times = microbatch_times(plan, cost)
-    operations = _walk(plan, times, cost)
+    operations = _run(plan, times, cost)
     spans = _spans(plan, times, operations)
     spans += _tail(plan, operations, cost)
     spans.sort(key=lambda span: (span.rank, span.stage, span.start_s))
@@ -105,15 +105,14 @@ def finish_s(plan: StepPlan, cost: CostModel) -> float:
     """Seconds at which the simulated step of a plan ends, by `cost`, without making a timeline."""
     times = microbatch_times(plan, cost)
     if plan.pp_size > 1:
-        pipelines = gather(plan, meetings(plan), times.total_s)
-        return finish_1f1b(pipelines, plan.pp_size, cost.forward_share) + cost.reduce_s
-    return _reduction(plan, _walk(plan, times, cost), cost)[1]
+        return finish_1f1b(plan, times.total_s, cost.forward_share) + cost.reduce_s
+    return _reduction(plan, _run(plan, times, cost), cost)[1]
 
 
-def _walk(plan: StepPlan, times: MicrobatchTimes, cost: CostModel) -> Operations:
+def _run(plan: StepPlan, times: MicrobatchTimes, cost: CostModel) -> Operations:
     if plan.pp_size == 1:
-        return walk_flat(plan, times.total_s)
-    return walk_1f1b(plan, times.total_s, cost.forward_share)
+        return run_flat(plan, times.total_s)
+    return run_1f1b(plan, times.total_s, cost.forward_share)
 
 
 def _reduction(plan: StepPlan, operations: Operations, cost: CostModel) -> tuple[float, float]:

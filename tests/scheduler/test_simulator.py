@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given
 
 from hdp.scheduler import CostModel, StepPlan, finish_s, plan, simulate
-from hdp.scheduler.simulation.events import _Pipelines, meetings, program_1f1b, walk_1f1b, walk_flat
+from hdp.scheduler.rendezvous import meetings
+from hdp.scheduler.simulation.events import Operations, run_flat
+from hdp.scheduler.simulation.one_f_one_b import run_1f1b
 from hdp.scheduler.simulation.simulator import microbatch_times
 from tests.scheduler.batches import POLICY_NAMES, WITH_COMM, batches, lognormal
+from tests.scheduler.event_loop import EventLoop, events_1f1b, program_1f1b
 
 # One second per token, whatever else.
 TOKEN_S = CostModel.from_coefficients(quadratic_s=0.0, linear_s=1.0)
@@ -118,15 +121,33 @@ def test_1f1b_program() -> None:
     assert program_1f1b(0, 1, 4, 0) == [(0, "F"), (0, "B")]
 
 
+def equal(operations: Operations, events: Operations) -> None:
+    """Both have the same operations at the same times, in whatever order."""
+    order, events_order = (
+        np.lexsort((one.microbatch, one.stage, one.part)) for one in (operations, events)
+    )
+    for name in ("microbatch", "stage", "part"):
+        assert (getattr(operations, name)[order] == getattr(events, name)[events_order]).all()
+    for name in ("ready_s", "start_s", "own_s", "end_s"):
+        np.testing.assert_allclose(
+            getattr(operations, name)[order],
+            getattr(events, name)[events_order],
+            rtol=1e-9,
+            atol=1e-12,
+        )
+
+
 @given(batches(pipelines=False))
 def test_1f1b_two_ways(case) -> None:
-    """The columnar walk and the event loop give the same finishing time."""
+    """The columnar walk and the event loop, operation by operation."""
     lengths, arguments = case
+    share = arguments["cost"].forward_share
     for policy in ("hdp", "bytescale-pp", "static"):
         for stages in (2, 3):
             made = plan(lengths, policy=policy, pp_size=stages, **arguments)
             times = microbatch_times(made, arguments["cost"]).total_s
-            events = walk_1f1b(made, times, arguments["cost"].forward_share)
+            events = events_1f1b(made, times, share)
+            equal(run_1f1b(made, times, share), events)
             end_s = float(events.end_s.max()) + arguments["cost"].reduce_s
             assert finish_s(made, arguments["cost"]) == pytest.approx(end_s, rel=1e-9)
 
@@ -138,14 +159,9 @@ def test_flat_two_ways(case) -> None:
     for policy in POLICY_NAMES:
         made = plan(lengths, policy=policy, **arguments)
         times = microbatch_times(made, arguments["cost"]).total_s
-        flat = walk_flat(made, times)
         offsets = made.microbatch_offsets.tolist()
-        programs = [[(m, "F") for m in range(first, stop)] for first, stop in pairwise(offsets)]
-        events = _Pipelines(made, programs, {"F": times.tolist()}).run()
-        order = np.argsort(events.microbatch)
-        np.testing.assert_allclose(flat.start_s, events.start_s[order], rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(flat.end_s, events.end_s[order], rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(flat.ready_s, events.ready_s[order], rtol=1e-9, atol=1e-12)
+        programs = [[(m, "") for m in range(first, stop)] for first, stop in pairwise(offsets)]
+        equal(run_flat(made, times), EventLoop(made, programs, {"": times.tolist()}).run())
 
 
 def test_deadlock_is_found() -> None:
@@ -159,7 +175,7 @@ def test_deadlock_is_found() -> None:
 
 
 def test_ragged_counts_deadlock_under_1f1b() -> None:
-    """The smallest case of design.md: ranks {0, 1}, {0}, {0, 1} with two stages."""
+    """The smallest case: ranks {0, 1}, {0}, {0, 1} with two stages."""
     lists = [[[0], [1], [2]], [[0], [2]]]
     flat = StepPlan.from_lists([4, 2, 4], [[0, 1], [0], [0, 1]], lists, max_tokens_per_rank=9)
     assert simulate(flat.validate(), TOKEN_S).makespan_s == 6.0

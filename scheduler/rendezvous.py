@@ -1,0 +1,84 @@
+"""Rendezvous: where the ranks of a plan meet, and the walk that shows whether anyone waits forever.
+
+A microbatch on a ring is a meeting: it starts when all ranks of the ring are there. The validator
+asks whether all meetings take place, the simulator when, without and with pipeline stages; all of
+them ask `walk`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .step_plan import StepPlan
+
+
+def meetings(plan: StepPlan) -> np.ndarray:
+    """(num_microbatches,) int64: the meeting of each microbatch, -1 for local and empty ones.
+
+    A meeting is named by the first sequence of its ring, which all ranks of the ring hold there
+    (the invariant one_ring_each).
+    """
+    result = np.full(len(plan.offload_ratio), -1, dtype=np.int64)
+    filled = np.flatnonzero(np.diff(plan.piece_offsets) > 0)
+    first = plan.piece_seqs[plan.piece_offsets[filled]]
+    result[filled] = np.where(plan.degrees[first] > 1, first, -1)
+    return result
+
+
+def walk(
+    offsets: np.ndarray,
+    group: np.ndarray,
+    seconds: np.ndarray,
+    after: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Walk all lanes at once, wave by wave; returns when each operation starts and ends.
+
+    Lane i runs operations offsets[i] .. offsets[i + 1] - 1, in this order. Operations of one group
+    start together, when all their lanes are there, and end together, with the slowest.
+
+    group, seconds: (num_operations,) of each; after: (num_operations,) the operation whose result
+    each one needs, num_operations for none. Returns two columns of seconds (num_operations,); the
+    end of an operation that never ends is infinite.
+    """
+    count = len(group)
+    after = np.full(count, count) if after is None else after
+    missing = np.bincount(group)  # lanes of each group that are still to come
+    start_s, longest_s = np.zeros((2, len(missing)))
+    np.maximum.at(longest_s, group, seconds)
+    end_s = np.full(count + 1, np.inf)
+    end_s[count] = 0.0  # of the input of operations without one
+    at, stop = offsets[:-1].copy(), offsets[1:]
+    free_s = np.zeros(len(at))
+    coming = np.flatnonzero(at < stop)
+    waiting = coming[:0]
+    while len(coming):
+        # Lanes whose input is there arrive.
+        here = at[coming]
+        input_s = end_s[after[here]]
+        ready = input_s < np.inf
+        arrived, groups = coming[ready], group[here[ready]]
+        np.maximum.at(start_s, groups, np.maximum(free_s[arrived], input_s[ready]))
+        np.subtract.at(missing, groups, 1)
+        # Groups that are complete run, and their lanes go on.
+        waiting = np.concatenate([waiting, arrived])
+        here = at[waiting]
+        groups = group[here]
+        complete = missing[groups] == 0
+        gone, groups = waiting[complete], groups[complete]
+        if not len(gone):
+            break
+        free_s[gone] = end_s[here[complete]] = start_s[groups] + longest_s[groups]
+        at[gone] += 1
+        coming = np.concatenate([coming[~ready], gone[at[gone] < stop[gone]]])
+        waiting = waiting[~complete]
+    return start_s[group], end_s[:count]
+
+
+def stuck(offsets: np.ndarray, end_s: np.ndarray) -> np.ndarray:
+    """The operation in which each lane that never finishes waits, lanes in order; see `walk`."""
+    never = np.flatnonzero(np.isinf(end_s))
+    lane = np.searchsorted(offsets, never, side="right") - 1
+    return never[np.unique(lane, return_index=True)[1]]
