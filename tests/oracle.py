@@ -1,4 +1,4 @@
-"""The dense fp64 oracle: one process, one sequence at a time, plain softmax."""
+"""The dense fp64 oracle: a single process, one sequence at a time, plain softmax."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ from hdp.scheduler import StepPlan
 
 
 def random_plan(seqlens: Sequence[int], hdp_size: int, seed: int) -> StepPlan:
-    """A valid plan drawn at random; its capacity is what its fullest microbatch needs.
+    """A valid plan drawn at random, with just enough capacity for its fullest microbatch.
 
-    Rings are appended to all of their ranks in one global order, which makes the order acyclic.
+    Rings are appended to all their ranks in one global order, which makes the order acyclic.
     """
     rng = np.random.default_rng(seed)
     microbatches: list[list[list[int]]] = [[] for _ in range(hdp_size)]

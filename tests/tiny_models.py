@@ -41,7 +41,7 @@ def tiny_config(model_type: str = "llama", **overrides) -> dict:
 def tiny_model(
     model_type: str = "llama", *, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides
 ) -> CausalLM:
-    """A model whose biases and norms are not the zeros and ones of a fresh one."""
+    """A model whose biases and norms are not the zeros and ones of a freshly built one."""
     model = build_model(tiny_config(model_type, **overrides), dtype=dtype, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -52,10 +52,10 @@ def tiny_model(
 
 
 def keep_norms_exact(model: nn.Module) -> nn.Module:
-    """Let RMS norms compute in the dtype of their input.
+    """Make RMS norms compute in the dtype of their input.
 
-    transformers' round to fp32 even in an fp64 model. Two runs that differ by 1e-16 then differ by
-    1e-7 where a value sits on the edge of two fp32 numbers: rare, but a matter of luck.
+    transformers' norms round to fp32 even in an fp64 model. Two runs that differ by 1e-16 can then
+    differ by 1e-7 where a value lies halfway between two fp32 numbers, which makes tests flaky.
     """
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def keep_norms_exact(model: nn.Module) -> nn.Module:
 
 
 def random_samples(seqlens, *, vocab: int = VOCAB, masked: float = 0.2, seed: int = 0):
-    """Samples of random tokens, a share of which is no label."""
+    """Samples of random tokens; a fraction `masked` of them are not labels."""
     rng = np.random.default_rng(seed)
     return [
         Sample(input_ids=rng.integers(3, vocab, n), loss_mask=rng.random(n) >= masked)
@@ -106,7 +106,7 @@ def plain_model(model: CausalLM, attn_implementation: str = "sdpa") -> nn.Module
 
 
 def plain_logprobs(plain: nn.Module, samples) -> list[Tensor]:
-    """[(seqlen,) logprobs of the labels of one sequence], one forward per sequence; 0: no label."""
+    """One (seqlen,) tensor of label logprobs per sequence, one forward each; 0 if unlabeled."""
     result = []
     for sample in samples:
         seqlen = len(sample.input_ids)

@@ -1,18 +1,20 @@
 """CausalLM: an unmodified Hugging Face model on the HDP path.
 
-The model stays the ecosystem's, written for one device. Three seams are enough:
+The model is written for a single device and knows nothing about parallelism. It plugs in at three
+points:
 
-* attention: `hdp` is registered with transformers' AttentionInterface, and each attention layer
-  calls `ring_attn_varlen_func` with the q, k, v that it made. What the ring needs beside them (the
-  layout and the communicator) travels explicitly as a keyword of the model's forward, which every
-  layer hands down: no ambient context.
+* attention: `hdp` is registered with transformers' AttentionInterface, so every attention layer
+  calls `ring_attn_varlen_func` with its own q, k and v. The layout and the communicator, which the
+  ring also needs, are passed explicitly as a keyword of the model's forward that every layer hands
+  down. There is no ambient context.
 * packing: a microbatch is one row of tokens, (1, total_tokens), with global position ids. No mask
-  is ever built: the layout says who sees whom.
-* the head: `CausalLM` asks the base model for hidden states and turns them into the labels'
-  log-probabilities chunk by chunk (hdp/models/logprobs.py); the logits never exist.
+  is ever built; the layout determines which tokens attend to which.
+* the head: `CausalLM` asks the base model for hidden states and computes the labels'
+  log-probabilities chunk by chunk (hdp/models/logprobs.py). The full logits never exist.
 
-What the ring cannot do is refused by the layer's name (support.py). For what is accepted, logprobs
-and gradients equal those of the plain model run sequence by sequence (test_equals_plain_model).
+A model with a feature that the ring cannot compute is rejected with the name of the layer
+(support.py). For accepted models, logprobs and gradients equal those of the plain model run one
+sequence at a time (test_equals_plain_model).
 
     model = load_model("Qwen/Qwen3-0.6B")             # or build_model({"model_type": "llama", ...})
     logprobs = model(batch, comm)                     # (total_tokens,)
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 ATTENTION = "hdp"  # name in transformers' AttentionInterface
 
-# Keywords by which a layer asks for what the ring cannot do.
+# Keywords a layer passes to request a feature that the ring does not support.
 _FEATURES = {
     "sliding_window": "sliding window",
     "softcap": "soft-capping of attention scores",
@@ -54,10 +56,10 @@ _FEATURES = {
 
 
 class AttnInputs:
-    """What attention needs beside q, k and v; the same object for all layers of one forward.
+    """What attention needs besides q, k and v. All layers of one forward share the same object.
 
-    A plain class on purpose: FSDP's hooks look for tensors inside of the arguments of every layer,
-    and walk (or even rebuild) dataclasses, lists and dicts to find them.
+    A plain class on purpose: FSDP's hooks search every layer's arguments for tensors, and walk (or
+    even rebuild) dataclasses, lists and dicts to find them.
     """
 
     __slots__ = ("comm", "kernels", "layout")
@@ -67,12 +69,13 @@ class AttnInputs:
 
 
 class CausalLM(nn.Module):
-    """A Hugging Face causal LM whose forward gives log-probabilities of a packed microbatch.
+    """A Hugging Face causal LM whose forward returns log-probabilities for a packed microbatch.
 
-    It is FSDP2's root: all parameters, the LM head's too, are used inside of this one forward.
+    It is FSDP2's root module: all parameters, including the LM head's, are used in this forward.
 
-    model: a supported `*ForCausalLM`. attn_backend: block kernel by name; None: the best one.
-    chunk_tokens: tokens whose logits exist at once; None: see `chunked_logprobs`.
+    model: a supported `*ForCausalLM`. attn_backend: name of a block kernel, or None for the best
+    one available. chunk_tokens: how many tokens' logits exist at once; None: see
+    `chunked_logprobs`.
     """
 
     def __init__(
@@ -100,9 +103,9 @@ class CausalLM(nn.Module):
         return cast(nn.ModuleList, self.model.base_model.layers)
 
     def forward(self, batch: PackedBatch, comm: RingComm | None = None) -> Tensor:
-        """(total_tokens,) logprobs of batch.labels, fp32 (fp64 for fp64 weights); 0 without label.
+        """(total_tokens,) logprobs of batch.labels, fp32 (fp64 for fp64 weights); 0 if unlabeled.
 
-        batch: on the model's device. comm: needed when batch.layout has a ring.
+        batch: on the model's device. comm: required when batch.layout has a ring.
         """
         head = self.model.get_output_embeddings()
         hidden = self.model.base_model(
@@ -121,7 +124,7 @@ class CausalLM(nn.Module):
 
 
 def transformer_shape(model: CausalLM | PreTrainedModel) -> dict[str, int]:
-    """The numbers that a cost model and an MFU estimate need."""
+    """The dimensions that a cost model and an MFU estimate need."""
     config = model.config
     heads = config.num_attention_heads
     return {
@@ -139,13 +142,13 @@ def transformer_shape(model: CausalLM | PreTrainedModel) -> dict[str, int]:
 
 
 def register() -> None:
-    """Make `attn_implementation="hdp"` known to transformers. Calling it again does no harm."""
+    """Register `attn_implementation="hdp"` with transformers. Safe to call more than once."""
     register_attention(ATTENTION, _uncompiled_attention())
 
 
 @functools.cache  # one object: graphs are guarded by it
 def _uncompiled_attention() -> Any:
-    """What torch.compile makes of a layer stops at the ring and goes on behind it."""
+    """A compiled layer breaks its graph here: it stops before the ring and resumes after it."""
     return torch.compiler.disable(hdp_attention, reason="rings are not compiled")
 
 
@@ -161,21 +164,24 @@ def hdp_attention(
     hdp_batch: AttnInputs | None = None,
     **features: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query (1, num_heads, total_tokens, head_dim), key and value
-    (1, num_kv_heads, total_tokens, head_dim) -> (1, total_tokens, num_heads, head_dim).
+    """Ring attention with the signature of a transformers attention function.
+
+    query (1, num_heads, total_tokens, head_dim), key and value (1, num_kv_heads, total_tokens,
+    head_dim) -> (1, total_tokens, num_heads, head_dim). Raises ValueError for unsupported features.
     """
     where = f"{type(module).__name__} of layer {getattr(module, 'layer_idx', '?')}"
     if hdp_batch is None:
         raise ValueError(
-            f"{where}: 'hdp' attention runs inside of hdp.models.causal_lm.CausalLM, not alone"
+            f"{where}: 'hdp' attention needs hdp_batch; wrap the model in "
+            "hdp.models.causal_lm.CausalLM"
         )
-    asked = [text for name, text in _FEATURES.items() if features.get(name) is not None]
+    unsupported = [text for name, text in _FEATURES.items() if features.get(name) is not None]
     if attention_mask is not None:
-        asked.append("an attention mask")
+        unsupported.append("an attention mask")
     if dropout:
-        asked.append(f"attention dropout {dropout}")
-    if asked:
-        raise ValueError(f"{where} asks for {', '.join(asked)}, which ring attention does not do")
+        unsupported.append(f"attention dropout {dropout}")
+    if unsupported:
+        raise ValueError(f"{where}: ring attention does not support {', '.join(unsupported)}")
     assert query.shape[0] == 1, f"{where}: a microbatch is one packed row, got {query.shape}"
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out = ring_attn_varlen_func(

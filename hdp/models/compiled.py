@@ -1,9 +1,9 @@
-"""torch.compile for decoder layers (`--compile`), with the attention between them left out.
+"""torch.compile for decoder layers (`--compile`), excluding the attention inside them.
 
-torch.compile stops where causal_lm.py says that a ring begins, and goes on behind it. So norms,
-projections and RoPE before it are graphs, and the output projection, residuals, norm and MLP behind
-it, whatever the model calls them. The layers share the graphs, and so do all lengths:
-tests/models/test_compiled_layers.py counts them.
+causal_lm.py marks the ring as not compilable, so each layer compiles to two graphs, whatever its
+modules are called: norms, projections and RoPE before the ring; output projection, residuals, norm
+and MLP after it. All layers and all sequence lengths share the same graphs
+(tests/models/test_compiled_layers.py counts them).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import nn
 
 
 def compile_layers(layers: Iterable[nn.Module], backend: Any = "inductor") -> None:
-    """Let each layer's forward be compiled when it is first called.
+    """Compile each layer's forward when it is first called.
 
-    Before `parallel.shard`: its hooks, and activation checkpointing, stay outside of the graphs.
-    backend: torch.compile's.
+    Call it before `fsdp.shard`, to keep FSDP's hooks and activation checkpointing out of the
+    graphs. backend: as for torch.compile.
     """
     for layer in layers:
         layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)

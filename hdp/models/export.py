@@ -1,9 +1,9 @@
-"""Exports: a trained model in a folder that `from_pretrained` loads.
+"""Export a trained model to a folder that `from_pretrained` loads.
 
-An export ends by renaming a finished folder, so a killed one leaves what was there. What is there
-may be anything that a path can name: a run's folder has a config.json too. So an export leaves a
-list of its own files, `hdp_export.json`, and only a folder with such a list and nothing beside it
-is replaced.
+An export is written next to its target and renamed once complete, so a killed export leaves the old
+folder intact. Overwriting the wrong folder would be worse than failing (a run's folder has a
+config.json too), so each export lists its own files in `hdp_export.json`, and only a folder that
+contains exactly those files is ever replaced.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def export_model(
     tokenizer: Any = None,
     dtype: torch.dtype | None = torch.bfloat16,
 ) -> None:
-    """Write what `from_pretrained` loads: config, safetensors, tokenizer. One process calls it.
+    """Write config, safetensors and tokenizer for `from_pretrained`. Call it in one process only.
 
     Args:
-        model: for its config and names; its weights are not read (they may be sharded).
-        path: a folder. It appears when it is complete; an earlier export there is replaced.
-        state_dict: full tensors under the names of `model.state_dict()` (`full_state_dict`).
-        tokenizer: anything with `save_pretrained(folder)`, or None.
-        dtype: of the written weights; None: as they are.
+        model: supplies config and parameter names; its weights are not read (they may be sharded).
+        path: a folder. It appears only once complete, and replaces an earlier export.
+        state_dict: full tensors under the names of `model.state_dict()` (see `full_state_dict`).
+        tokenizer: any object with `save_pretrained(folder)`, or None.
+        dtype: dtype of the written weights; None keeps each tensor's own.
 
-    Raises ValueError if weights are missing, or if `path` holds anything but an export.
+    Raises ValueError if weights are missing, or if `path` holds anything other than an export.
     """
     target = check_target(path)
     weights = {
@@ -51,14 +51,16 @@ def export_model(
         for name, x in state_dict.items()
     }
     config = copy.deepcopy(model.config)
-    config._attn_implementation = None  # ours; the loading side chooses its own
+    config._attn_implementation = None  # "hdp" here; whoever loads the model chooses its own
     written_dtype = next(iter(weights.values())).dtype if weights else dtype
     with torch.device("meta"):
         skeleton = model_from_config(config, dtype=written_dtype)
     skeleton.generation_config = model.model.generation_config
     missing = sorted(skeleton.state_dict().keys() - weights.keys())
     if missing:
-        raise ValueError(f"state_dict lacks {len(missing)} weights, first {missing[0]}")
+        raise ValueError(
+            f"state_dict lacks {len(missing)} weights, first {missing[0]}; pass full_state_dict()"
+        )
     partial = partial_path(target)
     shutil.rmtree(partial, ignore_errors=True)
     skeleton.save_pretrained(partial, state_dict=weights, max_shard_size="5GB")
@@ -69,14 +71,14 @@ def export_model(
 
 
 def _warn_if_misread(folder: Path) -> None:
-    """Tell the user if AutoTokenizer reads another tokenizer out of `folder` than was written."""
+    """Warn if AutoTokenizer loads a different tokenizer from `folder` than the one written."""
     ours, auto = load_tokenizer(folder), auto_tokenizer(folder)
     probe = "Hello, world! x1 = 2000 + 17\n\tif a_b: return 'yes'  # \u00e9\u4e2d"
     if ours.encode(probe) != auto.encode(probe):
         warnings.warn(
-            f"transformers' AutoTokenizer reads a {type(auto).__name__} from this export, which "
-            "encodes text differently; load it with PreTrainedTokenizerFast.from_pretrained or "
-            "hdp.models.huggingface.load_tokenizer",
+            f"transformers' AutoTokenizer loads a {type(auto).__name__} from this export, which "
+            "encodes text differently; use PreTrainedTokenizerFast.from_pretrained or "
+            "hdp.models.huggingface.load_tokenizer instead",
             stacklevel=3,
         )
 
@@ -85,40 +87,40 @@ def _warn_if_misread(folder: Path) -> None:
 
 
 def check_target(path: str | os.PathLike) -> Path:
-    """`path`, resolved, if a model may be exported there; call it before hours of training.
+    """Return `path` resolved, if a model may be exported there. Call it before training starts.
 
-    Raises ValueError if something else is there, or if its parent cannot be written.
+    Raises ValueError if `path` holds anything other than an export, or its parent is not writable.
     """
     target = Path(path).expanduser().resolve()
     parent = next(folder for folder in target.parents if folder.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise ValueError(f"{target}: cannot write into {parent}; choose another folder")
+        raise ValueError(f"{target}: cannot write to {parent}; choose another folder")
     if not target.exists():
         return target
     if not target.is_dir():
-        raise ValueError(f"{target} is a file, not a folder for a model; choose another path")
-    there = sorted(entry.name for entry in target.iterdir())
-    strange = [name for name in there if name not in _own_files(target)]
-    if strange:
-        told = ", ".join(strange[:4]) + (", ..." if len(strange) > 4 else "")
+        raise ValueError(f"{target} is a file; choose a folder for the exported model")
+    entries = sorted(entry.name for entry in target.iterdir())
+    foreign = [name for name in entries if name not in _own_files(target)]
+    if foreign:
+        listed = ", ".join(foreign[:4]) + (", ..." if len(foreign) > 4 else "")
         raise ValueError(
-            f"{target} exists and is no exported model, or more than that: it holds {told}; "
+            f"{target} exists and holds files that no export wrote ({listed}); "
             "choose another folder"
         )
     return target
 
 
 def partial_path(target: Path) -> Path:
-    """Where the export is while it is being written."""
+    """Where an export lives while it is being written."""
     return target.with_name(target.name + ".partial")
 
 
 def publish(target: Path) -> None:
-    """Give the finished folder at `partial_path(target)` its name; an earlier export goes."""
+    """Move the finished folder at `partial_path(target)` to `target`, replacing any old export."""
     partial, replaced = partial_path(target), target.with_name(target.name + ".replaced")
     files = sorted(entry.name for entry in partial.iterdir())
     (partial / MARK).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-    check_target(target)  # again: a run takes long
+    check_target(target)  # again: hours may have passed since the first check
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
         target.rename(replaced)

@@ -1,4 +1,4 @@
-"""What we ask of transformers: the one file that imports it, always inside functions."""
+"""All use of transformers: no other file imports it, and this one only inside functions."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:
-    """Make `attn_implementation=name` known to transformers. Calling it again does no harm.
+    """Register `attn_implementation=name` with transformers. Safe to call more than once.
 
-    No mask function is registered with it: then transformers builds no mask, and does not search
-    the position ids for document boundaries either (which would wait for the GPU).
+    No mask function is registered along with it. transformers then builds no mask, and does not
+    search the position ids for document boundaries either (which would wait for the GPU).
     """
     from transformers import AttentionInterface
 
@@ -28,9 +28,9 @@ def register_attention(name: str, function: Callable[..., Any]) -> None:
 
 
 def resolve_config(config: Any, overrides: Mapping[str, Any] | None) -> PreTrainedConfig:
-    """The config that `config` names (entries, a folder, a hub name, or itself), with overrides.
+    """The config given as a mapping of entries, a folder, a hub name or a config, with overrides.
 
-    Raises ValueError for an unknown model type or path, and for entries that do not fit.
+    Raises ValueError for an unknown model type or path, and for invalid entries.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
@@ -39,13 +39,13 @@ def resolve_config(config: Any, overrides: Mapping[str, Any] | None) -> PreTrain
         entries = {**config, **overrides}
         model_type = entries.pop("model_type", None)
         if not isinstance(model_type, str):
-            raise ValueError('a config needs its kind of model: {"model_type": "llama", ...}')
+            raise ValueError('config has no model_type; pass {"model_type": "llama", ...}')
         try:
             resolved = AutoConfig.for_model(model_type, **entries)
             known = {*config, *type(resolved)().to_dict()}
-        except Exception as error:  # it has its own classes of errors for values
-            told = f"unknown model_type {model_type!r}, or entries that do not fit"
-            raise ValueError(f"{told}: {first_line(error)}") from error
+        except Exception as error:  # config validation raises classes of its own
+            problem = f"unknown model_type {model_type!r} or invalid config entries"
+            raise ValueError(f"{problem}: {first_line(error)}") from error
         check_entries(overrides, known, model_type)
         return resolved
     if isinstance(config, PreTrainedConfig):
@@ -54,12 +54,12 @@ def resolve_config(config: Any, overrides: Mapping[str, Any] | None) -> PreTrain
         config.update(overrides)
         return config
     try:
-        made, unused = AutoConfig.from_pretrained(config, return_unused_kwargs=True, **overrides)
+        loaded, unused = AutoConfig.from_pretrained(config, return_unused_kwargs=True, **overrides)
     except Exception as error:
-        told = f"{str(config)!r} is neither a folder with a config.json nor a model on the hub"
-        raise ValueError(f"{told}, or has entries that do not fit: {first_line(error)}") from error
-    check_entries(unused, made.to_dict(), made.model_type)
-    return made
+        problem = f"{str(config)!r} is neither a folder with a valid config.json nor a hub model"
+        raise ValueError(f"{problem}: {first_line(error)}") from error
+    check_entries(unused, loaded.to_dict(), loaded.model_type)
+    return loaded
 
 
 def model_from_config(
@@ -75,7 +75,7 @@ def model_from_config(
         return AutoModelForCausalLM.from_config(config, **options)
     except ValueError as error:
         raise ValueError(
-            f"no causal LM can be made for model type {config.model_type!r}: {first_line(error)}"
+            f"cannot build a causal LM of model type {config.model_type!r}: {first_line(error)}"
         ) from error
 
 
@@ -87,7 +87,7 @@ def model_from_checkpoint(
 
     try:
         if Path(path).is_file():
-            raise ValueError("a config has no weights")
+            raise ValueError("a config file has no weights")
         model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
             path,
             config=config,
@@ -96,23 +96,23 @@ def model_from_checkpoint(
             output_loading_info=True,
         )
     except (OSError, ValueError, LookupError) as error:
-        told = f"no weights can be loaded from {str(path)!r}: {first_line(error)}"
-        raise ValueError(f"{told}; --random-init starts from random ones") from error
+        problem = f"cannot load weights from {str(path)!r}: {first_line(error)}"
+        raise ValueError(f"{problem}; pass --random-init to start from random weights") from error
     broken = sorted(info["missing_keys"]) + sorted(map(str, info.get("mismatched_keys", ())))
     if broken:
         raise ValueError(
             f"checkpoint {str(path)!r} lacks {len(broken)} weights of {type(model).__name__}, "
-            f"first {broken[0]}: another kind of model, or incomplete"
+            f"first {broken[0]}: it is incomplete, or holds another type of model"
         )
     return model
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
-    """The tokenizer saved in a folder, or on the hub (a transformers fast tokenizer).
+    """The transformers fast tokenizer saved in a folder, or on the hub.
 
-    A folder whose tokenizer_config.json names a generic class means its tokenizer.json literally.
-    AutoTokenizer instead replaces the class by that of the model type for some types (qwen2 is
-    one), and with it the pre-tokenizer: a tokenizer of one's own would silently encode otherwise.
+    If tokenizer_config.json names a generic class, tokenizer.json is loaded exactly as saved. For
+    some model types (qwen2 is one) AutoTokenizer would replace that class, and with it the
+    pre-tokenizer, so a custom tokenizer would silently encode text differently.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -122,13 +122,13 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
         return auto_tokenizer(path)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no tokenizer in {str(path)!r}, a folder with tokenizer.json or a name on the hub: "
-            f"{first_line(error)}; --tokenizer bytes, or bpe:SIZE, needs none"
+            f"no tokenizer at {str(path)!r}: {first_line(error)}; pass a folder with a "
+            "tokenizer.json, a hub name, or --tokenizer bytes or bpe:SIZE, which need neither"
         ) from error
 
 
 def auto_tokenizer(path: str | os.PathLike) -> Any:
-    """What transformers' AutoTokenizer makes of `path`."""
+    """The tokenizer that transformers' AutoTokenizer loads from `path`."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path)

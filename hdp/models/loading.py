@@ -1,4 +1,4 @@
-"""Models for the HDP path: with random weights, or from a checkpoint.
+"""Build models for the HDP path, with random weights or from a checkpoint.
 
 model = load_model("Qwen/Qwen3-0.6B")             # or build_model({"model_type": "llama", ...})
 logprobs = model(batch, comm)                     # (total_tokens,)
@@ -32,13 +32,13 @@ def build_model(
 
     Args:
         config: {"model_type": "llama", "hidden_size": ...}, a folder or hub name, or a config.
-        dtype: of the weights (fp32 masters); `parallel.shard` sets what the layers compute in.
-        seed: of the weights. The same seed gives the same weights whatever the number of ranks.
-        skeleton: no weights (meta device): for ranks that get them from rank 0 in `shard`.
-        attn_backend: block kernel by name; None: the best one for device and dtype.
-        config_overrides: entries of the config to change, for example {"sliding_window": None}.
+        dtype: of the weights (fp32 masters); `fsdp.shard` sets the dtype that layers compute in.
+        seed: of the weights. The same seed gives the same weights on any number of ranks.
+        skeleton: no weights (meta device), for ranks that receive them from rank 0 in `shard`.
+        attn_backend: name of a block kernel; None picks the best one for device and dtype.
+        config_overrides: config entries to change, for example {"sliding_window": None}.
 
-    Raises ValueError for no such model type or path, and for a model that the ring cannot run.
+    Raises ValueError for an unknown model type or path, and for a model that the ring cannot run.
     """
     register()
     resolved = resolve_config(config, config_overrides)
@@ -56,9 +56,9 @@ def load_model(
     attn_backend: str | None = None,
     config_overrides: Mapping[str, Any] | None = None,
 ) -> CausalLM:
-    """The model saved in a folder, or on the hub; arguments as in `build_model`.
+    """The model saved in a folder or on the hub; arguments as for `build_model`.
 
-    Raises ValueError where `build_model` does, and for a checkpoint that lacks weights.
+    Raises ValueError as `build_model` does, and for a checkpoint with missing weights.
     """
     if skeleton:
         return build_model(

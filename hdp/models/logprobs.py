@@ -1,23 +1,23 @@
-"""Token log-probabilities from hidden states, without ever holding the logits.
+"""Token log-probabilities from hidden states, without materializing the full logits.
 
 A 128K-token sequence with a 128K vocabulary has 64 GiB of fp32 logits. Nothing downstream needs
 them: an objective needs one number per token, the log-probability of its label. So the LM head and
-the softmax are one autograd function that works on `chunk_tokens` tokens at a time:
+the softmax are one autograd function that processes `chunk_tokens` tokens at a time:
 
-    forward    logits of a chunk -> lse and the label's logit -> logprob; only the lse is kept
-    backward   the chunk's logits again -> softmax from the lse -> gradients of hidden and weight
+    forward    logits of a chunk -> lse and the label's logit -> logprob; saves only the lse
+    backward   recomputed logits of the chunk -> softmax from the lse -> gradients
 
-The arrows between logits and logprob, and from logits to their gradient, are ops
-(hdp/ops/native.py): with csrc/ built, one pass each, and the gradient overwrites the logits.
+The steps from logits to logprobs and from logits to their gradient are ops (hdp/ops/native.py).
+With csrc/ built, each is a single pass, and the gradient overwrites the logits.
 
-The recomputation costs one more matmul of the LM head; the peak is one chunk of logits (and the
-weight gradient, which is summed over chunks in fp32 and rounded once).
+Recomputation costs one more LM head matmul. Peak memory is one chunk of logits, plus the weight
+gradient, which is summed over chunks in fp32 and rounded once.
 
 Invariants (each has a test of the same name in tests/models/test_logprobs.py):
 
 * equals_dense           values and gradients are those of a dense log_softmax
 * no_full_logits         no tensor is larger than chunk_tokens x vocab_size or the weight
-* ignored_cost_nothing   a label of -100 has logprob 0, no gradient, and takes no part in a matmul
+* ignored_cost_nothing   a label of -100 has logprob 0 and no gradient, and is in no matmul
 * one_weight_rounding    the weight gradient of bf16 runs is summed in fp32 and rounded once
 """
 
@@ -51,21 +51,21 @@ def chunked_logprobs(
         weight: (vocab_size, hidden_size) of the LM head, in the dtype of `hidden`.
         labels: (total_tokens,) int64, already shifted; -100 is ignored.
         bias: (vocab_size,) of the LM head, or None.
-        chunk_tokens: tokens whose logits exist at once; None: 512 MiB of logits.
-        softcap: logits become softcap * tanh(logits / softcap), as Gemma's do; None: they do not.
+        chunk_tokens: how many tokens' logits exist at once; None: 512 MiB worth.
+        softcap: turn logits into softcap * tanh(logits / softcap), as Gemma does; None: no cap.
 
     Returns:
         (total_tokens,) logprobs, fp64 for fp64 input and fp32 otherwise; 0 where the label is -100.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or (on the CPU, where looking is free) a
-            label outside of the vocabulary.
+        ValueError: mismatched shapes or dtypes, or a label outside the vocabulary (checked on the
+            CPU only: on a GPU the check would have to wait for the device).
     """
     _check_inputs(hidden, weight, labels, bias)
     if chunk_tokens is None:
         chunk_tokens = max(1, _CHUNK_ELEMENTS // weight.shape[0])
     if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens}: at least one token per chunk")
+        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
     return _ChunkedLogprobs.apply(hidden, weight, bias, labels, chunk_tokens, softcap)
 
 
@@ -85,13 +85,13 @@ def _check_inputs(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
         bad = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= weight.shape[0]))]
         if bad.numel():
             raise ValueError(
-                f"label {int(bad[0])} is outside of the vocabulary of {weight.shape[0]} "
-                f"({bad.numel()} such labels); do tokenizer and model belong together?"
+                f"label {int(bad[0])} is outside the vocabulary of {weight.shape[0]} "
+                f"({bad.numel()} such labels); check that the tokenizer matches the model"
             )
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """The LM head, log_softmax and gather as one function; see the module docstring."""
+    """The LM head, log_softmax and gather in one function; see the module docstring."""
 
     @staticmethod
     def forward(
@@ -103,8 +103,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         chunk_tokens: int,
         softcap: float | None,
     ) -> Tensor:
-        # Ignored tokens (prompts, padding) are left out of every matmul. On a GPU this waits for
-        # the layers to finish, once per microbatch: little beside the head's work on the prompts.
+        # Ignored tokens (prompts, padding) are left out of every matmul. On a GPU, nonzero waits
+        # for the layers to finish, once per microbatch: far cheaper than the head on the prompts.
         kept = torch.nonzero(labels != IGNORE_INDEX).squeeze(1)
         head = _Head(hidden, weight, bias)
         logprobs = torch.zeros(labels.shape, dtype=head.dtype, device=hidden.device)
@@ -131,7 +131,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             chunk = slice(start, start + ctx.chunk_tokens)
             tokens = kept[chunk]
             chunk_hidden = hidden[tokens]
-            # d logprob / d logits = onehot(label) - softmax(logits), in place over the logits.
+            # d logprob / d logits = onehot(label) - softmax(logits), written over the logits.
             d_logits = softmax_cross_entropy_backward_(
                 head.logits(chunk_hidden),
                 labels[tokens],
@@ -154,7 +154,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 
 class _Head:
-    """Raw logits of some tokens, in fp32 (fp64 for fp64 parameters)."""
+    """The LM head: raw logits in fp32 (fp64 for fp64 parameters)."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None):
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -175,12 +175,12 @@ def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _has_mixed_matmul(x: Tensor) -> bool:
-    """Whether half-precision matmuls on this device can return their fp32 sums unrounded."""
+    """Whether half-precision matmuls on this device can return their fp32 accumulators."""
     return x.is_cuda and hasattr(torch.ops.aten.mm, "dtype")
 
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b with a result of `dtype`: a half-precision product is not rounded to half again."""
+    """a @ b in `dtype`: a half-precision product is not rounded back to half precision."""
     if a.dtype == b.dtype == dtype:
         return a @ b
     if a.dtype == b.dtype and _has_mixed_matmul(a):

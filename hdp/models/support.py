@@ -1,20 +1,20 @@
-"""Which Hugging Face models ring attention computes exactly, and what is refused, and why.
+"""Which Hugging Face models ring attention computes exactly; all others are rejected.
 
-Two nets, because a wrong answer here is a model that trains and is wrong:
+There are three lines of defense, because a model that slips through trains and is silently wrong:
 
-1. `SUPPORTED_MODELS` lists the model types that a test compares with the plain model, values and
-   gradients (test_equals_plain_model). Any other type is refused: an unknown layer may mix tokens
-   in a way that no attribute shows, and a head may scale its logits.
-2. Features that configs of supported types can switch on are looked for in every layer: sliding
+1. `SUPPORTED_MODELS` lists the model types whose values and gradients a test compares with the
+   plain model (test_equals_plain_model). Any other type is rejected: an unknown layer may mix
+   tokens in a way that no attribute reveals, and a head may scale its logits.
+2. Every layer is checked for features that the config of a supported type can turn on: sliding
    window, sinks, soft-capping, non-causal attention, attention dropout, mixture of experts, and
    RoPE whose frequencies depend on the longest sequence of a batch.
+3. At run time, `causal_lm.hdp_attention` rejects keywords that request such a feature.
 
-A third net is at run time: `causal_lm.hdp_attention` refuses keywords that ask for such a feature.
-Messages name the command's flag, `--config-overrides`; in Python it is an argument of `build_model`
-and `load_model`.
+Messages name the command-line flag, `--config-overrides`; in Python it is an argument of
+`build_model` and `load_model`.
 
-This file inspects models by their attributes and imports no transformers. At its end: entries of a
-config that no model reads, the kind of a saved tokenizer, transformers' errors in a line.
+This file inspects models through their attributes and does not import transformers. At the end it
+has checks of config entries and saved tokenizers, and a shortener for transformers' errors.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Problem = tuple[str, str]  # (kind of feature, message: layer, feature, what to 
 def check_supported(model: Any) -> None:
     """Raise ValueError if ring attention would change what `model`, a `*ForCausalLM`, computes.
 
-    The message has a line per feature: the first layer that has it, the feature, and what to do.
+    The message has one line per feature: the first layer that has it, the feature, the remedy.
     """
     problems: dict[str, str] = {}
     for kind, text in _problems(model):
@@ -71,7 +71,7 @@ def _problems(model: Any) -> Iterator[Problem]:
         return
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
-        yield "type", f"{prefix}: no list of decoder layers called 'layers'; {_use_supported()}"
+        yield "type", f"{prefix}: no list of decoder layers named 'layers'; {_use_supported()}"
         return
     head = model.get_output_embeddings()
     if head is None:
@@ -119,8 +119,8 @@ def _attention_problems(
         yield (
             "window",
             (
-                f"{where}: sliding window of {window} tokens; if no sequence is longer than "
-                f"that it changes nothing: pass --config-overrides '{{{off}}}'"
+                f"{where}: sliding window of {window} tokens; if no sequence is longer, it has no "
+                f"effect: pass --config-overrides '{{{off}}}'"
             ),
         )
     if any(getattr(module, sink, None) is not None for sink in ("sinks", "sink")):
@@ -137,8 +137,8 @@ def _attention_problems(
         yield (
             "dropout",
             (
-                f"{where}: attention dropout of {dropout}; the ring has no common random numbers: "
-                "pass --config-overrides '{\"attention_dropout\": 0.0}'"
+                f"{where}: attention dropout of {dropout}; ranks of a ring share no random numbers:"
+                " pass --config-overrides '{\"attention_dropout\": 0.0}'"
             ),
         )
 
@@ -154,7 +154,7 @@ def _active_window(module: nn.Module, config: Any, index: int) -> int | None:
 
 
 def _head_problems(config: Any) -> Iterator[Problem]:
-    """What some heads do to their logits; hf.CausalLM computes hidden @ weight.T + bias only."""
+    """Heads that transform their logits; CausalLM only computes hidden @ weight.T + bias."""
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         value = getattr(config, name, None)
         if value is not None and value != 1:
@@ -164,8 +164,8 @@ def _head_problems(config: Any) -> Iterator[Problem]:
 def _rope_problems(config: Any, where: str) -> Iterator[Problem]:
     """RoPE whose frequencies depend on the longest position of a batch.
 
-    That length differs between the ranks of a ring, and between the microbatches that a sequence
-    may be packed into: the result would depend on the plan.
+    That position differs between the ranks of a ring, and between the microbatches a sequence may
+    be packed into, so the result would depend on the plan.
     """
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     per_layer_type = [entry for entry in rope.values() if isinstance(entry, dict)]
@@ -192,20 +192,20 @@ def _use_supported() -> str:
 def check_entries(names: Iterable[str], known: Iterable[str], model_type: str) -> None:
     """Raise ValueError for the first of `names` that is not a `known` entry of the config.
 
-    transformers drops such entries without a word: a misspelt one would change nothing.
+    transformers silently drops such entries, so a misspelled one would have no effect.
     """
     known = sorted(known)
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, cutoff=0.4)
             raise ValueError(
-                f"a config of model type {model_type!r} has no entry {name!r} to change "
-                f"(--config-overrides); near it: {', '.join(near) or 'nothing'}"
+                f"--config-overrides: configs of model type {model_type!r} have no entry {name!r}; "
+                f"close matches: {', '.join(near) or 'none'}"
             )
 
 
 def names_generic_tokenizer(folder: Path) -> bool:
-    """Whether the tokenizer saved in `folder` is its tokenizer.json, and no model's class."""
+    """Whether the tokenizer in `folder` is its tokenizer.json alone, not a model-specific class."""
     path = folder / "tokenizer_config.json"
     if not path.is_file() or not (folder / "tokenizer.json").is_file():
         return False
@@ -214,6 +214,6 @@ def names_generic_tokenizer(folder: Path) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message, with the second one where the first only announces it."""
+    """The first line of the error's message, plus the second if the first ends with a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])

@@ -1,4 +1,4 @@
-"""Hugging Face models under ring attention: equal to the plain model, or refused by name."""
+"""Hugging Face models under ring attention: they equal the plain model, or are rejected by name."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def _gradients(logprobs, model):
     return {name.removeprefix("model."): x.grad for name, x in model.named_parameters()}
 
 
-def _assert_equal(got, want, tolerance, what):
-    assert got.shape == want.shape, what
+def _assert_equal(got, want, tolerance, label):
+    assert got.shape == want.shape, label
     if not want.numel():
         return
     error = (got.double() - want.double()).abs()
     scale = max(1.0, want.abs().max().item())
     assert error.max() <= tolerance * scale, (
-        f"{what}: off by {error.max():.3g} of {scale:.3g} at {int(error.argmax())}"
+        f"{label}: off by {error.max():.3g} of {scale:.3g} at {int(error.argmax())}"
     )
 
 
@@ -119,7 +119,7 @@ def test_equals_plain_model_in_fp32():
     _compare(model, random_samples(SEQLENS), plain_model(model), 1e-5)
 
 
-def test_bf16_is_near_fp32():
+def test_bf16_is_close_to_fp32():
     samples = random_samples((64, 9, 33))
     model = tiny_model(dtype=torch.bfloat16)
     logprobs = model(local_batch(samples))
@@ -156,24 +156,24 @@ def test_equals_plain_model_on_a_ring(model_type):
 
 
 def test_no_mask_is_built(monkeypatch):
-    """Neither a mask nor the search for document boundaries in the position ids (a GPU sync)."""
+    """transformers neither builds a mask nor searches position ids for boundaries (a GPU sync)."""
     from transformers import masking_utils
 
     def forbidden(*args, **kwargs):
-        raise AssertionError("transformers looks at position ids to make a mask")
+        raise AssertionError("transformers searches the position ids to build a mask")
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", forbidden)
     tiny_model()(local_batch(random_samples(SEQLENS)))
 
 
-def test_batch_without_labels_reaches_every_parameter():
+def test_unlabeled_batch_reaches_every_parameter():
     model = tiny_model()
     model(local_batch(random_samples((4,), masked=1.1))).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and (parameter.grad == 0).all(), name
 
 
-# ---- making, loading, exporting ----
+# ---- building, loading, exporting ----
 
 
 def test_same_seed_same_weights():
@@ -230,9 +230,9 @@ def test_export_loads_as_plain_model(tmp_path, tied):
 
 
 def test_tokenizer_that_auto_tokenizer_misreads(tmp_path):
-    """transformers replaces any tokenizer beside a qwen2 model by its Qwen2Tokenizer."""
+    """transformers replaces any tokenizer saved next to a qwen2 model with its Qwen2Tokenizer."""
     model, tokenizer = tiny_model("qwen2", dtype=torch.float32), _tokenizer(tmp_path)
-    with pytest.warns(UserWarning, match="AutoTokenizer reads a Qwen2Tokenizer"):
+    with pytest.warns(UserWarning, match="AutoTokenizer loads a Qwen2Tokenizer"):
         export_model(model, tmp_path / "out", model.state_dict(), tokenizer=tokenizer)
     assert load_tokenizer(tmp_path / "out").encode("ab a") == tokenizer.encode("ab a")
 
@@ -249,21 +249,22 @@ def _tokenizer(folder):
     return load_tokenizer(folder / "tokenizer")
 
 
-def test_export_refuses_what_it_would_destroy(tmp_path):
+def test_export_refuses_to_destroy_other_files(tmp_path):
     model = tiny_model()
     precious = tmp_path / "thesis"
     precious.mkdir()
     (precious / "chapter1.txt").write_text("")
-    with pytest.raises(ValueError, match="is no exported model"):
+    with pytest.raises(ValueError, match="holds files that no export wrote"):
         export_model(model, precious, model.state_dict())
-    # a config.json makes no export: a run's folder and anybody's model have one
+    # A config.json does not make it an export: runs and other people's models have one too.
     (precious / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"is no exported model.* holds chapter1.txt, config.json"):
+    message = r"holds files that no export wrote \(chapter1.txt, config.json\)"
+    with pytest.raises(ValueError, match=message):
         export_model(model, precious, model.state_dict())
     assert sorted(p.name for p in precious.iterdir()) == ["chapter1.txt", "config.json"]
     export_model(model, tmp_path / "out", model.state_dict())
     (tmp_path / "out" / "notes.md").write_text("")
-    with pytest.raises(ValueError, match=r"holds notes.md"):
+    with pytest.raises(ValueError, match=r"no export wrote \(notes.md\)"):
         export_model(model, tmp_path / "out", model.state_dict())
     state = dict(model.state_dict())
     del state["model.model.norm.weight"]
@@ -272,7 +273,7 @@ def test_export_refuses_what_it_would_destroy(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_checkpoint_that_lacks_weights_is_refused(tmp_path):
+def test_checkpoint_with_missing_weights_is_rejected(tmp_path):
     from safetensors.torch import load_file, save_file
 
     model = tiny_model(dtype=torch.float32)
@@ -288,14 +289,14 @@ def test_checkpoint_that_lacks_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"hidden_size": 8}, "kind of model"),
+        ({"hidden_size": 8}, "config has no model_type"),
         ({"model_type": "lama"}, "unknown model_type 'lama'"),
         (
             {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 5},
-            "do not fit: .*hidden size .32. is not a multiple of .* heads .5.",
+            "invalid config entries: .*hidden size .32. is not a multiple of .* heads .5.",
         ),
-        ("/no/such/folder", "neither a folder with a config.json nor a model on the hub"),
-        ({"model_type": "t5"}, "no causal LM can be made for model type 't5'"),
+        ("/no/such/folder", "neither a folder with a valid config.json nor a hub model"),
+        ({"model_type": "t5"}, "cannot build a causal LM of model type 't5'"),
     ],
 )
 def test_bad_config_is_named(config, message):
@@ -306,28 +307,29 @@ def test_bad_config_is_named(config, message):
 def test_missing_paths_are_named():
     with pytest.raises(ValueError, match="/no/such/folder"):
         load_model("/no/such/folder")
-    with pytest.raises(ValueError, match=r"no tokenizer in '/no/such/folder', .* bpe:SIZE"):
+    with pytest.raises(ValueError, match=r"no tokenizer at '/no/such/folder': .* bpe:SIZE"):
         load_tokenizer("/no/such/folder")
 
 
 def test_a_config_alone_has_no_weights(tmp_path):
     path = tmp_path / "config.json"
     tiny_model("qwen3").config.save_pretrained(tmp_path)
-    for where, told in ((path, "a config has no weights"), (tmp_path, "no file named")):
-        with pytest.raises(ValueError, match=f"no weights can be loaded .*{told}.*--random-init"):
+    for where, reason in ((path, "a config file has no weights"), (tmp_path, "no file named")):
+        with pytest.raises(ValueError, match=f"cannot load weights from .*{reason}.*--random-init"):
             load_model(where)
         assert build_model(where).config.model_type == "qwen3"
 
 
 @pytest.mark.parametrize("source", ["folder", "mapping", "config"])
-def test_overrides_that_nothing_reads_are_refused(source, tmp_path):
-    """transformers drops rope_theta, which is in rope_parameters now, and any misspelt entry."""
+def test_overrides_that_nothing_reads_are_rejected(source, tmp_path):
+    """transformers drops rope_theta, which moved to rope_parameters, and any misspelled entry."""
     config = tiny_model("qwen3").config
     config.save_pretrained(tmp_path)
     given = {"folder": tmp_path, "mapping": {"model_type": "qwen3"}, "config": config}[source]
     for name in ("rope_theta", "num_hidden_layer"):
         near = {"rope_theta": "rope_parameters", "num_hidden_layer": "num_hidden_layers"}[name]
-        with pytest.raises(ValueError, match=f"'qwen3' has no entry '{name}'.* near it: .*{near}"):
+        message = f"'qwen3' have no entry '{name}'.* close matches: .*{near}"
+        with pytest.raises(ValueError, match=message):
             build_model(given, skeleton=True, config_overrides={name: 1})
     model = build_model(given, skeleton=True, config_overrides={"num_hidden_layers": 1})
     assert len(model.layers) == 1
@@ -345,5 +347,5 @@ def test_transformer_shape():
     }
 
 
-def test_one_ignore_index():
+def test_ignore_index_is_the_same_everywhere():
     assert hdp.models.logprobs.IGNORE_INDEX == hdp.data.pack.IGNORE_INDEX

@@ -1,4 +1,4 @@
-"""Compiled layers compute what plain ones do, from a few graphs for all layers and all lengths."""
+"""Compiled layers equal plain ones, with a few graphs shared by all layers and all lengths."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.tiny_models import local_batch, random_samples, tiny_model
 
 
 class Counting:
-    """A back end that traces, splits forward from backward and runs both; it keeps its graphs."""
+    """A back end that traces, splits forward from backward and runs both, and keeps the graphs."""
 
     def __init__(self):
         self.graphs = []
@@ -47,7 +47,7 @@ def fresh_compiler():
 
 
 def pair(model_type="llama", *, dtype=torch.float32, backend=None, **overrides):
-    """(plain model, the same compiled, its back end)."""
+    """(plain model, the same model compiled, its back end)."""
     backend = backend or Counting()
     plain, compiled = (tiny_model(model_type, dtype=dtype, **overrides) for _ in range(2))
     compile_layers(compiled.layers, backend)
@@ -55,7 +55,7 @@ def pair(model_type="llama", *, dtype=torch.float32, backend=None, **overrides):
 
 
 def check_equal(plain, compiled, seqlens, *, rtol, context=None):
-    """Logprobs and all gradients of one packed batch."""
+    """Compare logprobs and all gradients for one packed batch."""
     batch = local_batch(random_samples(seqlens))
     want = plain(batch)
     if context is None:
@@ -86,7 +86,7 @@ def test_equals_plain_layers_in_half_precision():
 
 
 def test_lengths_and_layers_share_their_graphs():
-    """The first length makes the graphs; ten others, and more layers, make none."""
+    """The first length compiles the graphs; ten other lengths and more layers compile none."""
     counts = []
     for num_layers in (1, 4):
         torch._dynamo.reset()
@@ -97,11 +97,11 @@ def test_lengths_and_layers_share_their_graphs():
             model(local_batch(random_samples(seqlens))).sum().backward()
             if i == 0:
                 counts.append(len(backend.graphs))
-        assert len(backend.graphs) == counts[-1], f"{seqlens} tokens were compiled again"
-    assert counts[0] <= 5 and counts[1] <= counts[0] + 1, f"{counts} graphs of 1 and 4 layers"
+        assert len(backend.graphs) == counts[-1], f"recompiled for {seqlens} tokens"
+    assert counts[0] <= 5 and counts[1] <= counts[0] + 1, f"{counts} graphs for 1 and 4 layers"
 
 
-def test_norms_mlp_and_rope_are_inside():
+def test_graphs_contain_norms_mlp_and_rope():
     _, model, backend = pair()
     model(local_batch(random_samples([20, 7])))
     nodes = [node for graph in backend.graphs for node in graph.graph.nodes]
@@ -132,7 +132,7 @@ def test_saved_tensors_of_graphs_are_offloaded(policy):
 
 
 def _train_step(rank, world_size, compiled, checkpointing):
-    """Gradients of a ring over both ranks beside local sequences, two microbatches on rank 0."""
+    """Gradients of a ring over both ranks plus local sequences; rank 0 has two microbatches."""
     model = tiny_model(dtype=torch.float32)
     backend = Counting()
     if compiled:
@@ -165,14 +165,14 @@ def test_sharded_ring_with_checkpointing():
 
 
 @pytest.mark.slow
-def test_inductor_makes_the_same():
+def test_inductor_equals_plain_layers():
     plain, compiled, _ = pair(backend="inductor")
     for seqlens in ([20, 7, 33], [11, 50]):
         check_equal(plain, compiled, seqlens, rtol=1e-4)
 
 
 def _kept_bytes(model, num_tokens):
-    """What autograd keeps of a forward, each storage once, parameters not."""
+    """Bytes that autograd keeps for backward: each storage counted once, parameters excluded."""
     kept = {}
 
     def pack(x):
@@ -188,7 +188,7 @@ def _kept_bytes(model, num_tokens):
 
 @pytest.mark.slow
 def test_layers_keep_less_for_backward():
-    """The shape of LLaMA-3-8B's layers, an eighth in each direction: 0.69 of the bytes."""
+    """At the shape of LLaMA-3-8B's layers, scaled down 8x in each dimension: 0.69 of the bytes."""
     per_layer = {}
     shape = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8}
     for name in ("plain", "compiled"):
@@ -204,7 +204,7 @@ def test_layers_keep_less_for_backward():
 
 
 @pytest.mark.gpu
-def test_gpu_inductor_makes_the_same():
+def test_gpu_inductor_equals_plain_layers():
     plain, compiled, _ = pair(backend="inductor")
     batch = local_batch(random_samples([20, 7, 33])).to(torch.device("cuda"))
     torch.testing.assert_close(compiled.cuda()(batch), plain.cuda()(batch), rtol=1e-4, atol=1e-4)

@@ -1,6 +1,6 @@
-"""Liger's kernels go into a model where they can be used; where not, the reason is said.
+"""Liger's kernels patch a model where they can be used; elsewhere the reason is reported.
 
-CPU: a fake library that records how it is called. GPU: the library itself against the plain model.
+CPU: a fake library that records its calls. GPU: the real library against the plain model.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 @pytest.fixture
 def calls(monkeypatch):
-    """[(model, keywords)] of each call of the fake library's function."""
-    made = []
+    """[(model, keywords)], one for each call of the fake library's function."""
+    recorded = []
+
+    def record(model, **kwargs):
+        recorded.append((model, kwargs))
+
     library = types.ModuleType("liger_kernel.transformers")
-    library._apply_liger_kernel_to_instance = lambda model, **kwargs: made.append((model, kwargs))
+    library._apply_liger_kernel_to_instance = record
     monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", library)
-    return made
+    return recorded
 
 
 def model_of(model_type="llama", **overrides):
@@ -47,14 +51,14 @@ def test_layers_are_patched_and_the_loss_is_not(calls):
     }
 
 
-def test_what_liger_lacks_for_a_model_is_left_alone(calls):
+def test_kernels_that_do_not_fit_the_model_are_left_out(calls):
     use_liger(model_of("glm4"), "on", device=CUDA, dtype=torch.bfloat16)
     use_liger(model_of(hidden_act="gelu"), "on", device=CUDA, dtype=torch.bfloat16)
     assert [options["rope"] for _, options in calls] == [False, True]
     assert [options["swiglu"] for _, options in calls] == [True, False]
 
 
-def test_models_made_later_are_plain_but_for_rope(monkeypatch, calls):
+def test_later_models_are_plain_except_for_rope(monkeypatch, calls):
     from transformers.models.llama import modeling_llama
 
     def replace_all(model, **_):
@@ -71,19 +75,19 @@ def test_models_made_later_are_plain_but_for_rope(monkeypatch, calls):
 
 def test_off_is_off(calls):
     text = use_liger(model_of(), "off", device=CUDA, dtype=torch.bfloat16)
-    assert text == "as transformers has them (--liger off)" and not calls
+    assert text == "transformers' own (--liger off)" and not calls
 
 
 @pytest.mark.parametrize(
     ("model_type", "options", "reason"),
     [
-        ("llama", {"device": CPU}, "they need CUDA, this is cpu"),
-        ("llama", {"dtype": torch.float64}, "do not compute in float64"),
-        ("llama", {"compiled": True}, "--compile fuses the layers already"),
+        ("llama", {"device": CPU}, "they need CUDA, not cpu"),
+        ("llama", {"dtype": torch.float64}, "do not support float64"),
+        ("llama", {"compiled": True}, "--compile already fuses the layers"),
         ("gpt_neox", {}, "not tested for model type 'gpt_neox'"),
     ],
 )
-def test_where_it_does_not_fit_auto_says_why_and_on_is_an_error(calls, model_type, options, reason):
+def test_if_unusable_auto_reports_why_and_on_raises(calls, model_type, options, reason):
     options = {"device": CUDA, "dtype": torch.bfloat16, **options}
     assert reason in use_liger(model_of(model_type), "auto", **options)
     with pytest.raises(ValueError, match=f"--liger on: .*{reason}"):
@@ -116,7 +120,7 @@ def test_missing_or_broken_library_is_named(monkeypatch, error, reason):
 @pytest.mark.gpu
 @pytest.mark.parametrize("model_type", sorted(MODELS))
 def test_gpu_layers_compute_the_same(model_type):
-    """Last of all: Liger's RoPE is put into transformers for the whole process."""
+    """Must run last: Liger patches its RoPE into transformers for the whole process."""
     pytest.importorskip("liger_kernel")
     batch = local_batch(random_samples([20, 30, 7])).to(CUDA)
     model = tiny_model(model_type, dtype=torch.float32).to(CUDA)

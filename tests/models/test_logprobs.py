@@ -1,4 +1,4 @@
-"""chunked_logprobs against a dense log_softmax: values, gradients, memory, corner cases."""
+"""chunked_logprobs against a dense log_softmax: values, gradients, memory, edge cases."""
 
 from __future__ import annotations
 
@@ -97,13 +97,13 @@ def test_loss_weights():
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Largest number of elements of any tensor that an operator returns."""
+    """Records the largest tensor that any operator returns, and the work of all matmuls."""
 
     def __init__(self):
         super().__init__()
         self.numel = 0
         self.shape = ()
-        self.matmul_rows = 0
+        self.matmul_work = 0  # sum of m * k * n
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -111,7 +111,7 @@ class _LargestTensor(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.numel() > self.numel:
                 self.numel, self.shape = x.numel(), tuple(x.shape)
         if func is torch.ops.aten.mm.default:
-            self.matmul_rows += args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
+            self.matmul_work += args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
         return result
 
 
@@ -124,7 +124,7 @@ def test_no_full_logits(dtype):
         logprobs.sum().backward()
     limit = max(chunk_tokens * vocab, vocab * hidden_size, tokens * hidden_size)
     assert largest.numel <= limit, f"{largest.shape} has more than {limit} elements"
-    # The same watcher sees the dense logits: the limit means something.
+    # The same watcher does see the dense logits, so the limit means something.
     with _LargestTensor() as largest:
         _dense_logprobs(hidden, weight, labels).sum().backward()
     assert largest.numel == tokens * vocab
@@ -145,18 +145,18 @@ def test_ignored_cost_nothing():
         with _LargestTensor() as watcher:
             logprobs = chunked_logprobs(h, weight, y, chunk_tokens=4)
             grads = torch.autograd.grad(logprobs.sum(), [h, weight])
-        return logprobs, grads, watcher.matmul_rows
+        return logprobs, grads, watcher.matmul_work
 
-    logprobs, (grad_hidden, _), flops = run(hidden, labels)
+    logprobs, (grad_hidden, _), work = run(hidden, labels)
     assert (logprobs[5:45] == 0).all() and (logprobs[:5] < 0).all()
     assert (grad_hidden[5:45] == 0).all() and (grad_hidden[:5] != 0).any()
     few = torch.cat([hidden[:5], hidden[45:]]).detach().requires_grad_()
-    *_, flops_of_few = run(few, torch.cat([labels[:5], labels[45:]]))
-    assert flops == flops_of_few
+    *_, work_of_few = run(few, torch.cat([labels[:5], labels[45:]]))
+    assert work == work_of_few
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 9])
-def test_no_labels_still_reaches_every_parameter(tokens):
+def test_unlabeled_tokens_still_reach_every_parameter(tokens):
     hidden, weight, labels, bias = _inputs(tokens, 6, 11, bias=True, ignored=1.1)
     loss = token_cross_entropy(chunked_logprobs(hidden, weight, labels, bias=bias), global_count=3)
     loss.backward()
@@ -165,13 +165,13 @@ def test_no_labels_still_reaches_every_parameter(tokens):
         assert x.grad is not None and x.grad.shape == x.shape and (x.grad == 0).all()
 
 
-def test_bf16_is_as_close_as_its_inputs():
+def test_bf16_is_as_accurate_as_its_inputs():
     hidden, weight, labels, _ = _inputs(200, 32, 50, dtype=torch.bfloat16)
     ours = chunked_logprobs(hidden, weight, labels, chunk_tokens=17)
     exact_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     exact = _dense_logprobs(*exact_inputs, labels)
     assert ours.dtype == torch.float32
-    # The inputs are exact in fp64, so the forward is right to fp32, not merely to bf16.
+    # fp64 represents the inputs exactly, so the forward is accurate to fp32, not merely to bf16.
     torch.testing.assert_close(ours.double(), exact, rtol=2e-5, atol=2e-5)
     got = torch.autograd.grad(ours.sum(), [hidden, weight])
     want = torch.autograd.grad(exact.sum(), exact_inputs)
@@ -181,7 +181,7 @@ def test_bf16_is_as_close_as_its_inputs():
 
 
 def test_one_weight_rounding():
-    """bf16 summation over many chunks would lose the small terms; fp32 keeps them."""
+    """Summing many chunks in bf16 would lose the small terms; fp32 keeps them."""
     tokens = 4096
     hidden = torch.ones(tokens, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
@@ -214,8 +214,8 @@ def test_frozen_inputs_get_no_gradient():
         (lambda h, w, y: (h, w, y[:-1]), "one label per token"),
         (lambda h, w, y: (h, w, y.int()), "int64"),
         (lambda h, w, y: (h, w.float(), y), "cast one"),
-        (lambda h, w, y: (h, w, y + 4), r"outside of the vocabulary of 4 .*tokenizer"),
-        (lambda h, w, y: (h, w, y - 5), "outside of the vocabulary"),
+        (lambda h, w, y: (h, w, y + 4), r"outside the vocabulary of 4 .*tokenizer"),
+        (lambda h, w, y: (h, w, y - 5), "outside the vocabulary"),
     ],
 )
 def test_bad_inputs_are_named(change, message):
@@ -233,8 +233,8 @@ def test_bad_counts_are_named():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("softcap", [None, 20.0])
-def test_cuda_bf16_is_as_close_as_its_inputs(softcap):
-    """On CUDA the half-precision matmuls return their fp32 sums: another path than the CPU's."""
+def test_cuda_bf16_is_as_accurate_as_its_inputs(softcap):
+    """On CUDA, half-precision matmuls return their fp32 sums, a different path from the CPU's."""
     hidden, weight, labels, _ = _inputs(4000, 256, 5000, dtype=torch.bfloat16)
     hidden, weight = (x.detach().cuda().requires_grad_() for x in (hidden / 8, weight / 8))
     labels = labels.cuda()

@@ -1,4 +1,4 @@
-"""Models that ring attention would change are refused, by layer, feature and remedy."""
+"""Models that ring attention would change are rejected with layer, feature and remedy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _tiny_plain(model_type, **overrides):
 
 
 _ROPE = {"rope_theta": 1e4, "factor": 2.0}
-REFUSED = {
+REJECTED = {
     "mistral window": (
         "mistral",
         {"sliding_window": 8},
@@ -76,24 +76,24 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused(case):
-    model_type, overrides, message = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_rejected(case):
+    model_type, overrides, message = REJECTED[case]
     model = _tiny_plain(model_type, **overrides)
     with pytest.raises(ValueError, match="cannot run under ring attention") as caught:
         CausalLM(model)
     assert re.search(message, str(caught.value)), caught.value
 
 
-# ernie4_5 has the entry in its config and never applies it.
+# ernie4_5 has the config entry but never applies it.
 @pytest.mark.parametrize("model_type", sorted(SUPPORTED_MODELS - {"ernie4_5"}))
-def test_refused_attention_dropout(model_type):
+def test_attention_dropout_is_rejected(model_type):
     model = _tiny_plain(model_type, attention_dropout=0.1)
     with pytest.raises(ValueError, match=r'attention dropout of 0.1.*"attention_dropout": 0.0'):
         check_supported(model)
 
 
-def test_overrides_are_the_remedy():
+def test_config_overrides_fix_it():
     for model_type, entry in {"mistral": "sliding_window", "qwen2": "use_sliding_window"}.items():
         config = tiny_config(model_type, sliding_window=8, max_window_layers=0)
         config["use_sliding_window"] = True
@@ -104,13 +104,13 @@ def test_overrides_are_the_remedy():
 
 
 @pytest.mark.parametrize("keyword", ["sliding_window", "softcap", "s_aux", "position_bias"])
-def test_refused_at_run_time_too(keyword):
+def test_rejected_at_run_time_too(keyword):
     module = nn.Module()
     module.layer_idx = 3
     q = torch.zeros(1, 2, 4, 8)
     inputs = AttnInputs(RingLayout(local_seqlens=(4,)), None, KernelPicker())
     hdp_attention(module, q, q, q, None, hdp_batch=inputs, **{keyword: None})
-    with pytest.raises(ValueError, match="layer 3 asks for"):
+    with pytest.raises(ValueError, match="layer 3: ring attention does not support"):
         hdp_attention(module, q, q, q, None, hdp_batch=inputs, **{keyword: 5})
     with pytest.raises(ValueError, match="attention mask"):
         hdp_attention(module, q, q, q, torch.zeros(4, 4), hdp_batch=inputs)
@@ -118,7 +118,7 @@ def test_refused_at_run_time_too(keyword):
         hdp_attention(module, q, q, q, None, hdp_batch=inputs, dropout=0.1)
 
 
-def test_base_model_alone_is_refused():
+def test_base_model_alone_is_rejected():
     model = tiny_model()
-    with pytest.raises(ValueError, match=r"inside of hdp\.models\.causal_lm\.CausalLM"):
+    with pytest.raises(ValueError, match=r"wrap the model in hdp\.models\.causal_lm\.CausalLM"):
         model.model(input_ids=torch.ones(1, 3, dtype=torch.int64), use_cache=False)
