@@ -1,1 +1,1 @@
-"""Ranks: the mesh, sharding, agreement, and the watchdog."""
+"""Everything about ranks: the mesh, sharding, agreement, and the watchdog."""

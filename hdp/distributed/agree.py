@@ -1,8 +1,8 @@
 """Agreement between ranks: a failure on one rank becomes the same error on all, not a hang.
 
-A rank that raises while the others go on into a collective leaves them waiting for it. `on_rank_0`
-and `on_all_ranks` run what may fail, and then all ranks return or all raise ValueError, together;
-`agree_on_values` does so where ranks were given different values.
+If one rank raises while the others enter a collective, they wait for it forever. `on_rank_0` and
+`on_all_ranks` run code that may fail; afterwards all ranks return or all raise ValueError.
+`agree_on_values` raises on all ranks if they were given different values.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 
 def on_rank_0(call: Callable[[], T], group: dist.ProcessGroup) -> T:
-    """The result of `call` on rank 0 of `group`, on all ranks (it must pickle).
+    """Run `call` on rank 0 of `group` and return its result (which must pickle) on all ranks.
 
-    An OSError or ValueError there is raised on all ranks, as ValueError. Collective.
+    An OSError or ValueError on rank 0 is raised on all ranks as ValueError. Collective.
     """
     outcome: list[Any] = [None, None]
     if dist.get_rank(group) == 0:
@@ -33,9 +33,9 @@ def on_rank_0(call: Callable[[], T], group: dist.ProcessGroup) -> T:
 
 
 def on_all_ranks(call: Callable[[], T], group: dist.ProcessGroup) -> T:
-    """`call` on each rank of `group`; if it raises on any, ValueError on all. Collective.
+    """Run `call` on each rank of `group`; if any of them raises, raise ValueError on all of them.
 
-    The text is that of the lowest rank that failed, with its number.
+    The message is that of the lowest rank that failed, plus its number. Collective.
     """
     result, failure = None, ""
     try:
@@ -53,9 +53,9 @@ def on_all_ranks(call: Callable[[], T], group: dist.ProcessGroup) -> T:
 def agree_on_values(
     ours: Mapping[str, Any], group: dist.ProcessGroup, *, problem: str, remedy: str
 ) -> None:
-    """ValueError on all ranks if `ours` is not the same mapping on all of them. Collective.
+    """Raise ValueError on all ranks if `ours` is not the same on all of them. Collective.
 
-    The text is the problem, the first name that differs, both of its values, and the remedy.
+    The message has the problem, the first name that differs, its two values, and the remedy.
     """
     theirs = on_rank_0(lambda: dict(ours), group)
 
@@ -70,7 +70,7 @@ def agree_on_values(
     on_all_ranks(compare, group)
 
 
-_BROKEN = (
+_BROKEN_COLLECTIVE = (
     "connection closed by peer",
     "connection reset by peer",
     "connection refused",
@@ -82,12 +82,12 @@ _BROKEN = (
 
 
 def is_collective_error(error: BaseException | None) -> bool:
-    """Whether `error`, or its cause, says that a collective broke: mostly another rank's fault."""
+    """Whether `error` or its cause is a failed collective, usually the fault of another rank."""
     while error is not None:
         text = str(error).lower()
         if isinstance(error, dist.DistError):
             return True
-        if isinstance(error, RuntimeError) and any(phrase in text for phrase in _BROKEN):
+        if isinstance(error, RuntimeError) and any(part in text for part in _BROKEN_COLLECTIVE):
             return True
         error = error.__cause__
     return False

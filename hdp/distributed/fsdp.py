@@ -1,40 +1,40 @@
 """FSDP2 over the HDP axis, for ranks that run different numbers of microbatches.
 
 Parameters, gradients and optimizer state are sharded over all ranks of the axis (fp32 master
-weights), computed with in `param_dtype`, and reduced in fp32. Two things differ from FSDP as it is:
+weights); computation is in `param_dtype` and reduction in fp32. Two things differ from plain FSDP2:
 
 Gradients are summed, not averaged. A step's loss is a sum over tokens divided by a count that is
-known before the first forward, so that nothing depends on how the batch was cut (design.md,
-decision 6). FSDP2 sums only if each of its modules is told so, one by one: a forgotten one is off
-by a factor of world size, silently. `shard` tells all of them and `unshard_all` checks them.
+known before the first forward, so the result does not depend on how the batch was split. FSDP2 sums
+only if each of its modules is configured to, one by one, and a module that was missed is silently
+off by a factor of the world size. `shard` configures all of them and `unshard_all` checks.
 
-Collectives happen at two places of a step only. Ranks walk different lists of microbatches and meet
-in rings in between, over the same communicator; a collective in a place that not all ranks reach
-next would wait for a rank that waits for us. So:
+Collectives run at only two points in a step. In between, ranks walk different lists of microbatches
+and meet in rings on the same communicator, so a collective that some ranks cannot reach next would
+deadlock: each side would wait for the other. Hence:
 
-    unshard_all(model)                          # 1. all-gathers, all ranks, before the first one
-    for i, batch in enumerate(batches):         #    any number of them, rings included
+    unshard_all(model)                          # 1. all-gather on all ranks, before the first one
+    for i, batch in enumerate(batches):         #    any number of microbatches, rings included
         set_microbatch(model, reduce=overlap and i == len(batches) - 1)
         loss(model(batch, comm)).backward()     # 2. the last backward: reduce-scatters, reshards
     if not overlap:
-        reduce_gradients(model)                 # 2. or after it, where the last is on a ring
+        reduce_gradients(model)                 # 2. or after it, if overlapping could deadlock
     norm = clip_grad_norm(model, 1.0)           # 3. one all-reduce
     optimizer.step()
 
-`overlap` is a property of the plan: a rank that reduces while its last microbatch is on a ring
-waits for its neighbours' reduce-scatter, and they, if they have other microbatches to run first,
-for its part of the ring: a deadlock. So reduction overlaps with backward if every ring's microbatch
-is the last one of all of its ranks or of none: `StepPlan.ends_together`.
+`overlap` is a property of the plan. A rank that reduces while its last microbatch is on a ring
+waits for its neighbors' reduce-scatter; if the neighbors have other microbatches to run first, they
+wait for its part of the ring: a deadlock. So reduction may overlap with backward only if every
+ring's microbatch is the last one on all of its ranks or on none: `StepPlan.ends_together`.
 
-The price of that order: between 1 and 2 a rank holds all parameters in `param_dtype` and, if it has
-more than one microbatch, all gradients in fp32.
+The cost: between 1 and 2 a rank holds all parameters in `param_dtype` and, if it has more than one
+microbatch, all gradients in fp32.
 
 Invariants (each has a test of the same name in tests/distributed/test_fsdp.py or
 test_shards.py):
 
 * gradients_are_dense_sums       on any number of ranks and microbatches, rings included
-* no_collective_in_between       nothing but ring transfers between 1 and the last backward
-* every_module_sums              a module without SUM reduction is found
+* no_collective_in_between       only ring transfers run between 1 and the last backward
+* every_module_sums              a module without SUM reduction is detected
 * rank0_weights_count            all ranks train rank 0's weights, whatever they built themselves
 * non_finite_is_seen_by_all      clip_grad_norm raises on every rank or on none
 """
@@ -69,49 +69,49 @@ def shard(
     activation_checkpointing: bool = False,
     layers: Sequence[nn.Module] | None = None,
 ) -> nn.Module:
-    """Shard `model` in place over the 1-D `mesh`, one unit per layer and one for the rest.
+    """Shard `model` in place over the 1-D `mesh`: one unit per layer, plus one for the rest.
 
-    The weights are those of rank 0; the other ranks may hold a model on the meta device. Layer by
-    layer they go to the mesh's device, to all ranks, and are cut: no rank but rank 0 ever holds
-    more than one layer. Collective.
+    All ranks get rank 0's weights; the other ranks may hold a model on the meta device. Weights are
+    moved to the mesh's device, broadcast and sharded layer by layer, so no rank except rank 0 ever
+    holds more than one whole layer. Collective.
 
     Args:
         model: its forward is the root of each step's computation (hdp.models.causal_lm.CausalLM).
         param_dtype: of parameters and activations in forward and backward; None: the dtype of the
-            weights, which stay what they are (fp32 master weights).
-        reduce_dtype: in which gradients are summed over microbatches and ranks; None: the dtype of
-            the weights.
-        activation_checkpointing: keep only the input of each layer, and run it again in backward.
+            weights. The weights themselves keep their dtype (fp32 master weights).
+        reduce_dtype: for summing gradients over microbatches and ranks; None: the dtype of the
+            weights.
+        activation_checkpointing: keep only each layer's input, and rerun the layer in backward.
         layers: the units; None: `model.layers`.
 
     Returns:
-        `model`. Its parameters are DTensors now: make the optimizer after this call.
+        `model`. Its parameters are now DTensors, so create the optimizer after this call.
 
     Raises:
-        ValueError: a mesh of more than one axis; ranks that built different models; rank 0 without
-            weights; a model without layers. On all ranks.
+        ValueError: a mesh with more than one axis; ranks that built different models; rank 0
+            without weights; a model without layers. Raised on all ranks.
     """
     if mesh.ndim != 1:
-        raise ValueError(f"mesh {mesh} has {mesh.ndim} axes; the HDP axis is one")
+        raise ValueError(f"mesh {mesh} has {mesh.ndim} axes; pass the 1-D mesh of the HDP axis")
     layers = list(layers if layers is not None else cast(nn.ModuleList, model.layers))
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no layers to shard")
+        raise ValueError(f"{type(model).__name__} has no layers to shard; pass layers=[...]")
     _check_same_model(model, mesh.get_group())
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype,
         reduce_dtype=reduce_dtype or next(model.parameters()).dtype,
-        # The inputs of a layer already have its dtype, and casting would rebuild every dataclass
-        # among its arguments.
+        # A layer's inputs already have the right dtype, and casting them would rebuild every
+        # dataclass among its arguments.
         cast_forward_inputs=False,
     )
     for module in [*layers, model]:
         _take_weights_of_rank0(module, mesh)
         if activation_checkpointing and module is not model:
-            # Inside of FSDP's hooks: they run once, and the layer twice.
+            # Inside FSDP's hooks, so that they run once although the layer runs twice.
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for fsdp_module in _fsdp_modules(model):
-        fsdp_module.set_gradient_divide_factor(1.0)  # neither of the two is recursive
+        fsdp_module.set_gradient_divide_factor(1.0)  # neither call is recursive
         fsdp_module.set_force_sum_reduction_for_comms(True)
     check_sharded(model)
     return model
@@ -123,10 +123,10 @@ def check_sharded(model: nn.Module) -> None:
         factor, summing = group.gradient_divide_factor, group.force_sum_reduction_for_comms
         assert factor == 1.0 and summing, (
             f"FSDP module {name!r} does not sum gradients (divide factor {factor}, SUM {summing}): "
-            "wrap with hdp.distributed.fsdp.shard only"
+            "only hdp.distributed.fsdp.shard may wrap modules"
         )
         assert group.post_forward_mesh_info is None, (
-            f"FSDP module {name!r} reshards after forward: its backward would gather again"
+            f"FSDP module {name!r} reshards after forward, so its backward would all-gather again"
         )
     sharded = sum(len(group.fsdp_params) for _, group in _param_groups(model))
     total = sum(1 for _ in model.parameters())
@@ -145,18 +145,18 @@ def _check_same_model(model: nn.Module, group: dist.ProcessGroup) -> None:
     others = [rank for rank, (other, _) in enumerate(gathered) if other != gathered[0][0]]
     if others:
         raise ValueError(
-            f"ranks {others} built another model than rank 0 (names, shapes or dtypes differ): "
-            "all ranks need the same config and the same dtype"
+            f"ranks {others} built a different model from rank 0 (names, shapes or dtypes differ); "
+            "use the same config and dtype on all ranks"
         )
     if gathered[0][1]:
         raise ValueError(
-            f"rank 0 has no weights ({gathered[0][1][0]} is on the meta device): "
-            "build or load the model with skeleton=False there"
+            f"rank 0 has no weights ({gathered[0][1][0]} is on the meta device); "
+            "build or load its model with skeleton=False"
         )
 
 
 def _take_weights_of_rank0(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Give all ranks rank 0's values of what is not sharded yet, on the mesh's device."""
+    """Move what is not sharded yet to the mesh's device, with rank 0's values on all ranks."""
     group = mesh.get_group()
     device = torch.device(mesh.device_type)
     if device.type == "cuda":
@@ -168,7 +168,7 @@ def _take_weights_of_rank0(module: nn.Module, mesh: DeviceMesh) -> None:
         dist.broadcast(x, group=group, group_src=0)
         return x
 
-    # Tied parameters stay tied: one entry per parameter, which also keeps its id from reuse.
+    # One entry per parameter keeps tied parameters tied, and keeps their ids from being reused.
     taken: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for child in _own_modules(module):
         for name, parameter in child._parameters.items():
@@ -184,7 +184,7 @@ def _take_weights_of_rank0(module: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """`module` and what is below it, without the parts that are sharded already."""
+    """`module` and its descendants, except those that are already sharded."""
     yield module
     for child in module.children():
         if not isinstance(child, FSDPModule):
@@ -197,7 +197,7 @@ def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
 def unshard_all(model: nn.Module) -> None:
     """All-gather every parameter, before the first microbatch of a step. Collective.
 
-    The gather of one unit runs while the one before it is copied into place.
+    Gathering one unit overlaps with copying the previous one into place.
     """
     check_sharded(model)
     _root_state(model)._lazy_init()
@@ -212,17 +212,19 @@ def unshard_all(model: nn.Module) -> None:
 
 
 def reshard_all(model: nn.Module) -> None:
-    """Free the gathered parameters. For phases without a backward; the last backward does it."""
+    """Free the gathered parameters after a phase without a backward (which would do it itself)."""
     for module in _fsdp_modules(model):
         module.reshard()
 
 
 def set_microbatch(model: nn.Module, *, reduce: bool) -> None:
-    """Prepare for one microbatch. reduce: its backward reduces the gradients of all microbatches
-    so far, layer by layer, and reshards: for a rank's last one, on all ranks or on none.
+    """Prepare for one microbatch.
 
-    Raises RuntimeError if the parameters have not been gathered: the forward would do so itself,
-    at a place that other ranks may never reach.
+    reduce: its backward reduces the gradients of all microbatches so far, layer by layer, and
+        reshards. Set it for a rank's last microbatch, on all ranks or on none.
+
+    Raises RuntimeError if the parameters have not been gathered: the forward would then gather them
+    itself, at a point that other ranks may never reach.
     """
     sharded = [name for name, group in _param_groups(model) if not group.is_unsharded]
     if sharded:
@@ -238,28 +240,29 @@ def set_microbatch(model: nn.Module, *, reduce: bool) -> None:
 def reduce_gradients(model: nn.Module) -> None:
     """Reduce the gradients of all microbatches and reshard, after the last backward. Collective.
 
-    For steps in which no backward did it: nothing is hidden behind compute, but no order of
-    microbatches can deadlock.
+    For steps in which no backward did so. The reduction does not overlap with compute, but it
+    cannot deadlock, whatever the order of the microbatches.
     """
     set_microbatch(model, reduce=True)
-    # What FSDP2 does at the end of a backward for units whose own hook did not fire: here, all.
+    # FSDP2 calls this after a backward, for units whose own hook did not fire: here, all of them.
     _root_state(model)._root_post_backward_final_callback()
 
 
 @torch.no_grad()
 def clip_grad_norm(model: nn.Module, max_norm: float | None) -> float:
-    """Scale all gradients so that their global norm is at most `max_norm`. Collective: one
-    all-reduce.
+    """Scale all gradients so that their global norm is at most `max_norm`. Collective.
+
+    Costs one all-reduce.
 
     Args:
-        max_norm: None: only measure.
+        max_norm: None measures the norm without scaling.
 
     Returns:
-        The norm of all gradients before scaling, the same number on all ranks.
+        The global norm before scaling, the same number on all ranks.
 
     Raises:
-        NonFiniteError: a gradient is inf or nan; on all ranks, with the names of the parameters
-            and the ranks that hold the non-finite shards.
+        NonFiniteError: a gradient is inf or nan. Raised on all ranks; the message names the
+            parameters and the ranks that hold the non-finite shards.
     """
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm={max_norm} must be positive, or None for no clipping")
@@ -291,7 +294,7 @@ def _describe_non_finite(norm: float, bad: list[str], group: dist.ProcessGroup |
     ranks = [rank for rank, names in enumerate(by_rank) if names]
     names = list(dict.fromkeys(name for names in by_rank for name in names))
     if not names:
-        return f"gradient norm is {norm}: gradients are finite, the sum of their squares is not"
+        return f"gradient norm is {norm}: all gradients are finite, but their norm overflows"
     return f"gradient norm is {norm}: {len(names)} parameters on ranks {ranks}, first {names[0]}"
 
 
@@ -299,9 +302,9 @@ def _describe_non_finite(norm: float, bad: list[str], group: dist.ProcessGroup |
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Whole tensors by name, on rank 0's CPU; {} on the other ranks. Collective.
+    """Full tensors by name, on rank 0's CPU; {} on the other ranks. Collective.
 
-    One parameter at a time is whole on the device. Non-persistent buffers are left out, as in
+    The device holds only one full parameter at a time. Non-persistent buffers are left out, as in
     `state_dict`.
     """
     result = {}
@@ -316,7 +319,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return result
 
 
-# ---- FSDP2's insides, in one place ----
+# ---- FSDP2 internals, all in one place ----
 
 
 def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
@@ -333,7 +336,7 @@ def _param_groups(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
             state: Any = module._get_fsdp_state()
-            groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; one before that
+            groups = getattr(state, "_fsdp_param_groups", None)  # since torch 2.13; one before
             if groups is None:
                 groups = [state._fsdp_param_group] if state._fsdp_param_group else []
             for group in groups:

@@ -1,20 +1,20 @@
 """HDPMesh: the ranks of one HDP axis, on one communicator.
 
-A static mesh gives every sequence the same data- and context-parallel ranks. HDP has one flat axis
-of `hdp_size` ranks and the plan decides per sequence which of them work together. So everything on
-the axis - ring exchange between any subset of ranks, gradient reduction, FSDP2's gathers, agreement
-checks - runs over ONE communicator. A process group per subset would be slow to create and costs
-GBs of NCCL buffers each (the paper measures 5-10 GB).
+A static mesh gives every sequence the same data- and context-parallel ranks. HDP has a single flat
+axis of `hdp_size` ranks, and the plan decides for each sequence which of them work together. All
+communication on the axis (ring exchange between any subset of ranks, gradient reduction, FSDP2's
+gathers, agreement checks) uses ONE communicator. A process group per subset would be slow to create
+and cost GBs of NCCL buffers (the paper measures 5-10 GB).
 
-    with HDPMesh.create() as mesh:     # under torchrun: all its ranks; without: one rank
+    with HDPMesh.create() as mesh:     # under torchrun: all its ranks; otherwise a single rank
         fully_shard(model, mesh=mesh.device_mesh)
         agree_on_plan(mesh, plan)      # before the first collective that follows the plan
 
 Invariants (each asserted by a test of the same name in tests/distributed/test_mesh.py):
 
 * one_communicator            `device_mesh.get_group()` is `hdp_group`
-* communicator_is_warm        `create` has run a collective: no rank can be the first to talk later
-* stale_store_is_harmless     after a restart no rank reads the addresses of dead ones
+* communicator_is_warm        `create` has run a collective, so P2P between a few ranks cannot hang
+* stale_store_is_harmless     after a restart no rank reads the addresses of dead ranks
 * same_ranks_per_node         `ranks_per_node` is equal on all ranks: each computes plans from it
 * disagreement_is_seen_by_all `agree_on_plan` raises on every rank or on none
 """
@@ -44,22 +44,22 @@ if TYPE_CHECKING:
 COLLECTIVE_TIMEOUT_S = 600.0
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 _TORCHRUN = (*_ALONE, "MASTER_ADDR", "MASTER_PORT")
-# Launchers that start many processes without setting torchrun's environment: each would train
-# alone, unnoticed.
+# Launchers that start several processes without setting torchrun's environment: unless caught, each
+# process would train alone.
 _OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HDPMesh:
-    """The HDP axis as one rank sees it. Made by `create`, or by `from_group` over a given group."""
+    """One rank's view of the HDP axis. Use `create`, or `from_group` for your own group."""
 
-    device: torch.device  # where this rank computes: cpu, or its own cuda device
-    hdp_size: int  # ranks of the axis: the paper's d_hdp = d_dp * d_cp
-    hdp_rank: int  # this rank's place on it, in 0..hdp_size - 1
-    hdp_group: dist.ProcessGroup  # the one communicator of the axis
+    device: torch.device  # this rank's device: cpu, or its own cuda device
+    hdp_size: int  # number of ranks on the axis: the paper's d_hdp = d_dp * d_cp
+    hdp_rank: int  # this rank's index on the axis, in 0..hdp_size - 1
+    hdp_group: dist.ProcessGroup  # the only communicator of the axis
     device_mesh: DeviceMesh  # 1-D, axis "hdp", on the same communicator (for FSDP2)
-    ranks_per_node: int  # consecutive ranks that surely share a node; equal on all ranks
-    owns_process_group: bool = False  # whether close() destroys it
+    ranks_per_node: int  # consecutive ranks guaranteed to share a node; equal on all ranks
+    owns_process_group: bool = False  # whether close() destroys the process group
 
     @classmethod
     def create(
@@ -71,12 +71,12 @@ class HDPMesh:
     ) -> HDPMesh:
         """Join all ranks that torchrun started (without torchrun: one rank) into one HDP axis.
 
-        `device`: "cpu" (gloo) or "cuda" (NCCL); by default cuda where there is one. `timeout_s`:
-        how long one collective may wait before the communicator gives up; it must exceed the
-        longest step. A default process group that exists already is used and not destroyed by
-        `close`. Collective: returns after all ranks have talked to each other once.
+        `device`: "cpu" (gloo) or "cuda" (NCCL); defaults to cuda if available. `timeout_s`: how
+        long a collective may wait before the communicator gives up; must exceed the longest step.
+        An existing default process group is reused, and `close` does not destroy it. Collective:
+        returns once all ranks have communicated.
 
-        Raises ValueError for an `hdp_size` that does not fit the ranks, a broken torchrun
+        Raises ValueError for an `hdp_size` that does not match the ranks, a broken torchrun
         environment, or a missing device.
         """
         env = _torchrun_env()
@@ -101,18 +101,18 @@ class HDPMesh:
         device: str | torch.device,
         ranks_per_node: int = 1,
     ) -> HDPMesh:
-        """Mesh over a process group that somebody else made and goes on owning. Collective.
+        """Build a mesh over an existing process group, which the caller still owns. Collective.
 
-        `ranks_per_node`: consecutive ranks of the group on this rank's node; nodes may differ, the
-        mesh then has the greatest common divisor (blocks of that many consecutive ranks lie inside
-        a node on every node).
+        `ranks_per_node`: consecutive ranks of the group on this rank's node. If nodes differ, the
+        mesh takes the greatest common divisor: blocks of that many consecutive ranks never cross a
+        node boundary.
         """
         device = torch.device(device)
         devices = [part.split(":")[0] for part in dist.get_backend_config(group).split(",")]
         if device.type not in devices:
             raise ValueError(
-                f"the process group serves {', '.join(devices)} tensors, not {device.type}; "
-                f"initialise it with backend={'nccl' if device.type == 'cuda' else 'gloo'!r}, "
+                f"the process group supports {', '.join(devices)} tensors, not {device.type}; "
+                f"initialize it with backend={'nccl' if device.type == 'cuda' else 'gloo'!r}, "
                 "or let HDPMesh.create do it"
             )
         size = dist.get_world_size(group)
@@ -131,7 +131,7 @@ class HDPMesh:
         )
 
     def close(self) -> None:
-        """Leave the process group if `create` made it; on all ranks, after the last collective."""
+        """Destroy the process group if `create` made it. Call after the last collective."""
         if self.owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -144,41 +144,42 @@ class HDPMesh:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # After an error other ranks may sit in a collective, and leaving NCCL waits for them: let
-        # the process exit do it.
+        # After an error, other ranks may be stuck in a collective, and destroying an NCCL group
+        # waits for them: let process exit clean up instead.
         if error is None or self.device.type != "cuda":
             self.close()
 
 
 def _torchrun_env() -> dict[str, int]:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as numbers; without torchrun, one rank's.
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as ints; without torchrun, a single rank's.
 
-    Where a process group exists already only the LOCAL ones count, as hints.
+    If a process group already exists, only the LOCAL values are used, as hints.
     """
     if not dist.is_initialized():
         given = [name for name in _TORCHRUN if name in os.environ]
         missing = [name for name in _TORCHRUN if name not in os.environ]
         if ("RANK" in given or "WORLD_SIZE" in given) and missing:
-            raise ValueError(f"environment lacks {', '.join(missing)}; start with torchrun")
+            raise ValueError(f"environment lacks {', '.join(missing)}; launch with torchrun")
         for name in _OTHER_LAUNCHERS if missing else ():
             if (count := os.environ.get(name, "")) not in ("", "1"):
                 raise ValueError(
-                    f"{name}={count} but RANK and WORLD_SIZE are not set: each process would train "
-                    "alone; start one torchrun per node (srun --ntasks-per-node=1 torchrun ...)"
+                    f"{name}={count} but RANK and WORLD_SIZE are not set, so each process would "
+                    "train alone; run one torchrun per node (srun --ntasks-per-node=1 torchrun ...)"
                 )
     try:
         env = {name: int(os.environ.get(name, default)) for name, default in _ALONE.items()}
     except ValueError as error:
-        raise ValueError(f"environment of torchrun is not numeric: {error}") from error
+        raise ValueError(f"torchrun's environment is not numeric: {error}") from error
     if not 0 <= env["RANK"] < env["WORLD_SIZE"]:
-        raise ValueError(f"RANK={env['RANK']} is not in 0..{env['WORLD_SIZE'] - 1} (WORLD_SIZE)")
+        size = env["WORLD_SIZE"]
+        raise ValueError(f"RANK={env['RANK']} is not in 0..{size - 1} (WORLD_SIZE={size})")
     return env
 
 
 def _check_hdp_size(hdp_size: int | None, world_size: int) -> None:
     if hdp_size is None or hdp_size == world_size:
         return
-    remedy = f"leave hdp_size out or set it to {world_size}"
+    remedy = f"omit hdp_size or set it to {world_size}"
     if hdp_size < 1:
         raise ValueError(f"hdp_size={hdp_size} must be at least 1; {remedy}")
     if hdp_size > world_size:
@@ -190,15 +191,15 @@ def _check_hdp_size(hdp_size: int | None, world_size: int) -> None:
         raise ValueError(f"hdp_size={hdp_size} does not divide the {world_size} ranks; {remedy}")
     raise ValueError(
         f"hdp_size={hdp_size} leaves {world_size // hdp_size} ranks per HDP rank for tensor and "
-        "pipeline parallelism; Hugging Face models use none here (tp=pp=1), so the HDP axis takes "
-        f"all {world_size} ranks; {remedy}"
+        "pipeline parallelism, which Hugging Face models do not use here (tp=pp=1): the HDP axis "
+        f"takes all {world_size} ranks; {remedy}"
     )
 
 
 def _pick_device(
     device: str | torch.device | None, local_rank: int, local_world: int
 ) -> torch.device:
-    """This rank's device; makes a cuda device the current one."""
+    """Return this rank's device; if it is a cuda device, make it current."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     picked = torch.device(device)
@@ -210,13 +211,13 @@ def _pick_device(
     index = local_rank if picked.index is None else picked.index
     if count == 0:
         raise ValueError(
-            "no CUDA device is visible; pass device='cpu', or check the driver, the build of torch "
-            "and CUDA_VISIBLE_DEVICES"
+            "no CUDA device is visible; pass device='cpu', or check the driver, torch's CUDA "
+            "version and CUDA_VISIBLE_DEVICES"
         )
     if index >= count:
         raise ValueError(
-            f"local rank {local_rank} of {local_world} needs cuda:{index} but this node shows "
-            f"{count} CUDA devices; use torchrun --nproc-per-node {count}, or widen "
+            f"local rank {local_rank} of {local_world} needs cuda:{index}, but this node has "
+            f"{count} visible CUDA devices; use torchrun --nproc-per-node {count}, or extend "
             "CUDA_VISIBLE_DEVICES, or pass device='cpu'"
         )
     picked = torch.device("cuda", index)
@@ -226,7 +227,7 @@ def _pick_device(
 
 def _init_process_group(env: dict[str, int], device: torch.device, timeout_s: float) -> None:
     cuda = device.type == "cuda"
-    store: dist.Store = dist.HashStore()  # a single process talks to nobody: no port is opened
+    store: dist.Store = dist.HashStore()  # enough for a single process: opens no port
     if env["WORLD_SIZE"] > 1:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
         store = _fresh_store(store, env["RANK"], env["WORLD_SIZE"], timeout_s)
@@ -236,17 +237,18 @@ def _init_process_group(env: dict[str, int], device: torch.device, timeout_s: fl
         rank=env["RANK"],
         world_size=env["WORLD_SIZE"],
         timeout=timedelta(seconds=timeout_s),
-        device_id=device if cuda else None,  # connects at once, bound to this device
+        device_id=device if cuda else None,  # connect eagerly, bound to this device
     )
 
 
 def _fresh_store(store: dist.Store, rank: int, size: int, timeout_s: float) -> dist.Store:
-    """`store` under a prefix that only the ranks of this start know.
+    """Return `store` under a prefix known only to the ranks of this launch.
 
-    torchrun's agent keeps its store over restarts, with the addresses of dead ranks in it: a rank
-    that reads one connects to nobody (pytorch issue 135712). TORCHELASTIC_RESTART_COUNT is no way
-    out, as each node counts for itself. So every rank makes up a token, and rank 0 answers it with
-    the prefix under a key that holds the token: an answer cannot be older than its question.
+    torchrun's agent keeps its store across restarts, with the addresses of dead ranks in it, and a
+    rank that reads a stale address cannot connect (pytorch issue 135712).
+    TORCHELASTIC_RESTART_COUNT does not help, because each node counts its own restarts. So every
+    rank makes up a token, and rank 0 publishes the prefix under a key that contains the token: no
+    answer can be stale.
     """
     store = dist.PrefixStore("hdp", store)
     if rank > 0:
@@ -262,7 +264,7 @@ def _fresh_store(store: dist.Store, rank: int, size: int, timeout_s: float) -> d
         for other in sorted(missing):
             if not store.check([f"token/{other}"]):
                 continue
-            token = store.get(f"token/{other}").decode()  # a dead rank's, until it is overwritten
+            token = store.get(f"token/{other}").decode()  # may be a dead rank's, until overwritten
             if token not in answered:
                 store.set(f"prefix/{token}", prefix)
                 answered.add(token)
@@ -271,7 +273,7 @@ def _fresh_store(store: dist.Store, rank: int, size: int, timeout_s: float) -> d
         if time.monotonic() > deadline:
             raise ValueError(
                 f"{len(missing)} of {size} ranks did not join within {timeout_s:g} s: "
-                f"{', '.join(map(str, sorted(missing)[:8]))}; see their own output"
+                f"{', '.join(map(str, sorted(missing)[:8]))}; check their output"
             )
         time.sleep(0.005)
     return dist.PrefixStore(prefix, store)
@@ -281,12 +283,12 @@ def _fresh_store(store: dist.Store, rank: int, size: int, timeout_s: float) -> d
 
 
 def agree_on_plan(mesh: HDPMesh, plan: StepPlan) -> None:
-    """Raise ValueError on all ranks if any rank holds another plan, instead of waiting for ever.
+    """Raise ValueError on all ranks if any rank has a different plan, which would hang the step.
 
-    Every rank plans for itself from the same input, so plans differ only if that input differs
-    (another data cache, seed, cost model, version). One all-reduce of 16 int64 (the digest and its
+    Each rank computes the plan itself from the same input, so plans differ only if the input does
+    (data cache, seed, cost model, version). Costs one all-reduce of 16 int64 (the digest and its
     negative under MAX); call it before the first collective that follows the plan. The message
-    names the ranks in the minority and their first difference.
+    names the ranks in the minority and the first difference.
     """
     if mesh.hdp_size > 1:
         words = torch.tensor([int(plan.digest[i : i + 8], 16) for i in range(0, 64, 8)])
@@ -300,7 +302,10 @@ def agree_on_plan(mesh: HDPMesh, plan: StepPlan) -> None:
 
 
 def _explain_disagreement(mesh: HDPMesh, plan: StepPlan) -> str:
-    """Which ranks differ from the majority, and where first. Collective; the same on all ranks."""
+    """Name the ranks that differ from the majority, and the first difference. Collective.
+
+    The text is the same on all ranks.
+    """
     digests: list[str] = [""] * mesh.hdp_size
     dist.all_gather_object(digests, plan.digest, group=mesh.hdp_group)
     votes = Counter(digests)  # first seen first: a tie goes to the plan of the lowest rank
@@ -316,8 +321,8 @@ def _explain_disagreement(mesh: HDPMesh, plan: StepPlan) -> str:
     return (
         f"ranks disagree on the plan of this step: {len(minority)} of {mesh.hdp_size} ranks "
         f"({named}) differ from the others, rank {minority[0]} first in "
-        f"{differences[minority[0]]}. All ranks must plan from the same input: check that the data "
-        "cache, seed, max_tokens_per_rank, cost model and version of hdp are the same on all nodes"
+        f"{differences[minority[0]]}. All ranks must plan from the same input: make sure the data "
+        "cache, seed, max_tokens_per_rank, cost model and hdp version are the same on all nodes"
     )
 
 
@@ -330,7 +335,7 @@ def _contents(plan: StepPlan) -> dict[str, object]:
 
 
 def _first_difference(mine: dict[str, object], other: dict[str, object]) -> str:
-    """Like "seqlens[17] = 4096, not 4100"; "nothing" for equal contents."""
+    """The first difference, as "seqlens[17] = 4096, not 4100"; "nothing" for equal contents."""
     for name, theirs in other.items():
         own = mine[name]
         if not (isinstance(own, np.ndarray) and isinstance(theirs, np.ndarray)):

@@ -1,17 +1,18 @@
-"""Monitor: from what ranks report of themselves, who is to blame when the job cannot go on.
+"""Monitor: decides from the ranks' reports who is to blame when the job cannot continue.
 
-Pure: it is given reports and how much time has passed, and has no clock, thread or connection of
-its own (those are in watchdog.py). The rules, the first that applies:
+It is pure: it receives reports and elapsed times, and has no clock, thread or connection of its own
+(watchdog.py has those). The first rule that applies decides:
 
-1. silent    a rank's reports stopped for `timeout_s` (killed, stopped, its node is gone), and in an
-             allowed phase for a minute more, as it may hold the interpreter lock; once some rank's
-             collective broke, silence of `suspect_s` is enough, for then somebody is gone;
-2. broken    a collective broke but all ranks answer: those that stopped before it, or the network;
+1. silent    A rank's reports stopped for `timeout_s` (it was killed or stopped, or its node is
+             gone). In an allowed phase it gets a minute more, because it may hold the interpreter
+             lock. Once a collective has broken, some rank must be gone, so `suspect_s` is enough.
+2. broken    A collective broke but all ranks respond: blame the ranks that had already stalled, or
+             else the network.
 3. stalled   NO rank has made progress for `timeout_s`, and none is in an allowed phase. One slow
-             rank is not a hang, however long the others wait for it; nor is its end, after which
-             they get `timeout_s` to end too.
+             rank is not a hang, however long the others wait for it; when it finishes, the others
+             get another `timeout_s` to finish too.
 
-Of stalled ranks those are blamed that do not wait for others: the last link of the chain.
+Among stalled ranks, the blame goes to those that are not waiting for others: the end of the chain.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-HELD_LOCK_S = 60.0  # an allowed phase may keep the reporting thread from running for so long
-Spans = tuple[tuple[int, int], ...]  # ranks as runs (first, last): a ring may have thousands
+HELD_LOCK_S = 60.0  # how long an allowed phase may keep the reporting thread from running
+Spans = tuple[tuple[int, int], ...]  # ranks as runs (first, last), since a ring may have thousands
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a rank tells of itself in every interval."""
+    """What a rank reports about itself in every interval."""
 
-    beat: int = 0  # goes up by one in each report
-    stalled_s: float = 0.0  # since the last sign of progress
-    allowed_s: float = 0.0  # what is left of an allowed phase
+    beat: int = 0  # increases by one with each report
+    stalled_s: float = 0.0  # time since the last sign of progress
+    allowed_s: float = 0.0  # time left of an allowed phase
     step: int | None = None
     microbatch: int | None = None
     ring: Spans = ()  # ranks that share this microbatch
     waiting_for: Spans | None = None  # (): for all ranks; None: computing
     what: str = ""
-    line: str = ""  # where its training thread is in the code, if it stands still
-    in_collective: bool = False  # ... which is inside torch.distributed: it waits
+    line: str = ""  # the training thread's position in the code, if it is stalled
+    in_collective: bool = False  # that position is inside torch.distributed: it is waiting
     process: str = ""  # host and pid
-    error: str = ""  # a collective broke here: somebody else's fault
+    error: str = ""  # how a collective broke here, which is another rank's fault
     done: bool = False
 
     @property
@@ -48,7 +49,7 @@ class Report:
 
     @property
     def place(self) -> str:
-        """Like "step 12 microbatch 3 (waiting for ranks 0, 3-5)"."""
+        """Where the rank is, as "step 12 microbatch 3 (waiting for ranks 0, 3-5)"."""
         text = "start-up" if self.step is None else f"step {self.step}"
         if self.microbatch is not None:
             text += f" microbatch {self.microbatch}"
@@ -74,14 +75,14 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Why the job ends: the culprits and the line to print; no culprits: all ranks are done."""
+    """Why the job ends: culprits and a line to print. Without culprits, all ranks are done."""
 
     ranks: tuple[int, ...] = ()
     text: str = ""
 
 
 class Monitor:
-    """Turns successive reports into a Verdict. Time is what the caller says has passed."""
+    """Turns successive reports into a Verdict. The caller supplies the elapsed time."""
 
     def __init__(self, *, timeout_s: float, suspect_s: float) -> None:
         self.timeout_s = timeout_s
@@ -89,12 +90,12 @@ class Monitor:
         self._reports: dict[int, Report] = {}
         self._silent_s: dict[int, float] = {}
         self._broken_s = 0.0  # since the first broken collective
-        self._unallowed_s = 0.0  # since no rank has been in an allowed phase
+        self._unallowed_s = 0.0  # since the last rank left an allowed phase
         self._num_done = 0
-        self._since_done_s = 0.0  # since the last rank was done
+        self._since_done_s = 0.0  # since the last rank finished
 
     def hear(self, reports: dict[int, Report], elapsed_s: float, *, broken: bool = False) -> None:
-        """Take in the latest report of each rank. `broken`: a collective has failed somewhere."""
+        """Take in each rank's latest report. `broken`: whether a collective has failed anywhere."""
         for rank, report in reports.items():
             known = self._reports.get(rank)
             heard = known is None or known.beat != report.beat
@@ -109,13 +110,14 @@ class Monitor:
         self._num_done = num_done
 
     def verdict(self) -> Verdict | None:
+        """The verdict by the rules above, or None if the job is fine."""
         active = {rank: report for rank, report in self._reports.items() if not report.done}
         if not active:
             return Verdict()
         return self.silent() or self._stalled(active)
 
     def silent(self) -> Verdict | None:
-        """Ranks whose reports have stopped. A done rank still reports, until all are done."""
+        """Blame ranks whose reports stopped. A done rank keeps reporting until all are done."""
 
         def limit_s(report: Report) -> float:
             if self._broken_s:
@@ -125,15 +127,15 @@ class Monitor:
         ranks = [r for r, report in self._reports.items() if self._silent_s[r] > limit_s(report)]
         if not ranks:
             return None
-        told = "; ".join(
+        details = "; ".join(
             f"last seen {self._silent_s[rank]:.0f} s ago in {self._reports[rank].place}, "
             f"{self._reports[rank].process}"
             for rank in ranks[:4]
         )
-        return Verdict(ranks=tuple(ranks), text=f"{_ranks(ranks)} stopped answering: {told}")
+        return Verdict(ranks=tuple(ranks), text=f"{_ranks(ranks)} stopped responding: {details}")
 
     def _stalled(self, active: dict[int, Report]) -> Verdict | None:
-        """No progress on any rank; or a collective broke although all ranks answer."""
+        """Blame someone if no rank makes progress, or a collective broke while all respond."""
         victims = [rank for rank, report in active.items() if report.error]
         if victims and self._broken_s > 2 * self.suspect_s:
             suspects = {
@@ -143,7 +145,7 @@ class Monitor:
             }
             if not suspects:
                 first = active[victims[0]]
-                text = f"a collective failed on {_ranks(victims)} although all ranks answer: "
+                text = f"a collective failed on {_ranks(victims)} although all ranks respond: "
                 return Verdict(ranks=tuple(victims), text=f"{text}{first.error} in {first.place}")
         else:
             stalled_s = min(report.stalled_s for report in active.values())
@@ -151,20 +153,20 @@ class Monitor:
                 return None
             suspects = active
         ranks = _furthest_behind(suspects)
-        told = "; ".join(
+        details = "; ".join(
             f"{report.stalled_s:.0f} s in {report.place} at {report.line}, {report.process}"
             for report in (suspects[rank] for rank in ranks[:4])
         )
         verb = "makes" if len(ranks) == 1 else "make"
-        return Verdict(ranks=ranks, text=f"{_ranks(ranks)} {verb} no progress: {told}")
+        return Verdict(ranks=ranks, text=f"{_ranks(ranks)} {verb} no progress: {details}")
 
 
 def _furthest_behind(stalled: dict[int, Report]) -> tuple[int, ...]:
-    """Of ranks without progress, those that the others wait for; the longest stalled first."""
+    """The stalled ranks that the others are waiting for, longest stalled first."""
     at_place: dict[tuple[int | None, Spans], set[int]] = {}
     for rank, report in stalled.items():
         at_place.setdefault((report.step, report.ring), set()).add(rank)
-    # A ring with a stalled member elsewhere: those who are here wait inside their attention.
+    # Rings with a stalled member elsewhere: the members that are here wait for it in attention.
     incomplete = {
         place
         for place, here in at_place.items()
@@ -199,7 +201,7 @@ def _join(runs: Spans) -> str:
 
 
 def _ranks(ranks: Iterable[int]) -> str:
-    """Like "rank 2" or "ranks 0-3, 7"."""
+    """The ranks as text: "rank 2" or "ranks 0-3, 7"."""
     runs = spans(ranks)
     single = len(runs) == 1 and runs[0][0] == runs[0][1]
     return f"{'rank' if single else 'ranks'} {_join(runs)}"

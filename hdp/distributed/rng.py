@@ -1,8 +1,9 @@
-"""Random number generators of one process: seeded from (seed, step, rank), saved and restored.
+"""The random number generators of one process: seeding, saving and restoring them.
 
-Training itself draws few random numbers: batches come from the sampler, which has its own seed and
-knows no ranks. What remains (dropout, say) continues after a resume on the same number of ranks; on
-another number each rank starts a new stream from (seed, step, rank), reproducibly.
+Training draws few random numbers: batches come from the sampler, which has its own seed and is the
+same on all ranks. The remaining streams (for dropout, say) continue after a resume on the same
+number of ranks; on a different number, each rank reproducibly starts a new stream from (seed, step,
+rank).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 
 def seed_rng(seed: int, *, step: int = 0, rank: int = 0) -> None:
-    """Seed torch (all devices), numpy and Python of this process from (seed, step, rank)."""
+    """Seed this process's torch (all devices), numpy and Python from (seed, step, rank)."""
     words = np.random.SeedSequence([seed, step, rank]).generate_state(4)
     torch.manual_seed((int(words[0]) << 32 | int(words[1])) & (2**63 - 1))
     np.random.seed(words[2])
@@ -24,7 +25,7 @@ def seed_rng(seed: int, *, step: int = 0, rank: int = 0) -> None:
 
 
 def pack_rng(device: torch.device) -> torch.Tensor:
-    """States of torch, numpy and Python, as JSON in a (num_bytes,) uint8 tensor: no pickle."""
+    """The states of torch, numpy and Python as JSON in a (num_bytes,) uint8 tensor. No pickle."""
     kind, keys, *rest = cast(tuple, np.random.get_state())
     state = {
         "python": random.getstate(),
@@ -36,6 +37,7 @@ def pack_rng(device: torch.device) -> torch.Tensor:
 
 
 def unpack_rng(packed: torch.Tensor, device: torch.device) -> None:
+    """Restore the states that `pack_rng` saved."""
     state = json.loads(packed.numpy().tobytes())
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -6,10 +6,10 @@ import time
 
 
 class TickClock:
-    """Seconds between ticks, but never more than `most_s`.
+    """Seconds between ticks, capped at `most_s`.
 
-    A process that was itself frozen (a debugger, a scheduler that suspends jobs) must not take its
-    own absence for the silence of others.
+    A process that was itself frozen (by a debugger, or a scheduler that suspends jobs) must not
+    mistake its own absence for the silence of others.
     """
 
     def __init__(self, most_s: float) -> None:

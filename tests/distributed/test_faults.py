@@ -1,4 +1,4 @@
-"""kill -9 under torchrun --max-restarts: the run resumes by itself, and its losses are the same."""
+"""kill -9 under torchrun --max-restarts: the run resumes by itself, with the same losses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from tests.patience import patience
 from tests.training.test_loop import config, inputs  # noqa: F401 - a fixture
 
-# Trains; rank 1 kills itself once, at a place that its arguments name.
+# Trains; rank 1 kills itself once, at the place named in its arguments.
 SABOTEUR = """
 import json, os, signal, sys
 from pathlib import Path
@@ -54,16 +54,16 @@ def counted(context, batch):
 
 
 hdp.training.loop.train_step = counted
-if place == "ring":  # in the middle of a step: its neighbour waits for keys
+if place == "ring":  # in the middle of a step: its neighbor waits for keys
     before(hdp.attention.comm.RingComm, "shift")
-if place == "save":  # its shard is announced and not written
+if place == "save":  # its shard is announced but not written
     before(hdp.checkpoint.files._Writer, "write_data")
 hdp.training.loop.train(TrainConfig(**options))
 """
 
 
 def _run(folder: Path, options: dict, place: str = "nowhere", step: int = 0) -> tuple[dict, str]:
-    """Train under torchrun with restarts; ({step: loss} of the last time it ran, stderr)."""
+    """Train under torchrun with restarts; returns ({step: loss, as last logged}, stderr)."""
     (folder / "saboteur.py").write_text(SABOTEUR)
     (folder / "options.json").write_text(json.dumps(options))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -94,8 +94,8 @@ def _run(folder: Path, options: dict, place: str = "nowhere", step: int = 0) -> 
 @pytest.mark.timeout(800)
 def test_killed_ranks_change_no_loss(inputs, tmp_path):  # noqa: F811
     def options(folder):
-        made = config(inputs, folder / "run", steps=8, save_every=2, max_tokens_per_rank=352)
-        return json.loads(made.to_json())
+        full = config(inputs, folder / "run", steps=8, save_every=2, max_tokens_per_rank=352)
+        return json.loads(full.to_json())
 
     folders = {name: tmp_path / name for name in ("whole", "ring", "save")}
     for folder in folders.values():
@@ -107,7 +107,7 @@ def test_killed_ranks_change_no_loss(inputs, tmp_path):  # noqa: F811
     assert ring == pytest.approx(whole, rel=1e-6)
     assert re.search(r"resumed from \S+, step [246]", stderr)
 
-    # killed while it saves step 4: the checkpoint of step 2 is the newest whole one
+    # Killed while saving step 4: the checkpoint of step 2 is the newest complete one.
     save, stderr = _run(folders["save"], options(folders["save"]), "save", 4)
     assert save == pytest.approx(whole, rel=1e-6)
     assert re.search(r"resumed from \S+, step 2,", stderr)

@@ -1,4 +1,4 @@
-"""FSDP2 with SUM reduction under different numbers of microbatches per rank."""
+"""FSDP2 with SUM reduction, on ranks with different numbers of microbatches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _mesh(world_size):
 
 
 class _Collectives(TorchDispatchMode):
-    """Names of the collectives that run inside; ring transfers are not among them."""
+    """Records the names of collectives that run inside it, excluding ring transfers."""
 
     def __init__(self):
         super().__init__()
@@ -58,17 +58,17 @@ class _Collectives(TorchDispatchMode):
 PLANS = {
     1: [([5, 1, 17], [[0]] * 3, [[[0], [1], [2]]])],
     2: [
-        # one rank with one microbatch beside one with five
+        # one microbatch on one rank, five on the other
         ([9, 8, 1, 30, 4, 11], [[0]] + [[1]] * 5, [[[0]], [[1], [2], [3], [4], [5]]]),
-        # the ring is the first microbatch of one rank and the third of the other
+        # the ring is the first microbatch on one rank and the third on the other
         (
             [40, 3, 7, 9, 5],
             [[1, 0], [0], [1], [1], [1]],
             [[[0], [1]], [[2], [3], [0], [4]]],
         ),
-        # a rank that gets no token at all
+        # a rank without any tokens
         ([12, 6], [[0], [0]], [[[0], [1]], [[]]]),
-        # a ring last on one rank and not on the other: reducing in backward would deadlock
+        # the ring is last on one rank but not on the other: reducing in backward would deadlock
         ([40, 9], [[0, 1], [1]], [[[0]], [[0], [1]]]),
     ],
     3: [
@@ -91,7 +91,7 @@ PLANS = {
 
 
 def _expected_gradients(model, samples, global_count):
-    """{name: gradient} of the plain model, sequence by sequence."""
+    """(loss, {name: gradient}) of the plain model, run one sequence at a time."""
     plain = keep_norms_exact(plain_model(model))
     loss = -sum(x.sum() for x in plain_logprobs(plain, samples)) / global_count
     loss.backward()
@@ -100,9 +100,9 @@ def _expected_gradients(model, samples, global_count):
 
 
 def _backward_all(model, plan, rank, samples, global_count, comm, overlap=True):
-    """One step's forwards and backwards; returns (local loss, collectives of each microbatch).
+    """Run one step's forwards and backwards; returns (local loss, collectives of each microbatch).
 
-    Without overlap there is one more entry: the reduction.
+    Without overlap there is one more entry, for the reduction.
     """
     loss_sum, seen = torch.zeros((), dtype=torch.float64), []
     num_microbatches = int(plan.num_microbatches[rank])
@@ -149,7 +149,7 @@ def _check_step(rank, world_size, case, options, tolerance):
         names = [name for name, _ in model.named_parameters()]
         assert sorted(names) == sorted(expected)
         for name, parameter in model.named_parameters():
-            assert isinstance(parameter, DTensor), f"{name} is still whole"
+            assert isinstance(parameter, DTensor), f"{name} is not sharded"
             got, want = parameter.grad.full_tensor(), expected[name]
             error = (got - want).abs().max() / max(1.0, want.abs().max())
             assert error < tolerance, f"step {step}: {name} is off by {error:.3g}"
@@ -175,8 +175,8 @@ def test_gradients_are_dense_sums_with(options):
     run_ranks(_check_step, 3, 0, options, 1e-12)
 
 
-def test_plans_that_end_together_are_those_that_may_overlap():
-    """Every ring's microbatch is the last one of all of its ranks or of none."""
+def test_only_plans_that_end_together_may_overlap():
+    """Every ring's microbatch is the last one on all its ranks or on none."""
     rings = [[0, 1], [0], [1]]
 
     def ends_together(*microbatches):
@@ -186,12 +186,12 @@ def test_plans_that_end_together_are_those_that_may_overlap():
     assert ends_together([[0], [1]], [[0], [2]])
     assert ends_together([[1], [0]], [[2], [0]])
     assert ends_together([[0, 1]], [[0, 2]])
-    assert not ends_together([[1], [0]], [[0], [2]])  # 0 would reduce in the ring, 1 after it
+    assert not ends_together([[1], [0]], [[0], [2]])  # rank 0 would reduce in the ring, 1 after it
     assert not ends_together([[0], [1]], [[2], [0]])
 
 
-# test_no_collective_in_between: _check_step asserts it for every plan above; here is the proof
-# that the watcher sees collectives when there are some.
+# test_no_collective_in_between: _check_step asserts it for every plan above; this test shows that
+# the watcher does see collectives.
 def _watch(rank, world_size):
     with _Collectives() as collectives:
         x = torch.ones(2)
@@ -234,7 +234,7 @@ def test_forgotten_unshard_is_an_error_not_a_hang():
 
 
 def _frozen_and_forward_only(rank, world_size, frozen):
-    """Forward-only phases before a step, and parameters that do not train."""
+    """A forward-only phase before a step, and frozen parameters."""
     plan = StepPlan.from_lists(
         [40, 20, 9], [[0, 1], [0], [1]], [[[0], [1]], [[0], [2]]], max_tokens_per_rank=1000
     )
@@ -287,7 +287,7 @@ def test_every_module_sums():
 
 
 class _Scale(nn.Module):
-    """y = weight * x, one weight: its gradient is the sum of x."""
+    """y = weight * x with a single weight, whose gradient is the sum of x."""
 
     def __init__(self):
         super().__init__()
@@ -312,7 +312,7 @@ def _many_microbatches(rank, world_size):
 
 
 def test_bf16_gradients_are_summed_in_fp32():
-    """In bf16 a sum of ones stops at 256; averaged it would be half of the sum."""
+    """In bf16 a sum of ones would stop at 256; averaging would give half of it."""
     for grad in run_ranks(_many_microbatches, 2):
         assert grad.dtype == torch.float32
         assert grad.tolist() == [[2001.0]]
@@ -336,6 +336,6 @@ def _bf16_model(rank, world_size):
     return ((got - want).norm() / want.norm()).item()
 
 
-def test_bf16_step_is_near_fp32():
+def test_bf16_step_is_close_to_fp32():
     for error in run_ranks(_bf16_model, 3):
-        assert 1e-4 < error < 3e-2  # bf16 has 8 bits; and it was bf16
+        assert 1e-4 < error < 3e-2  # bf16 has 8 bits; the lower bound shows that it ran in bf16

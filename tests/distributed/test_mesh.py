@@ -1,6 +1,4 @@
-"""HDPMesh and the agreement on the plan: on gloo, and with a faked environment where no process is
-needed.
-"""
+"""HDPMesh and agreement on the plan: on gloo, or in a fake environment without processes."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ TORCHRUN = {
 
 @pytest.fixture
 def env(monkeypatch):
-    """Sets exactly the given launcher variables."""
+    """A function that sets exactly the given launcher variables."""
     names = [*TORCHRUN, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]
 
     def set_env(**values: str) -> None:
@@ -80,7 +78,7 @@ def _create_from_environment(rank, world_size):
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # as torchrun: the store outlives the ranks
     with HDPMesh.create(device="cpu", timeout_s=patience(30)) as mesh:
         facts = (mesh.hdp_rank, mesh.hdp_size, mesh.owns_process_group)
-        # communicator_is_warm: P2P between a subset needs no collective of all ranks first.
+        # communicator_is_warm: P2P between a few ranks needs no collective of all ranks first.
         if rank < 2:
             received = torch.empty(1)
             ops = [
@@ -102,7 +100,7 @@ def _several_starts(rank, world_size):
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     sizes = []
     for start in range(3):
-        # As after kill -9: the old group's addresses stay in the store, and ranks come unevenly.
+        # As after kill -9: the old group's addresses stay in the store; ranks arrive unevenly.
         dist.destroy_process_group()
         time.sleep(0.1 * ((rank + start) % world_size))
         mesh = HDPMesh.create(device="cpu", timeout_s=patience(30))
@@ -130,7 +128,7 @@ def _rank_0_alone(rank, world_size):
 
 def test_missing_ranks_are_named():
     message = run_ranks(_rank_0_alone, 3)[0]
-    assert message == "2 of 3 ranks did not join within 0.5 s: 1, 2; see their own output"
+    assert message == "2 of 3 ranks did not join within 0.5 s: 1, 2; check their output"
 
 
 def _uneven_nodes(rank, world_size, local_sizes):
@@ -147,14 +145,14 @@ def test_same_ranks_per_node(local_sizes, expected):
 
 
 def test_single_process_without_torchrun(env):
-    for _ in range(2):  # closing leaves nothing behind: a second mesh can be made
+    for _ in range(2):  # closing leaves nothing behind: a second mesh can be created
         with HDPMesh.create(device="cpu") as mesh:
             assert (mesh.hdp_size, mesh.hdp_rank, mesh.ranks_per_node) == (1, 0, 1)
             agree_on_plan(mesh, _plan([[[0]]]))
         assert not dist.is_initialized()
 
 
-def test_error_inside_closes_and_passes_through(env):
+def test_error_in_the_with_block_closes_and_propagates(env):
     with pytest.raises(KeyError), HDPMesh.create(device="cpu"):
         raise KeyError("mine")
     assert not dist.is_initialized()
@@ -163,13 +161,13 @@ def test_error_inside_closes_and_passes_through(env):
 @pytest.mark.parametrize(
     ("hdp_size", "message"),
     [
-        (3, "hdp_size=3 does not divide the 4 ranks; leave hdp_size out or set it to 4"),
+        (3, "hdp_size=3 does not divide the 4 ranks; omit hdp_size or set it to 4"),
         (8, "hdp_size=8 needs 8 ranks but 4 were started"),
         (2, "tp=pp=1.*takes all 4 ranks"),
         (0, "hdp_size=0 must be at least 1"),
     ],
 )
-def test_hdp_size_that_does_not_fit(env, hdp_size, message):
+def test_hdp_size_that_does_not_match_is_rejected(env, hdp_size, message):
     env(**TORCHRUN)
     with pytest.raises(ValueError, match=message):
         HDPMesh.create(hdp_size=hdp_size, device="cpu")
@@ -178,24 +176,24 @@ def test_hdp_size_that_does_not_fit(env, hdp_size, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"MASTER_PORT": None}, "environment lacks MASTER_PORT; start with torchrun"),
+        ({"MASTER_PORT": None}, "environment lacks MASTER_PORT; launch with torchrun"),
         ({"RANK": "4"}, r"RANK=4 is not in 0\.\.3"),
         ({"WORLD_SIZE": "four"}, "not numeric.*'four'"),
     ],
 )
-def test_broken_environment(env, change, message):
+def test_broken_environment_is_rejected(env, change, message):
     env(**{k: v for k, v in (TORCHRUN | change).items() if v is not None})
     with pytest.raises(ValueError, match=message):
         HDPMesh.create(device="cpu")
 
 
-def test_foreign_launcher_would_train_alone(env):
+def test_other_launchers_are_rejected(env):
     env(SLURM_STEP_NUM_TASKS="8")
     with pytest.raises(ValueError, match=r"SLURM_STEP_NUM_TASKS=8 .* one torchrun per node"):
         HDPMesh.create(device="cpu")
 
 
-def test_devices_that_do_not_exist(env, monkeypatch):
+def test_missing_devices_are_rejected(env, monkeypatch):
     with pytest.raises(ValueError, match="'meta' is not supported"):
         HDPMesh.create(device="meta")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -203,9 +201,8 @@ def test_devices_that_do_not_exist(env, monkeypatch):
         HDPMesh.create(device="cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     env(**(TORCHRUN | {"RANK": "3", "LOCAL_RANK": "3"}))
-    with pytest.raises(
-        ValueError, match="local rank 3 of 4 needs cuda:3 but this node shows 2 CUDA"
-    ):
+    message = "local rank 3 of 4 needs cuda:3, but this node has 2 visible CUDA"
+    with pytest.raises(ValueError, match=message):
         HDPMesh.create(device="cuda")
     with pytest.raises(ValueError, match="timeout_s=0"):
         HDPMesh.create(device="cpu", timeout_s=0)
@@ -237,14 +234,12 @@ def _agree(rank, world_size, cases):
             messages.append(str(error))
         else:
             messages.append("")
-        dist.barrier(group=mesh.hdp_group)  # the communicator is still usable and in step
+        dist.barrier(group=mesh.hdp_group)  # the communicator is still usable and in sync
     return messages
 
 
 def _disagreements(*cases):
-    """The message of each case (a plan per rank), "" where it passes; checks that all ranks say the
-    same.
-    """
+    """The message of each case (a plan per rank), "" if it passes; must be equal on all ranks."""
     by_rank = run_ranks(_agree, len(cases[0]), cases)
     assert all(messages == by_rank[0] for messages in by_rank), by_rank
     return by_rank[0]
@@ -278,17 +273,17 @@ def test_first_difference_of_each_kind():
         assert "1 of 2 ranks (1)" in message and expected in message, message
 
 
-def test_a_ring_that_is_gathered_on_some_ranks_is_no_hang():
-    """Else one rank would shift and the other swap, each waiting for what is never sent."""
-    going_round, gathered = (
+def test_a_ring_gathered_on_some_ranks_only_is_not_a_hang():
+    """Otherwise one rank would shift and the other swap, each waiting forever."""
+    passed_around, gathered = (
         _plan([[[0]], [[0]]], rings=((0, 1),), gathered=[mode]) for mode in (False, True)
     )
-    passed, message = _disagreements([gathered] * 2, [going_round, gathered])
+    passed, message = _disagreements([gathered] * 2, [passed_around, gathered])
     assert passed == ""
     assert "1 of 2 ranks (1)" in message and "gathered[0] = True, not False" in message
 
 
-def test_what_is_no_disagreement():
+def test_predictions_may_differ():
     predictions = [_local_plan(2, predicted_s=1.0), _local_plan(2, predicted_s=2.0, policy="x")]
     other_mesh = [_local_plan(3)] * 2
     messages = _disagreements(predictions, other_mesh)

@@ -1,4 +1,4 @@
-"""Who is blamed: reports in, verdict out. No process and no clock."""
+"""Who gets the blame: reports in, verdict out. No processes and no clock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _monitor() -> Monitor:
 
 
 def _watch(seconds: float, reports, monitor=None, interval_s: float = 1.0):
-    """First verdict within `seconds`, and when; `reports(t)` gives each rank's report at time t."""
+    """(first verdict within `seconds`, when); `reports(t)` returns each rank's report at time t."""
     monitor = monitor or _monitor()
     now = 0.0
     while now <= seconds:
@@ -40,7 +40,7 @@ def test_report_survives_json():
         assert Report.from_json(report.to_json()) == report
 
 
-def test_place_reads_well():
+def test_place_is_readable():
     assert Report().place == "start-up"
     assert Report(step=3, what="saving").place == "step 3 (saving)"
     assert _busy(0, ring=((0, 1), (5, 5))).place == "step 12 microbatch 3 (ring of ranks 0-1, 5)"
@@ -61,12 +61,12 @@ def test_silent_rank_is_named():
     verdict, when = _watch(200, reports)
     assert verdict.ranks == (1,)
     assert verdict.text == (
-        "rank 1 stopped answering: last seen 61 s ago in step 12 microbatch 3, node7 pid 5"
+        "rank 1 stopped responding: last seen 61 s ago in step 12 microbatch 3, node7 pid 5"
     )
     assert 70 <= when <= 72
 
 
-def test_silence_counts_sooner_once_a_collective_broke():
+def test_silence_counts_sooner_once_a_collective_has_broken():
     def reports(t):
         broke = {"error": "RuntimeError: Connection closed by peer"} if t >= 12 else {}
         return {0: _busy(t, **broke), 1: _busy(min(t, 10)), 2: _busy(t)}
@@ -75,26 +75,26 @@ def test_silence_counts_sooner_once_a_collective_broke():
     assert verdict.ranks == (1,) and when <= 18
 
 
-def test_allowed_phase_is_no_hang_and_may_hold_the_lock():
-    def reports(t):  # rank 1 is silent, stalled and allowed; rank 0 waits for it without saying so
+def test_allowed_phase_is_not_a_hang_and_may_hold_the_lock():
+    def reports(t):  # rank 1 is silent, stalled and allowed; rank 0's wait for it is unmarked
         return {
             0: _busy(t, stalled_s=t),
             1: _busy(min(t, 2), stalled_s=min(t, 2), allowed_s=500.0 - min(t, 2)),
         }
 
-    # A lost rank is not waited for until its phase, maybe an hour, would have ended.
+    # A lost rank is detected before its phase, maybe an hour long, would have ended.
     verdict, when = _watch(900, reports)
     assert verdict.ranks == (1,) and when == pytest.approx(HELD_LOCK_S + TIMEOUT_S, abs=3)
 
-    def overdue(t):  # the same phase, heard of all the time
+    def overdue(t):  # the same phase, but the rank keeps reporting
         return {0: _busy(t, stalled_s=t), 1: _busy(t, stalled_s=t, allowed_s=max(0.0, 500.0 - t))}
 
     verdict, when = _watch(900, overdue)
     assert verdict.ranks == (0, 1) and when == pytest.approx(500 + TIMEOUT_S, abs=3)
 
 
-def test_after_a_slow_rank_is_done_the_others_get_their_time():
-    """They wait for it in a collective, unmarked; it ends before they tell that they go on."""
+def test_after_a_slow_rank_finishes_the_others_get_their_time():
+    """They wait for it in an unmarked collective; it finishes before they report progress again."""
 
     def reports(t, end=1e9):
         slow = _busy(t, done=t >= 300)
@@ -114,7 +114,7 @@ def test_after_an_allowed_phase_the_others_get_their_time():
     assert _watch(180, reports)[0] is None
 
 
-def test_slow_rank_is_no_hang():
+def test_slow_rank_is_not_a_hang():
     def reports(t):  # rank 1 takes 50 s per microbatch; the others wait, unmarked, for all of them
         return {0: _busy(t, stalled_s=t), 1: _busy(t, stalled_s=t % 50), 2: _busy(t, stalled_s=t)}
 
@@ -122,7 +122,7 @@ def test_slow_rank_is_no_hang():
 
 
 def _stalled(**by_rank: Report) -> Verdict:
-    """The verdict on ranks r0, r1, ... that all stand still, in the given places."""
+    """The verdict on ranks r0, r1, ..., all stalled in the given places."""
 
     def reports(t):
         fields = {int(name[1:]): report for name, report in by_rank.items()}
@@ -151,13 +151,13 @@ def test_rank_that_does_not_wait_is_blamed():
     waits = Report(step=5, waiting_for=(), what="the gradient norm")
     verdict = _stalled(r0=waits, r1=Report(step=5, microbatch=2), r2=waits)
     assert verdict.ranks == (1,)
-    told = "rank 1 makes no progress: 61 s in step 5 microbatch 2 at train.py:7 train"
-    assert verdict.text.startswith(told)
+    expected = "rank 1 makes no progress: 61 s in step 5 microbatch 2 at train.py:7 train"
+    assert verdict.text.startswith(expected)
     inside = Report(step=5, microbatch=2, in_collective=True)  # unmarked, but seen in the stack
     assert _stalled(r0=inside, r1=Report(step=5, microbatch=2)).ranks == (1,)
 
 
-def test_ring_members_wait_for_the_one_that_is_missing():
+def test_ring_members_wait_for_the_missing_one():
     ring = ((0, 2),)
     inside = Report(step=5, microbatch=0, ring=ring)
     late = Report(step=5, microbatch=4)
@@ -169,7 +169,7 @@ def test_ring_members_wait_for_the_one_that_is_missing():
         "r3": Report(step=5, microbatch=7, ring=((2, 3),)),
     }
     assert _stalled(**chain).ranks == (1,)
-    # A whole ring that stands still is blamed together.
+    # If a whole ring is stalled, all its ranks are blamed.
     assert _stalled(r0=inside, r1=inside, r2=inside, r3=Report(waiting_for=())).ranks == (0, 1, 2)
 
 
@@ -179,7 +179,7 @@ def test_rank_left_behind_in_an_earlier_step_is_blamed():
     assert _stalled(r0=ahead, r1=Report(what="import"), r2=ahead).ranks == (1,)
 
 
-def test_everyone_waits():
+def test_if_all_wait_the_rank_furthest_behind_is_blamed():
     verdict = _stalled(r0=Report(step=2, waiting_for=()), r1=Report(step=1, waiting_for=((0, 0),)))
     assert verdict.ranks == (1,)
     assert "rank 1 makes no progress: 61 s in step 1 (waiting for ranks 0)" in verdict.text
@@ -199,12 +199,12 @@ def test_all_done_is_a_verdict_without_culprits():
     assert monitor.verdict() == Verdict()
 
 
-def test_broken_collective_though_all_answer():
+def test_broken_collective_although_all_ranks_respond():
     def network(t):
         return {0: _busy(t, error="RuntimeError: Connection reset by peer"), 1: _busy(t)}
 
     verdict, when = _watch(100, network)
-    assert verdict.ranks == (0,) and "although all ranks answer" in verdict.text
+    assert verdict.ranks == (0,) and "although all ranks respond" in verdict.text
     assert "Connection reset by peer" in verdict.text and when <= 2 * SUSPECT_S + 2
 
     def timed_out(t):  # rank 2 hangs, and the group's timeout is shorter than ours

@@ -1,4 +1,4 @@
-"""What shard() makes of a model: rank 0's weights on all ranks, norms over shards, clear errors."""
+"""What shard() does to a model: rank 0's weights on all ranks, norms over shards, clear errors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_rank0_weights_count(skeleton):
 
 
 def _load_shard_export(rank, world_size, source, target):
-    """A folder's weights reach all ranks, and what is exported from the shards is the same."""
+    """Load a folder's weights, shard them over all ranks, and export the shards again."""
     model = load_model(source, skeleton=rank > 0)
     shard(model, _mesh(world_size), param_dtype=torch.bfloat16)
     state = full_state_dict(model)
@@ -88,7 +88,7 @@ def _no_weights_on_rank0(rank, world_size):
 
 
 def test_ranks_that_differ_are_named():
-    with pytest.raises(RankError, match=r"ranks \[1\] built another model") as caught:
+    with pytest.raises(RankError, match=r"ranks \[1\] built a different model") as caught:
         run_ranks(_different_models, 3)
     assert len(caught.value.ranks) == 3
     with pytest.raises(RankError, match=r"rank 0 has no weights \(model\.model\.embed") as caught:
@@ -127,7 +127,7 @@ def _clip(rank, world_size, max_norm):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("max_norm", [None, 0.5, 1e9])
-def test_clip_is_that_of_the_dense_model(world_size, max_norm):
+def test_clip_equals_the_dense_model(world_size, max_norm):
     assert len(set(run_ranks(_clip, world_size, max_norm))) == 1
 
 

@@ -1,4 +1,4 @@
-"""The watchdog on real processes: kill -9, kill -STOP, hangs, exceptions, slow ranks, torchrun."""
+"""The watchdog with real processes: kill -9, kill -STOP, hangs, errors, slow ranks, torchrun."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.patience import patience, wait_for
 from tests.run_ranks import RankError, run_ranks
 
 TIMEOUT_S = 1.5  # with patience: a busy machine may keep a rank from running for a second
-FIRM_S = 60.0  # run_ranks's own limit and gloo's: nothing here may come near to it
+FIRM_S = 60.0  # the limit of run_ranks and gloo, which no test may get close to
 
 
 def _watched(rank, world_size, scene, directory, timeout_s, *args):
-    """Run `scene` under a watchdog; what the rank prints on stderr goes to a file."""
+    """Run `scene` under a watchdog; the rank's stderr goes to a file."""
     log = os.open(Path(directory) / f"stderr{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 2)
     mesh = HDPMesh.create(device="cpu")
@@ -41,7 +41,7 @@ def _short_grace(monkeypatch):
 
 
 def _run(scene, world_size, directory, *args):
-    """(results by rank or None, what went wrong in each rank)."""
+    """(results by rank or None, {rank: how it failed, with its stderr})."""
     failures: dict[int, str] = {}
     args = (scene, str(directory), patience(TIMEOUT_S), *args)
     try:
@@ -62,11 +62,11 @@ def _reduce():
 
 
 def _train(rank, mesh, watchdog, culprit, fault, mark=True):
-    """Steps of one all-reduce each; in step 3 `fault` happens to rank `culprit`."""
+    """Run steps of one all-reduce each; in step 3, rank `culprit` calls `fault`."""
     for step in range(1000):
         watchdog.progress(step=step, microbatch=0)
         if step == 3 and rank == culprit:
-            time.sleep(0.3 * watchdog.timeout_s)  # long enough to be told of
+            time.sleep(0.3 * watchdog.timeout_s)  # long enough to be reported
             fault()
         if mark:
             with watchdog.waiting(what="the reduction"):
@@ -103,7 +103,7 @@ def test_dead_rank_is_named(tmp_path):
     _, failures = _run(_train, 3, tmp_path, 2, _die)
     assert "SIGKILL" in failures[2]
     for rank in (0, 1):
-        assert "rank 2 stopped answering: last seen" in failures[rank]
+        assert "rank 2 stopped responding: last seen" in failures[rank]
         assert "in step 3 microbatch 0" in failures[rank]
         assert f"stopping rank {rank} in step 3 microbatch 0 (the reduction" in failures[rank]
 
@@ -112,8 +112,8 @@ def test_dead_rank_is_named(tmp_path):
 def test_stopped_rank_is_named(tmp_path, culprit):
     _, failures = _run(_train, 3, tmp_path, culprit, _freeze)
     for rank in {0, 1, 2} - {culprit}:
-        assert f"rank {culprit} stopped answering" in failures[rank], failures[rank]
-        # The second one to go may see the first one's connection close before its own verdict.
+        assert f"rank {culprit} stopped responding" in failures[rank], failures[rank]
+        # The second rank to exit may see the first one's connection close before its own verdict.
         assert f"exit code {EXIT_CODE}" in failures[rank] or "RankFailure" in failures[rank]
     assert f"exit code {EXIT_CODE}" in str(failures)
 
@@ -126,13 +126,13 @@ def test_hanging_rank_is_named(tmp_path, mark):
         assert named, failures[rank]
         assert named[1] == "1" and "in step 3 microbatch 0" in failures[rank]
         assert re.search(r" at test_watchdog.py:\d+ _hang, ", failures[rank])
-    # The one that hangs shows where.
+    # The hung rank shows where.
     assert "in _hang" in failures[1]
 
 
 def test_hang_that_holds_the_interpreter_lock_is_named(tmp_path):
     _, failures = _run(_train, 2, tmp_path, 1, _hang_with_interpreter_lock)
-    assert "rank 1 stopped answering" in failures[0]
+    assert "rank 1 stopped responding" in failures[0]
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
@@ -148,29 +148,29 @@ def test_failing_rank_is_quoted(tmp_path, culprit):
 def _fail_together(rank, mesh, watchdog):
     watchdog.progress(step=1)
     _reduce()
-    raise ValueError(f"non-finite loss, says rank {rank}")
+    raise ValueError(f"non-finite loss on rank {rank}")
 
 
-def test_error_on_all_ranks_keeps_each_ones_traceback(tmp_path):
+def test_error_on_all_ranks_keeps_every_traceback(tmp_path):
     _, failures = _run(_fail_together, 3, tmp_path)
     for rank in range(3):
-        assert f"ValueError: non-finite loss, says rank {rank}" in failures[rank]
+        assert f"ValueError: non-finite loss on rank {rank}" in failures[rank]
         assert "in _fail_together" in failures[rank]
 
 
-# The store in rank 0's process, as without torchrun: it goes when rank 0 goes.
+# The store lives in rank 0's process, as without torchrun, and dies with it.
 
 
 def _store_in_rank_0(rank, world_size, directory, timeout_s, fault):
     dist.destroy_process_group()
-    told, port = Path(directory) / "port", 0
+    port_file, port = Path(directory) / "port", 0
     if rank:
-        wait_for(told.exists)
-        port = int(told.read_text())
+        wait_for(port_file.exists)
+        port = int(port_file.read_text())
     store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
     if rank == 0:
         (Path(directory) / "new").write_text(str(store.port))
-        (Path(directory) / "new").rename(told)
+        (Path(directory) / "new").rename(port_file)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     return _watched(rank, world_size, _train, directory, timeout_s, 0, fault)
 
@@ -181,18 +181,18 @@ def test_rank_that_hosts_the_store_is_named(tmp_path, fault):
     with pytest.raises(RankError) as info:
         run_ranks(_store_in_rank_0, 2, *args, timeout_s=FIRM_S)
     text = str(info.value) + (tmp_path / "stderr1").read_text()
-    told = "rank 0 failed in step 3" if fault is _raise else "rank 0 (or its node )?stopped"
-    assert re.search(told, text), text
+    blame = "rank 0 failed in step 3" if fault is _raise else "rank 0 (or its node )?stopped"
+    assert re.search(blame, text), text
 
 
 # ---- no faults ----
 
 
 def _slow(rank, mesh, watchdog):
-    with watchdog.allow(30, "tokenising"):
+    with watchdog.allow(30, "tokenizing"):
         if rank == 0:
             ctypes.PyDLL(None).usleep(int(1.6 * watchdog.timeout_s * 1e6))  # holds the lock
-    _reduce()  # the others have been in here, unmarked
+    _reduce()  # the others have been waiting here, unmarked
     if rank == 1:
         for _ in range(16):
             time.sleep(0.1 * watchdog.timeout_s)
@@ -201,7 +201,7 @@ def _slow(rank, mesh, watchdog):
     return True
 
 
-def test_allowed_phase_is_no_hang_and_slow_rank_is_no_hang(tmp_path):
+def test_allowed_phase_and_slow_rank_are_not_hangs(tmp_path):
     results, failures = _run(_slow, 3, tmp_path)
     assert results == [True] * 3, failures
 
@@ -214,7 +214,7 @@ def _finish_apart(rank, mesh, watchdog):
     return True
 
 
-def test_finishing_apart_is_no_alarm(tmp_path):
+def test_finishing_apart_is_not_a_hang(tmp_path):
     results, failures = _run(_finish_apart, 3, tmp_path)
     assert results == [True] * 3, failures
 
@@ -234,7 +234,7 @@ def _all_frozen(rank, mesh, watchdog):
     return True
 
 
-def test_frozen_job_is_no_alarm(tmp_path):
+def test_frozen_job_is_not_a_hang(tmp_path):
     results, failures = _run(_all_frozen, 2, tmp_path)
     assert results == [True] * 2, failures
 
@@ -251,7 +251,7 @@ def test_one_rank_needs_no_watchdog():
             Watchdog.start(mesh, timeout_s=0)
 
 
-def test_which_errors_are_collective():
+def test_collective_errors_are_recognized():
     broken = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:7")
     assert is_collective_error(broken)
     assert is_collective_error(dist.DistNetworkError("socket"))
@@ -294,7 +294,7 @@ def test_torchrun_restarts_after_kill_9(tmp_path):
         capture_output=True,
         text=True,
         env={**os.environ, "PATIENCE_S": str(patience(5))},
-        timeout=patience(90),  # far below the collectives' own half hour: the survivor was told
+        timeout=patience(90),  # far below the collectives' half hour: the watchdog ends it
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
