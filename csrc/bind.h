@@ -140,7 +140,7 @@ inline cuda::Queue current_queue(const Tensor& x) {
 #define HDP_LAUNCH(where, kernel, args) cpu::kernel(args)
 #endif
 
-// ---- the ops; schemas in library.cpp, meaning in ops.h and hdp/ops/native.py ----
+// ---- the ops; schemas in library.cpp, meaning in ops.h and hdp/ops/reference.py ----
 
 inline void merge_lse_(Tensor out, Tensor lse, Tensor block_out, Tensor block_lse,
                        std::vector<int64_t> bounds) {

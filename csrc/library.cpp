@@ -1,5 +1,5 @@
 // The ops of hdp: schemas, and what implements them. bind.h checks arguments and calls cpu/ or
-// cuda/; hdp/ops/native.py has each op's Python reference, fake kernel and gradient.
+// cuda/; hdp/ops/native.py has each op's fake kernel and gradient, reference.py the op in Python.
 //
 // Behind torch's stable ABI: one build serves every torch from 2.10 on.
 

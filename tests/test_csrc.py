@@ -112,7 +112,9 @@ def test_one_op_one_file_each():
     assert schemas and set(schemas) == set(re.findall(r'm\.impl\("(\w+)"', text))
     cpu = {path.stem for path in (CSRC / "cpu").glob("*.cpp")}
     assert cpu == {path.stem for path in (CSRC / "cuda").glob("*.cu")}
-    ops = (ROOT / "hdp" / "ops" / "native.py").read_text()
+    ops = "".join(
+        (ROOT / "hdp" / "ops" / name).read_text() for name in ("native.py", "reference.py")
+    )
     tests = (ROOT / "tests" / "ops" / "test_ops.py").read_text()
     for name in schemas:
         reference = f"{name.removesuffix('_')}_reference{'_' if name.endswith('_') else ''}"

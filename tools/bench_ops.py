@@ -35,6 +35,7 @@ from hdp import console
 from hdp.doctor.machine import cpu_name
 from hdp.models.logprobs import chunked_logprobs
 from hdp.ops import native as ops
+from hdp.ops import reference
 from hdp.profile.provenance import code_version
 from hdp.scheduler.render.text import markdown
 
@@ -136,14 +137,14 @@ def merge_case(
     out, lse = torch.randn(rows, heads, dim, device=device), torch.randn(heads, rows, device=device)
     block_out = torch.randn(packed, heads, dim, device=device).to(block_dtype)
     block_lse = torch.randn(heads, packed, device=device)
-    merge = torch.compile(ops.merge, dynamic=False) if compiled else ops.merge
+    merge = torch.compile(reference.merge, dynamic=False) if compiled else reference.merge
 
-    def by_index(merge: Callable = ops.merge) -> None:
+    def by_index(merge: Callable = reference.merge) -> None:
         merged = merge(out.index_select(0, index), lse.index_select(1, index), block_out, block_lse)
         out.index_copy_(0, index, merged[0])
         lse.index_copy_(1, index, merged[1])
 
-    def by_view(merge: Callable = ops.merge) -> None:
+    def by_view(merge: Callable = reference.merge) -> None:
         view, view_lse = out[spans[0][0] :], lse[:, spans[0][0] :]
         merged = merge(view, view_lse, block_out, block_lse)
         view.copy_(merged[0])
@@ -184,7 +185,7 @@ def rows_cases(device: torch.device, rows: int, heads: int, dim: int) -> Iterato
     for name, x, axis in (("gather q", q, 0), ("gather kv", kv, 1)):
         variants: dict[str, Run] = {
             "index": partial(x.index_select, axis, index),
-            "cat": partial(ops.gather_rows_reference, x, spans, axis),
+            "cat": partial(reference.gather_rows_reference, x, spans, axis),
             "csrc": partial(ops.gather_rows, x, spans, axis),
         }
         check(variants, lambda run: run(), 0)
@@ -204,7 +205,7 @@ def add_case(
     values = torch.randn(len(index), heads, dim, device=device).bfloat16()
     variants: dict[str, Run] = {
         "index": lambda: total.index_add_(0, index, values.to(total.dtype)),
-        "views": partial(ops.scatter_rows_reference_, total, values, spans, 0, True),
+        "views": partial(reference.scatter_rows_reference_, total, values, spans, 0, True),
         "csrc": partial(ops.scatter_rows_, total, values, spans, accumulate=True),
     }
 
@@ -229,16 +230,16 @@ def cross_entropy_cases(
     kept = torch.randn(tokens, vocab, device=device).mul_(3).to(dtype)
     labels = torch.randint(vocab, (tokens,), device=device)
     logits = kept.clone()
-    lse = ops.softmax_cross_entropy_reference(kept, labels)[1]
+    lse = reference.softmax_cross_entropy_reference(kept, labels)[1]
     grad = torch.rand(tokens, device=device)
     shape = f"{tokens}x{vocab} {short(dtype)}"
     forward: dict[str, Run] = {
-        "eager": lambda: ops.softmax_cross_entropy_reference(kept, labels),
+        "eager": lambda: reference.softmax_cross_entropy_reference(kept, labels),
         "F.cross_entropy": lambda: (-F.cross_entropy(kept.float(), labels, reduction="none"), lse),
     }
     if compiled:
-        reference = torch.compile(ops.softmax_cross_entropy_reference, dynamic=False)
-        forward["torch.compile"] = lambda: reference(kept, labels)
+        fused = torch.compile(reference.softmax_cross_entropy_reference, dynamic=False)
+        forward["torch.compile"] = lambda: fused(kept, labels)
     forward["csrc"] = lambda: ops.softmax_cross_entropy(kept, labels)
     check(forward, lambda run: torch.cat(run()), 2e-5)
     moved = kept.numel() * kept.element_size()
@@ -249,7 +250,7 @@ def cross_entropy_cases(
 
     for to in (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,):
         variants: dict[str, Run] = {
-            "eager": partial(backward, ops.softmax_cross_entropy_backward_reference_, to),
+            "eager": partial(backward, reference.softmax_cross_entropy_backward_reference_, to),
             "csrc": partial(backward, ops.softmax_cross_entropy_backward_, to),
         }
 

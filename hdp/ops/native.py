@@ -1,8 +1,8 @@
 """Native ops: one call of csrc/ where hdp/libhdp.so has it for the device, else plain torch.
 
-Each op stands here three times: the function that the runtime calls, its reference in plain torch
-(the meaning of the op, and what runs where no library was built), and, if there is a library, what
-torch must know beyond its kernels: the fake kernel and the gradient.
+Each op is here as the function that the runtime calls and, if there is a library, as what torch
+must know beyond its kernels: the fake kernel and the gradient. reference.py has the same ops in
+plain torch.
 
     merge_lse_                       joins two partial attention results in place, in one pass
     gather_rows, scatter_rows_       rows by spans: one launch for all spans, no index tensors
@@ -20,8 +20,6 @@ the same bits; a tensor that the kernels cannot walk is an error at the op, neve
 from __future__ import annotations
 
 import ctypes
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +28,31 @@ import torch
 from torch import Tensor
 
 from .compiled import Compiled
+from .reference import (
+    IGNORE_INDEX,
+    Spans,
+    gather_rows_reference,
+    join_,
+    merge_lse_reference_,
+    scatter_rows_reference_,
+    softmax_cross_entropy_backward_reference_,
+    softmax_cross_entropy_reference,
+    statistics_dtype,
+)
 
-IGNORE_INDEX = -100
+__all__ = [
+    "IGNORE_INDEX",
+    "LIBRARY",
+    "Library",
+    "describe",
+    "gather_rows",
+    "merge_lse_",
+    "scatter_rows_",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_backward_",
+]
+
 _INPUTS = (".h", ".cuh", ".cpp", ".cu", ".py")  # of the library, under csrc/
-Spans = Sequence[tuple[int, int]]
 
 
 # ---- attention: joining partial results ----
@@ -59,37 +78,6 @@ def merge_lse_(
         merge_lse_reference_(out, lse, block_out, block_lse, spans, join)
 
 
-def join_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """`merge_lse_` of equally many rows."""
-    merged_out, merged_lse = merge(out, lse, block_out, block_lse)
-    out.copy_(merged_out)
-    lse.copy_(merged_lse)
-
-
-def merge_lse_reference_(
-    out: Tensor,
-    lse: Tensor,
-    block_out: Tensor,
-    block_lse: Tensor,
-    spans: Spans,
-    join: Callable[..., None] = join_,
-) -> None:
-    at = 0
-    for start, stop in spans:
-        packed = slice(at, at + stop - start)
-        join(out[start:stop], lse[:, start:stop], block_out[packed], block_lse[:, packed])
-        at = packed.stop
-
-
-def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """What `merge_lse_` computes, as new tensors; shapes as there, equally many rows everywhere."""
-    block_lse = block_lse.to(lse.dtype)
-    # equal infinities (rows that no key reached) stay what they are
-    difference = torch.where(lse == block_lse, 0.0, block_lse - lse)
-    weight = torch.sigmoid(difference).T.unsqueeze(-1)
-    return out - weight * (out - block_out), torch.logaddexp(lse, block_lse)
-
-
 # ---- rows by spans ----
 
 
@@ -98,10 +86,6 @@ def gather_rows(x: Tensor, spans: Spans, dim: int = 0) -> Tensor:
     if _native(x) and _dense(x, dim):
         return torch.ops.hdp.gather_rows(x, _flat(spans), dim)
     return gather_rows_reference(x, spans, dim)
-
-
-def gather_rows_reference(x: Tensor, spans: Spans, dim: int = 0) -> Tensor:
-    return torch.cat([x.narrow(dim, 0, 0), *_views(x, spans, dim)], dim)
 
 
 def scatter_rows_(
@@ -113,14 +97,6 @@ def scatter_rows_(
         torch.ops.hdp.scatter_rows_(x, values.contiguous(), _flat(spans), dim, accumulate)
     else:
         scatter_rows_reference_(x, values, spans, dim, accumulate)
-
-
-def scatter_rows_reference_(
-    x: Tensor, values: Tensor, spans: Spans, dim: int = 0, accumulate: bool = False
-) -> None:
-    sizes = [stop - start for start, stop in spans]
-    for view, part in zip(_views(x, spans, dim), values.split(sizes, dim), strict=True):
-        view.add_(part) if accumulate else view.copy_(part)
 
 
 # ---- cross-entropy over logits ----
@@ -141,18 +117,6 @@ def softmax_cross_entropy(
     if _native(logits) and _dense(logits, 1):
         return torch.ops.hdp.softmax_cross_entropy(logits, labels, softcap or 0.0)
     return softmax_cross_entropy_reference(logits, labels, softcap)
-
-
-def softmax_cross_entropy_reference(
-    logits: Tensor, labels: Tensor, softcap: float | None = None
-) -> tuple[Tensor, Tensor]:
-    logits = logits.to(_statistics_dtype(logits))
-    if softcap:
-        logits = (logits / softcap).tanh() * softcap
-    ignored = labels == IGNORE_INDEX
-    lse = torch.logsumexp(logits, dim=1)
-    picked = logits.gather(1, labels.masked_fill(ignored, 0)[:, None]).squeeze(1)
-    return (picked - lse).masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0)
 
 
 def softmax_cross_entropy_backward_(
@@ -183,30 +147,6 @@ def softmax_cross_entropy_backward_(
     return softmax_cross_entropy_backward_reference_(
         logits, labels, lse, grad_logprobs, grad_lse, softcap, grad_dtype
     )
-
-
-def softmax_cross_entropy_backward_reference_(
-    logits: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    grad_logprobs: Tensor,
-    grad_lse: Tensor | None = None,
-    softcap: float | None = None,
-    grad_dtype: torch.dtype | None = None,
-) -> Tensor:
-    ignored = labels == IGNORE_INDEX
-    grad = grad_logprobs.masked_fill(ignored, 0.0)
-    scale = -grad if grad_lse is None else grad_lse.masked_fill(ignored, 0.0) - grad
-    lse = lse.masked_fill(ignored, math.inf)  # makes the softmax of an ignored row 0
-    work, tanh = logits.to(_statistics_dtype(logits)), None
-    if softcap:
-        tanh = work.div_(softcap).tanh_()
-        work = tanh * softcap
-    work.sub_(lse[:, None]).exp_().mul_(scale[:, None])
-    work.scatter_add_(1, labels.masked_fill(ignored, 0)[:, None], grad[:, None])
-    if tanh is not None:
-        work.mul_(tanh.square_().neg_().add_(1))
-    return work.to(grad_dtype or logits.dtype)
 
 
 # ---- the library ----
@@ -290,7 +230,7 @@ def _gather_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _fake_softmax_cross_entropy(
     logits: Tensor, labels: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    empty = logits.new_empty(labels.shape, dtype=_statistics_dtype(logits))
+    empty = logits.new_empty(labels.shape, dtype=statistics_dtype(logits))
     return empty, torch.empty_like(empty)
 
 
@@ -341,14 +281,6 @@ def _all_rows(x: Tensor) -> Spans:
 
 def _flat(spans: Spans) -> list[int]:
     return [bound for span in spans for bound in span]
-
-
-def _views(x: Tensor, spans: Spans, dim: int) -> list[Tensor]:
-    return [x.narrow(dim, start, stop - start) for start, stop in spans]
-
-
-def _statistics_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 LIBRARY = _load()

@@ -9,7 +9,7 @@ from hdp.attention.comm import RingComm
 from hdp.attention.kernels import KERNELS, select_kernel
 from hdp.attention.layout import RingLayout
 from hdp.attention.ring import ring_attn_varlen_func
-from hdp.ops.native import merge
+from hdp.ops.reference import merge
 from tests.oracle import dense_attention_grads
 from tests.run_ranks import RankError, run_ranks
 

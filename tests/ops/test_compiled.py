@@ -9,6 +9,7 @@ import torch
 
 from hdp.ops import native as ops
 from hdp.ops.compiled import Compiled
+from hdp.ops.reference import join_, merge, merge_lse_reference_
 
 
 def partial_results(rows: int, device: str = "cpu", seed: int = 0) -> list[torch.Tensor]:
@@ -33,11 +34,9 @@ def check_merges(join: Compiled, device: str = "cpu") -> None:
         want_out, want_lse = out.double(), lse.double()
         taken = torch.cat([torch.arange(*span) for span in spans]).to(device)
         args = block[: len(taken)].double(), block_lse[:, : len(taken)].double()
-        merged = ops.merge(want_out[taken], want_lse[:, taken], *args)
+        merged = merge(want_out[taken], want_lse[:, taken], *args)
         want_out[taken], want_lse[:, taken] = merged
-        ops.merge_lse_reference_(
-            out, lse, block[: len(taken)], block_lse[:, : len(taken)], spans, join
-        )
+        merge_lse_reference_(out, lse, block[: len(taken)], block_lse[:, : len(taken)], spans, join)
         assert join.failure is None, join.failure
         torch.testing.assert_close(out.double(), want_out, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
@@ -46,8 +45,8 @@ def check_merges(join: Compiled, device: str = "cpu") -> None:
 def test_compiled_merge_is_the_merge() -> None:
     """Traced and made functional as on a GPU, without its last step, writing C++ (60 s)."""
     torch._dynamo.reset()
-    join = Compiled(ops.join_, varying=(0, 1, 0, 1))
-    join._compiled = torch.compile(ops.join_, fullgraph=True, backend="aot_eager")
+    join = Compiled(join_, varying=(0, 1, 0, 1))
+    join._compiled = torch.compile(join_, fullgraph=True, backend="aot_eager")
     check_merges(join)
 
 
@@ -64,8 +63,8 @@ def test_it_is_compiled_a_few_times_at_most() -> None:
         seen.append(inputs)
         return graph.forward
 
-    join = Compiled(ops.join_, varying=(0, 1, 0, 1))
-    join._compiled = torch.compile(ops.join_, fullgraph=True, backend=backend)
+    join = Compiled(join_, varying=(0, 1, 0, 1))
+    join._compiled = torch.compile(join_, fullgraph=True, backend=backend)
     for rows in range(2, 40):
         join(*partial_results(rows))
         out, lse, block, block_lse = partial_results(2 * rows)
@@ -82,14 +81,14 @@ def test_where_it_cannot_compile_it_still_runs_and_says_so_once(monkeypatch) -> 
         return run
 
     monkeypatch.setattr(torch, "compile", broken)
-    join = Compiled(ops.join_, varying=(0, 1, 0, 1))
+    join = Compiled(join_, varying=(0, 1, 0, 1))
     results = [partial_results(5), partial_results(5)]
     with pytest.warns(UserWarning, match="join_ is not compiled: Failed to find C compiler$"):
         join(*results[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         join(*partial_results(9))
-    ops.join_(*results[1])
+    join_(*results[1])
     for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
 
@@ -103,4 +102,4 @@ def test_out_of_memory_is_not_hidden(monkeypatch) -> None:
 
     monkeypatch.setattr(torch, "compile", full)
     with pytest.raises(torch.OutOfMemoryError):
-        Compiled(ops.join_, varying=(0, 1, 0, 1))(*partial_results(5))
+        Compiled(join_, varying=(0, 1, 0, 1))(*partial_results(5))
