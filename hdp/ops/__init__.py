@@ -1,1 +1,1 @@
-"""Native ops of csrc/, each with a reference in plain torch."""
+"""The native ops of csrc/, each with a reference in plain torch."""

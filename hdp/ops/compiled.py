@@ -1,8 +1,8 @@
-"""Compiled: one small function under torch.compile, which must not be able to stop a run.
+"""Compiled: a small function under torch.compile that falls back to eager instead of failing.
 
-Triton needs a C compiler at run time, and clusters exist without one. The first failure to compile
-is said once, and from then on the function runs as it is written. Out of memory is no such failure
-and is raised.
+Triton needs a C compiler at run time, and some clusters have none. The first failure to compile
+causes one warning, and from then on the function runs uncompiled. Running out of memory does not
+count as such a failure and still raises.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 
 class Compiled:
-    """`function(*tensors) -> None`, compiled once for all sizes of one dimension of each tensor.
+    """`function(*tensors) -> None`, compiled once for all sizes of one dimension per tensor.
 
-    function: changes its arguments in place. varying: for each argument the dimension whose size
-    changes from call to call; the others are constants of the kernel.
+    function: modifies its arguments in place. varying: for each argument, the dimension whose size
+    changes between calls; all other sizes are constants of the kernel.
     """
 
     def __init__(self, function: Callable[..., None], *, varying: tuple[int, ...]) -> None:
@@ -38,9 +38,9 @@ class Compiled:
             return self._compiled(*tensors)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # raised before anything has run
+        except Exception as error:  # compilation failed, so nothing has run yet
             self.failure = str(error).strip().partition("\n")[0] or type(error).__name__
             warnings.warn(
-                f"{self._function.__name__} is not compiled: {self.failure}", stacklevel=2
+                f"{self._function.__name__} runs uncompiled: {self.failure}", stacklevel=2
             )
             return self._function(*tensors)

@@ -1,20 +1,20 @@
-"""Native ops: one call of csrc/ where hdp/libhdp.so has it for the device, else plain torch.
+"""Native ops: run csrc/ where hdp/libhdp.so supports the device, and plain torch elsewhere.
 
-Each op is here as the function that the runtime calls and, if there is a library, as what torch
-must know beyond its kernels: the fake kernel and the gradient. reference.py has the same ops in
-plain torch.
+This file has the functions that the runtime calls, and what torch must know about the library's
+ops besides their kernels: fake kernels and gradients. reference.py has the same ops in plain torch.
 
     merge_lse_                       joins two partial attention results in place, in one pass
     gather_rows, scatter_rows_       rows by spans: one launch for all spans, no index tensors
-    softmax_cross_entropy            logprob of the label and lse, logits read once
+    softmax_cross_entropy            the label's logprob and the lse, reading logits once
     softmax_cross_entropy_backward_  the gradient, written over the logits
 
-Spans are sorted, disjoint (start, stop) row ranges of a tensor; the packed tensor has their rows
-one after the other. Which implementation runs is said once, when a run starts, and in `hdp doctor`
-(`describe`). docs/native.md: how to build, what is measured and what is not.
+Spans are sorted, disjoint (start, stop) row ranges of a tensor; the packed tensor holds just their
+rows, one span after another. A run prints at startup which implementation it uses, and so does
+`hdp doctor` (`describe`). See docs/native.md for building and measurements.
 
 Invariants (tests/ops/test_ops.py): op and reference agree for every dtype; the same input gives
-the same bits; a tensor that the kernels cannot walk is an error at the op, never a wrong result.
+the same bits; a tensor layout that the kernels do not support raises at the op, and never gives a
+wrong result.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = [
     "softmax_cross_entropy_backward_",
 ]
 
-_INPUTS = (".h", ".cuh", ".cpp", ".cu", ".py")  # of the library, under csrc/
+_INPUTS = (".h", ".cuh", ".cpp", ".cu", ".py")  # what the library is built from, under csrc/
 
 
 # ---- attention: joining partial results ----
@@ -61,13 +61,13 @@ _INPUTS = (".h", ".cuh", ".cpp", ".cu", ".py")  # of the library, under csrc/
 def merge_lse_(
     out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, spans: Spans | None = None
 ) -> None:
-    """Join the attention of a new key block into (out, lse), in place.
+    """Join the attention over a new key block into (out, lse), in place.
 
     out        (rows, num_heads, head_dim) fp32 or fp64
-    lse        (num_heads, rows) like out; natural log
-    block_out  (packed rows, num_heads, head_dim), for fp32 any of fp32, bf16, fp16
-    block_lse  (num_heads, packed rows) like lse
-    spans      rows of out that the block's queries are; None: all
+    lse        (num_heads, rows), dtype of out; natural log
+    block_out  (packed rows, num_heads, head_dim); fp32, bf16 or fp16 if out is fp32
+    block_lse  (num_heads, packed rows), dtype of lse
+    spans      the rows of out that the block's queries belong to; None: all rows
     """
     spans = _all_rows(out) if spans is None else spans
     if _native(out) and _dense(out, 1) and _dense(lse, 1):
@@ -82,7 +82,7 @@ def merge_lse_(
 
 
 def gather_rows(x: Tensor, spans: Spans, dim: int = 0) -> Tensor:
-    """The rows of `spans` along dimension 0 or 1, packed. Differentiable."""
+    """The rows in `spans` along dimension 0 or 1, packed. Differentiable."""
     if _native(x) and _dense(x, dim):
         return torch.ops.hdp.gather_rows(x, _flat(spans), dim)
     return gather_rows_reference(x, spans, dim)
@@ -91,8 +91,10 @@ def gather_rows(x: Tensor, spans: Spans, dim: int = 0) -> Tensor:
 def scatter_rows_(
     x: Tensor, values: Tensor, spans: Spans, dim: int = 0, *, accumulate: bool = False
 ) -> None:
-    """x[rows of spans] = values, or += with `accumulate` (then `values` may be narrower: half
-    precision added to fp32)."""
+    """Set x[rows in spans] = values, or += with `accumulate`.
+
+    With `accumulate`, half-precision values may be added to fp32.
+    """
     if _native(x) and _dense(x, dim) and _adds(x, values, accumulate):
         torch.ops.hdp.scatter_rows_(x, values.contiguous(), _flat(spans), dim, accumulate)
     else:
@@ -105,14 +107,15 @@ def scatter_rows_(
 def softmax_cross_entropy(
     logits: Tensor, labels: Tensor, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each row's label, and the log-sum-exp of the row. Differentiable.
+    """Log-probability of each row's label, and the row's log-sum-exp. Differentiable.
 
-    logits   (rows, vocab_size) fp64, fp32, bf16 or fp16; with a cap, softcap * tanh(logits /
-             softcap) takes their place
-    labels   (rows,) int64; IGNORE_INDEX: logprob and lse are 0, and the row gets no gradient
-    Returns (logprobs, lse), each (rows,), fp64 for fp64 logits and fp32 otherwise. Infinite or NaN
-    logits make them non-finite; so does, on a GPU, a label outside of the vocabulary (on the CPU an
-    error): a training step stops on that before it does harm.
+    logits   (rows, vocab_size) fp64, fp32, bf16 or fp16
+    labels   (rows,) int64; for IGNORE_INDEX, logprob and lse are 0 and the row gets no gradient
+    softcap  replace the logits with softcap * tanh(logits / softcap); None: no cap
+
+    Returns (logprobs, lse), each (rows,), fp64 for fp64 logits and fp32 otherwise. They are not
+    finite where logits are infinite or NaN, nor, on a GPU, where a label is outside the vocabulary
+    (an error on the CPU); a training step stops on that before it updates any weight.
     """
     if _native(logits) and _dense(logits, 1):
         return torch.ops.hdp.softmax_cross_entropy(logits, labels, softcap or 0.0)
@@ -129,13 +132,15 @@ def softmax_cross_entropy_backward_(
     softcap: float | None = None,
     grad_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Gradient of the logits, given those of logprobs and lse; the logits are used up.
+    """The gradient of the logits, given those of logprobs and lse. Overwrites the logits.
 
-    logits, labels, softcap  as in the forward; lse is its result
+    logits, labels, softcap  as in the forward, which returned lse
     grad_logprobs, grad_lse  (rows,) in the dtype of lse
     grad_dtype               bf16 or fp16 for fp32 logits; None: the dtype of the logits
-    Returns (rows, vocab_size), where there is a kernel in the memory of `logits`: no second tensor
-    of that size exists, though the rows of a narrower gradient lie twice its width apart.
+
+    Returns (rows, vocab_size). A native kernel writes it into the memory of `logits`, so no second
+    tensor of that size exists; the rows of a half-precision gradient keep the stride of the fp32
+    logits.
     """
     if _native(logits) and _dense(logits, 1):
         torch.ops.hdp.softmax_cross_entropy_backward_(
@@ -154,18 +159,19 @@ def softmax_cross_entropy_backward_(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """What is in hdp/libhdp.so, or why it is not used."""
+    """The contents of hdp/libhdp.so, or why it is not used."""
 
-    devices: frozenset[str]  # device types that it has kernels for
+    devices: frozenset[str]  # device types with kernels
     text: str
 
 
 def describe(device: str) -> tuple[str, str]:
-    """(what implements the ops on "cpu" or "cuda", why): said when a run starts."""
+    """(what implements the ops on "cpu" or "cuda", why), as printed when a run starts."""
     if device in LIBRARY.devices:
         return "csrc", LIBRARY.text
     if LIBRARY.devices:
-        return "plain torch", f"csrc is built for {LIBRARY.text}: python csrc/build.py --mode cuda"
+        text = f"csrc is built for {LIBRARY.text} only; run python csrc/build.py --mode cuda"
+        return "plain torch", text
     return "plain torch", LIBRARY.text
 
 
@@ -177,7 +183,7 @@ def _load() -> Library:
     if (sources / "library.cpp").exists():
         newest = max(file.stat().st_mtime for file in sources.rglob("*") if file.suffix in _INPUTS)
         if newest > path.stat().st_mtime:
-            reason = "hdp/libhdp.so is older than csrc/: python csrc/build.py"
+            reason = "hdp/libhdp.so is older than csrc/; run python csrc/build.py"
             return Library(devices=frozenset(), text=reason)
     try:
         torch.ops.load_library(str(path))
@@ -193,7 +199,7 @@ def _load() -> Library:
 
 
 def _register() -> None:
-    """Shapes for tracing (fake kernels), and the gradients of the ops that have one."""
+    """Register fake kernels (shapes for tracing) and gradients with torch."""
     fake, gradient = torch.library.register_fake, torch.library.register_autograd
     for name in ("merge_lse_", "scatter_rows_", "softmax_cross_entropy_backward_"):
         fake(f"hdp::{name}", _fake_in_place)
@@ -245,7 +251,7 @@ def _softmax_cross_entropy_backward(
     ctx: Any, grad_logprobs: Tensor, grad_lse: Tensor
 ) -> tuple[Tensor | None, ...]:
     logits, labels, lse = ctx.saved_tensors
-    grad = logits.clone()  # the caller's logits stay what they are; logprobs.py owns its own
+    grad = logits.clone()  # the logits belong to the caller; logprobs.py overwrites its own
     torch.ops.hdp.softmax_cross_entropy_backward_(
         grad, labels, lse, grad_logprobs.contiguous(), grad_lse.contiguous(), ctx.softcap, None
     )
@@ -260,7 +266,7 @@ def _native(x: Tensor) -> bool:
 
 
 def _dense(x: Tensor, dim: int) -> bool:
-    """Dimensions from `dim` on lie densely one in the other."""
+    """Whether dimensions from `dim` on are contiguous, and rows do not overlap."""
     size = 1
     for i in range(x.dim() - 1, dim - 1, -1):
         if x.stride(i) != size and x.shape[i] > 1:
@@ -270,7 +276,7 @@ def _dense(x: Tensor, dim: int) -> bool:
 
 
 def _adds(x: Tensor, values: Tensor, accumulate: bool) -> bool:
-    """Whether the native op can put or add `values` into `x`."""
+    """Whether the native op can write or add `values` to `x`."""
     half = values.dtype in (torch.bfloat16, torch.float16)
     return x.dtype == values.dtype or (accumulate and half and x.dtype == torch.float32)
 
@@ -284,5 +290,5 @@ def _flat(spans: Spans) -> list[int]:
 
 
 LIBRARY = _load()
-# Where csrc has no kernel for the GPU: rows vary from call to call, heads and head_dim do not.
+# Used where csrc has no GPU kernels. Rows vary from call to call, heads and head_dim do not.
 COMPILED_JOIN = Compiled(join_, varying=(0, 1, 0, 1))

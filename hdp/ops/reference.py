@@ -1,7 +1,7 @@
-"""The native ops in plain torch: what each op means, and what runs where no library was built.
+"""The native ops in plain torch: they define each op, and run where no library was built.
 
-native.py picks between these and csrc/. Spans are sorted, disjoint (start, stop) row ranges of a
-tensor; the packed tensor has their rows one after the other.
+native.py picks between these functions and csrc/. Spans are sorted, disjoint (start, stop) row
+ranges of a tensor; the packed tensor holds just their rows, one span after another.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ Spans = Sequence[tuple[int, int]]
 
 
 def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """What `merge_lse_` computes, as new tensors; shapes as there, equally many rows everywhere."""
+    """`merge_lse_` for equal numbers of rows, returning new tensors (out, lse)."""
     block_lse = block_lse.to(lse.dtype)
-    # equal infinities (rows that no key reached) stay what they are
+    # rows without any keys (both lse are -inf) must not become NaN
     difference = torch.where(lse == block_lse, 0.0, block_lse - lse)
     weight = torch.sigmoid(difference).T.unsqueeze(-1)
     return out - weight * (out - block_out), torch.logaddexp(lse, block_lse)
 
 
 def join_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """`merge_lse_` of equally many rows."""
+    """`merge_lse_` for equal numbers of rows."""
     merged_out, merged_lse = merge(out, lse, block_out, block_lse)
     out.copy_(merged_out)
     lse.copy_(merged_lse)
@@ -43,6 +43,7 @@ def merge_lse_reference_(
     spans: Spans,
     join: Callable[..., None] = join_,
 ) -> None:
+    """`native.merge_lse_`, one `join` per span."""
     at = 0
     for start, stop in spans:
         packed = slice(at, at + stop - start)
@@ -54,12 +55,14 @@ def merge_lse_reference_(
 
 
 def gather_rows_reference(x: Tensor, spans: Spans, dim: int = 0) -> Tensor:
+    """`native.gather_rows`."""
     return torch.cat([x.narrow(dim, 0, 0), *_views(x, spans, dim)], dim)
 
 
 def scatter_rows_reference_(
     x: Tensor, values: Tensor, spans: Spans, dim: int = 0, accumulate: bool = False
 ) -> None:
+    """`native.scatter_rows_`."""
     sizes = [stop - start for start, stop in spans]
     for view, part in zip(_views(x, spans, dim), values.split(sizes, dim), strict=True):
         view.add_(part) if accumulate else view.copy_(part)
@@ -75,6 +78,7 @@ def _views(x: Tensor, spans: Spans, dim: int) -> list[Tensor]:
 def softmax_cross_entropy_reference(
     logits: Tensor, labels: Tensor, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
+    """`native.softmax_cross_entropy`."""
     logits = logits.to(statistics_dtype(logits))
     if softcap:
         logits = (logits / softcap).tanh() * softcap
@@ -93,6 +97,7 @@ def softmax_cross_entropy_backward_reference_(
     softcap: float | None = None,
     grad_dtype: torch.dtype | None = None,
 ) -> Tensor:
+    """`native.softmax_cross_entropy_backward_`."""
     ignored = labels == IGNORE_INDEX
     grad = grad_logprobs.masked_fill(ignored, 0.0)
     scale = -grad if grad_lse is None else grad_lse.masked_fill(ignored, 0.0) - grad
@@ -109,4 +114,5 @@ def softmax_cross_entropy_backward_reference_(
 
 
 def statistics_dtype(logits: Tensor) -> torch.dtype:
+    """The dtype of logprobs and lse."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""`where`: which implementation of the ops a test runs."""
+"""`where`: the implementation of the ops that a test runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.ops.op_cases import LIBRARIES
 
 @pytest.fixture(params=["reference", *LIBRARIES])
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """ "reference" (as if no library were there), "cpu" or "cuda"."""
+    """ "reference" (as if there were no library), "cpu" or "cuda"."""
     if request.param == "reference":
         nothing = dataclasses.replace(ops.LIBRARY, devices=frozenset())
         monkeypatch.setattr(ops, "LIBRARY", nothing)

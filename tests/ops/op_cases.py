@@ -1,4 +1,4 @@
-"""What the tests of the ops share: inputs, exact results in fp64, tolerances."""
+"""Shared by the tests of the ops: inputs, exact fp64 results, tolerances."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ LIBRARIES = [
     pytest.param("cpu", marks=NATIVE),
     pytest.param("cuda", marks=[pytest.mark.gpu, CUDA_BUILT]),
 ]
-# For tests of what only the compiled ops do; other tests get the reference as well.
+# For tests that apply to the native ops only; all others run the reference too.
 native_only = pytest.mark.parametrize("where", LIBRARIES, indirect=True)
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# Relative to the largest value; half precision is that of the inputs, the arithmetic is fp32.
+# Relative to the largest value. Half-precision inputs are computed in fp32.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
@@ -27,13 +27,13 @@ def to_device(where, *tensors):
     return tensors[0].to(device) if len(tensors) == 1 else tuple(x.to(device) for x in tensors)
 
 
-def close(got, want, dtype, what="result"):
+def close(got, want, dtype, label="result"):
     assert got.shape == want.shape
     if not want.numel():
         return
     got, want = got.detach().double().cpu(), want.double()
     error = (got - want).abs().max() / max(1.0, want.abs().max())
-    assert error <= TOLERANCE[dtype], f"{what}: off by {error:.2e}, allowed {TOLERANCE[dtype]}"
+    assert error <= TOLERANCE[dtype], f"{label}: off by {error:.2e}, allowed {TOLERANCE[dtype]}"
 
 
 def partial_results(rows, packed, heads, dim, dtype, block_dtype, seed=0, spread=4.0):
@@ -48,7 +48,7 @@ def partial_results(rows, packed, heads, dim, dtype, block_dtype, seed=0, spread
 
 
 def merged(out, lse, block_out, block_lse, spans):
-    """The definition, in fp64."""
+    """merge_lse_ by its definition, in fp64."""
     out, lse = out.double().clone(), lse.double().clone()
     index = torch.cat([torch.arange(0), *(torch.arange(*span) for span in spans)])
     both = torch.stack((lse[:, index], block_lse.double()))

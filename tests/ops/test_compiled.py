@@ -1,4 +1,4 @@
-"""What torch.compile makes of a merge is the merge; where it cannot compile, nothing stops."""
+"""A compiled merge equals the merge; where compilation fails, it runs uncompiled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def partial_results(rows: int, device: str = "cpu", seed: int = 0) -> list[torch
 
 
 def check_merges(join: Compiled, device: str = "cpu") -> None:
-    """Whole tensors, parts of them, one row: all in place, nothing else touched."""
+    """Merge whole tensors, parts of them, one row: all in place, leaving other rows alone."""
     for seed, (rows, spans) in enumerate(
         [
             (48, [(0, 48)]),
@@ -42,8 +42,8 @@ def check_merges(join: Compiled, device: str = "cpu") -> None:
         torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_compiled_merge_is_the_merge() -> None:
-    """Traced and made functional as on a GPU, without its last step, writing C++ (60 s)."""
+def test_compiled_merge_equals_the_merge() -> None:
+    """Traced and functionalized as on a GPU, but without generating C++, which takes 60 s."""
     torch._dynamo.reset()
     join = Compiled(join_, varying=(0, 1, 0, 1))
     join._compiled = torch.compile(join_, fullgraph=True, backend="aot_eager")
@@ -51,11 +51,11 @@ def test_compiled_merge_is_the_merge() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_compiled_merge_is_the_merge() -> None:
+def test_gpu_compiled_merge_equals_the_merge() -> None:
     check_merges(ops.COMPILED_JOIN, "cuda")
 
 
-def test_it_is_compiled_a_few_times_at_most() -> None:
+def test_many_lengths_share_few_graphs() -> None:
     torch._dynamo.reset()
     seen = []
 
@@ -73,7 +73,7 @@ def test_it_is_compiled_a_few_times_at_most() -> None:
     assert len(seen) <= 4, f"{len(seen)} graphs for 38 lengths"
 
 
-def test_where_it_cannot_compile_it_still_runs_and_says_so_once(monkeypatch) -> None:
+def test_where_it_cannot_compile_it_runs_and_warns_once(monkeypatch) -> None:
     def broken(*args, **kwargs):
         def run(*tensors):
             raise RuntimeError("Failed to find C compiler\nPlease specify via CC")
@@ -83,7 +83,7 @@ def test_where_it_cannot_compile_it_still_runs_and_says_so_once(monkeypatch) -> 
     monkeypatch.setattr(torch, "compile", broken)
     join = Compiled(join_, varying=(0, 1, 0, 1))
     results = [partial_results(5), partial_results(5)]
-    with pytest.warns(UserWarning, match="join_ is not compiled: Failed to find C compiler$"):
+    with pytest.warns(UserWarning, match="join_ runs uncompiled: Failed to find C compiler$"):
         join(*results[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -30,7 +30,7 @@ def test_cross_entropy_equals_fp64(where, dtype, softcap, vocab):
     statistics = statistics_dtype(dtype)
     assert logprobs.dtype == lse.dtype == statistics
     want, want_lse = dense(logits.double(), labels, softcap)
-    # The logits count as exact: half precision is no excuse.
+    # The logits count as exact, so half-precision inputs get the same tolerance.
     close(logprobs, want, statistics, "logprobs")
     close(lse, want_lse, statistics, "lse")
     assert (logprobs.cpu()[labels == ops.IGNORE_INDEX] == 0).all()
@@ -71,7 +71,7 @@ def test_cross_entropy_backward_equals_fp64(where, dtype, grad_dtype, softcap, w
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("offset", range(5))
 def test_cross_entropy_of_padded_rows(where, dtype, offset):
-    """Rows of a wider tensor, starting at any alignment; what lies beside them does not change."""
+    """Rows of a wider tensor, at any alignment; the columns around them must not change."""
     logits, labels = logits_and_labels(6, 300, dtype)
     wide = torch.full((6, 317), 9.0, dtype=dtype)
     columns = slice(offset, offset + 300)
@@ -85,9 +85,9 @@ def test_cross_entropy_of_padded_rows(where, dtype, offset):
     )
     close(got, dense_grad(logits, labels, None, grad, None), dtype)
     if where != "reference":
-        beside = torch.ones(317, dtype=torch.bool)
-        beside[columns] = False
-        assert (wide.cpu()[:, beside] == 9.0).all()
+        padding = torch.ones(317, dtype=torch.bool)
+        padding[columns] = False
+        assert (wide.cpu()[:, padding] == 9.0).all()
 
 
 def test_cross_entropy_extreme_logits(where):
@@ -104,7 +104,7 @@ def test_cross_entropy_extreme_logits(where):
     logprobs, lse = ops.softmax_cross_entropy(*to_device(where, logits, labels))
     want, want_lse = dense(logits.double(), labels, None)
     torch.testing.assert_close(lse.cpu(), want_lse.float())
-    if where == "reference":  # it takes the difference with lse, whose last bit is 2^-10 here
+    if where == "reference":  # it subtracts the lse, whose last bit is 2^-10 here
         torch.testing.assert_close(logprobs[:4], want[:4].float(), atol=1e-3, rtol=1e-6)
     else:
         torch.testing.assert_close(logprobs.cpu(), want.float(), atol=1e-6, rtol=1e-6)
@@ -115,8 +115,8 @@ def test_cross_entropy_extreme_logits(where):
     assert error[:2].max() < 1e-3 and error[2:].max() < 1e-6, error
 
 
-def test_cross_entropy_of_nothing_possible_is_not_finite(where):
-    """All logits -inf, or a NaN or +inf among them: the step must stop, not train on it."""
+def test_cross_entropy_of_non_finite_logits_is_not_finite(where):
+    """All logits -inf, or a NaN or +inf among them: the step must stop instead of training."""
     nan, inf = float("nan"), float("inf")
     logits = torch.zeros(4, 1500)
     logits[0] = -inf
@@ -153,7 +153,7 @@ def test_cross_entropy_gradcheck(where, softcap):
         lambda x: ops.softmax_cross_entropy(x, labels, softcap), (leaf,)
     )
     ops.softmax_cross_entropy(leaf, labels, softcap)[0].sum().backward()
-    assert torch.equal(leaf.detach(), kept), "backward used up logits that are the caller's"
+    assert torch.equal(leaf.detach(), kept), "backward overwrote the caller's logits"
 
 
 @pytest.mark.parametrize("vocab", [1, 5000])

@@ -1,4 +1,4 @@
-"""merge_lse_: two partial attention results become one, in place."""
+"""merge_lse_ joins two partial attention results in place."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def test_merge_equals_fp64(where, case, dtype, block_dtype):
     others = torch.ones(rows, dtype=torch.bool)
     for start, stop in spans:
         others[start:stop] = False
-    assert torch.equal(got.cpu()[others], out[others]), "a row outside of the spans changed"
+    assert torch.equal(got.cpu()[others], out[others]), "a row outside the spans changed"
 
 
 def test_merge_of_key_blocks_is_attention_over_all_keys(where):
-    """The reason for the op: partial softmaxes over disjoint keys, joined in any order."""
+    """The purpose of the op: join partial softmaxes over disjoint keys, in any order."""
     generator = torch.Generator().manual_seed(3)
     q, k, v = torch.randn(3, 50, 2, 16, generator=generator, dtype=torch.float64)
     scores = torch.einsum("qhd,khd->hqk", q, k)
@@ -71,7 +71,7 @@ def test_merge_of_key_blocks_is_attention_over_all_keys(where):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_merge_extreme_lse(where, dtype):
-    """+-700 and further apart, no keys at all (-inf) on either side or both: exact, never NaN."""
+    """lse of +-700 and beyond, and of -inf (no keys) on one or both sides: exact, never NaN."""
     inf = float("inf")
     values = [0.0, 1e-30, 700.0, -700.0, 1e5, -1e5, -inf]
     pairs = torch.cartesian_prod(torch.tensor(values), torch.tensor(values)).to(dtype)
@@ -96,7 +96,7 @@ def test_merge_keeps_nan(where):
 
 
 def test_merge_into_views(where):
-    """What the ring passes: rows of a larger lse, and of a larger out, at any alignment."""
+    """As the ring calls it: with rows of a larger out and a larger lse, at any alignment."""
     out, lse, block_out, block_lse = partial_results(30, 7, 3, 8, torch.float32, torch.bfloat16)
     for rows in (slice(0, 7), slice(3, 10), slice(23, 30)):
         want, want_lse = merged(out[rows], lse[:, rows], block_out, block_lse, [(0, 7)])

@@ -1,8 +1,8 @@
-"""The ops of csrc/ as a whole: same bits every time, opcheck, compilation, bad inputs, where used.
+"""All ops of csrc/ together: determinism, opcheck, compilation, bad inputs, and their callers.
 
-Each test runs the Python reference, the CPU library where it is built (`python csrc/build.py`) and
-the CUDA kernels where there is a GPU; `where` says which. What each op computes: test_ops_merge.py,
-test_ops_rows.py, test_ops_cross_entropy.py.
+Each test runs the Python reference, the CPU library if it is built (`python csrc/build.py`), and
+the CUDA kernels if there is a GPU; `where` selects one. test_merge.py, test_rows.py and
+test_cross_entropy.py check the results of each op.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_threads_do_not_change_results():
         torch.set_num_threads(threads)
 
 
-# ---- what torch needs to know ----
+# ---- schemas, fake kernels, tracing ----
 
 
 def _samples(where):
@@ -101,7 +101,7 @@ def test_opcheck(where, sample):
 
 @native_only
 def test_ops_can_be_compiled(where):
-    """No graph break; what is traced has the right shapes and mutates what it says."""
+    """No graph breaks; traced ops have the right shapes and mutate what their schemas declare."""
 
     def step(x, out, lse, block_out, block_lse, logits, labels):
         ops.merge_lse_(out, lse, block_out, block_lse, ((1, 6),))
@@ -249,20 +249,20 @@ def test_bad_inputs_are_named(where, case):
 
 @pytest.mark.gpu
 @CUDA_BUILT
-def test_tensors_on_two_devices_are_refused():
+def test_tensors_on_two_devices_are_rejected():
     with pytest.raises(RuntimeError, match=r"different devices|same device"):
         torch.ops.hdp.softmax_cross_entropy(
             torch.zeros(5, 9, device="cuda"), torch.zeros(5, dtype=torch.int64), 0.0
         )
 
 
-# ---- where the runtime uses them ----
+# ---- how the runtime uses the ops ----
 
 
 @NATIVE
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 8.0])
-def test_losses_are_the_same_with_and_without(monkeypatch, dtype, softcap):
+def test_losses_with_and_without_the_library_agree(monkeypatch, dtype, softcap):
     generator = torch.Generator().manual_seed(5)
     hidden, weight = (
         torch.randn(n, 16, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
@@ -290,7 +290,7 @@ def test_losses_are_the_same_with_and_without(monkeypatch, dtype, softcap):
 @pytest.mark.gpu
 @CUDA_BUILT
 def test_backward_of_the_loss_holds_no_second_logits_tensor():
-    """One chunk of fp32 logits and what the matmuls return; bf16 gradients lie in the logits."""
+    """Only a chunk of fp32 logits and the matmuls' results; bf16 gradients reuse the logits."""
     tokens, vocab, hidden_size = 2048, 65536, 256
     hidden, weight = (
         torch.randn(n, hidden_size, device="cuda", dtype=torch.bfloat16).requires_grad_()
@@ -303,14 +303,14 @@ def test_backward_of_the_loss_holds_no_second_logits_tensor():
     torch.cuda.reset_peak_memory_stats()
     logprobs.sum().backward()
     chunk = tokens * vocab * 4
-    weight_grads = vocab * hidden_size * (4 + 4 + 2)  # the fp32 sum, a product, the rounded one
+    weight_grads = vocab * hidden_size * (4 + 4 + 2)  # fp32 sum, fp32 product, rounded result
     assert torch.cuda.max_memory_allocated() - before < chunk + weight_grads + (32 << 20)
 
 
 @pytest.mark.gpu
 @CUDA_BUILT
 def test_ops_run_on_the_current_stream():
-    """A stream that is not the default one: the result is ready when that stream is."""
+    """On a non-default stream, the result is ready when that stream has finished."""
     stream = torch.cuda.Stream()
     logits = torch.randn(512, 50000, device="cuda")
     labels = torch.randint(50000, (512,), device="cuda")
@@ -325,7 +325,7 @@ def test_ops_run_on_the_current_stream():
     assert torch.equal(got, want)
 
 
-def test_what_runs_is_announced(monkeypatch):
+def test_describe_names_the_implementation(monkeypatch):
     for devices, device, choice, why in [
         (set(), "cpu", "plain torch", "not built"),
         ({"cpu"}, "cpu", "csrc", "not built"),

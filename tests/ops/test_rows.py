@@ -1,4 +1,4 @@
-"""gather_rows and scatter_rows_: rows by spans, against indexing."""
+"""gather_rows and scatter_rows_ by spans, compared with indexing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hdp.ops import native as ops
 from tests.ops.op_cases import close, to_device
 
-# `where` holds for all examples of a test.
+# The function-scoped fixture `where` is the same for all examples of a test.
 RELAXED = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -85,7 +85,7 @@ def test_rows_with_hundreds_of_spans(where):
 
 
 def test_rows_of_views(where):
-    """Any alignment, gaps between the outer slices, and strides that only the reference walks."""
+    """Any alignment, gaps between outer slices, and strides that only the reference supports."""
     big = torch.randn(14, 50, 9)
     spans = [(1, 3), (5, 9)]
     for view in (big[1:12], big[:, 3:20], big[1, 2:30], big.transpose(0, 1)[3:30], big[..., 2:4]):
