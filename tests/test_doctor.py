@@ -1,4 +1,4 @@
-"""`hdp doctor` tells the truth, and tells something on a broken machine."""
+"""`hdp doctor` is accurate, and still prints a report on a broken machine."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SECTIONS = ("hdp", "python", "host", "torch", "nvidia", "interconnect", "package
 
 @pytest.fixture(scope="module")
 def here() -> dict[str, Any]:
-    """The real report of the machine that runs the tests."""
+    """The real report for the machine that runs the tests."""
     return doctor.collect()
 
 
 def gpu_machine(here: dict[str, Any], num_gpus: int = 8) -> dict[str, Any]:
-    """The report as a node of GPUs would give it."""
+    """The report of an imagined GPU node."""
     report = copy.deepcopy(here)
     gpu = {
         "name": "NVIDIA H200",
@@ -75,7 +75,7 @@ def test_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(report["warnings"], list)
 
 
-def test_attention_is_what_the_runtime_selects(here: dict[str, Any]) -> None:
+def test_attention_matches_the_runtime(here: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch")
     from hdp.attention.kernels import select_kernel
 
@@ -96,7 +96,7 @@ def test_without_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert "planning and simulation work" in out
 
 
-def test_torch_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     monkeypatch.setattr(machine, "TORCH_TIMEOUT_S", 0.01)
     report = doctor.collect()
@@ -106,7 +106,7 @@ def test_torch_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("script", "reason"), [("kill -SEGV $$", "-11"), ("exit 3", "code 3")])
-def test_torch_that_crashes(
+def test_torch_crashes(
     script: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("torch")
@@ -146,7 +146,7 @@ def test_gpu_node(here: dict[str, Any]) -> None:
     assert "PCIe 5 x16" in text
 
 
-def test_kernels_of_libraries_are_said(here: dict[str, Any]) -> None:
+def test_optional_kernels_are_reported(here: dict[str, Any]) -> None:
     report = gpu_machine(here)
     for name in ("apex", "transformer-engine", "liger-kernel"):
         report["packages"][name]["version"] = None
@@ -164,7 +164,7 @@ def test_kernels_of_libraries_are_said(here: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("where", "value", "warning"),
     [
-        (("torch", "gpus"), [], "the driver shows 8 GPUs, torch sees none"),
+        (("torch", "gpus"), [], "the driver has 8 GPUs, but torch sees none"),
         (("torch", "version_info"), [2, 8], "older than 2.9"),
         (("torch", "peer_access"), False, "each other's memory"),
         (("host", "shm_bytes"), 64 << 20, "/dev/shm has 0.1 GiB"),
@@ -182,7 +182,7 @@ def test_warnings(here: dict[str, Any], where: tuple, value: Any, warning: str) 
     assert warning in warnings[0]
 
 
-def test_locked_memory_matters_with_rdma_only(here: dict[str, Any]) -> None:
+def test_locked_memory_matters_only_with_rdma(here: dict[str, Any]) -> None:
     report = gpu_machine(here)
     report["host"]["locked_memory_limit_bytes"] = 8 << 20
     assert judged(report)["warnings"] == []

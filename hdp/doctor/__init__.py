@@ -1,1 +1,1 @@
-"""`hdp doctor`: what this machine offers."""
+"""`hdp doctor`: what this machine has, and what a run on it would use."""

@@ -1,9 +1,8 @@
-"""Facts about the machine a process runs on, for `hdp doctor` and for the header of a benchmark.
+"""Facts about the current machine, for `hdp doctor` and for the header of a benchmark.
 
-Meant for machines on which something is wrong, so a probe never raises: it returns what it found or
-{"error": reason}. Nothing optional is imported (versions come from package metadata), and torch is
-asked in a child process with a time limit, because a sick driver hangs or crashes in CUDA's
-initialisation.
+It must work on broken machines, so a probe never raises: it returns its findings or {"error":
+reason}. Nothing optional is imported (versions come from package metadata), and torch is queried in
+a child process with a time limit, because CUDA initialization hangs or crashes with a bad driver.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from typing import Any
 
 TORCH_TIMEOUT_S = 120.0
 SMI_TIMEOUT_S = 20.0
-_HEAD_DIM = 128  # which attention kernel fits depends on it; that of most models
+_HEAD_DIM = 128  # most models' head size; the choice of attention kernel depends on it
 
-# What hdp can make use of: (label, distribution names it goes by, what it is for).
+# Packages that hdp can use: (label, distribution names, purpose).
 PACKAGES = (
     ("transformers", ("transformers",), "models"),
     ("datasets", ("datasets",), "JSONL, Parquet and hub data"),
@@ -32,7 +31,7 @@ PACKAGES = (
     ("tyro", ("tyro",), "flags of `hdp train`"),
     ("rich", ("rich",), "tables on the console"),
     ("tensorboard", ("tensorboard",), "curves of a run"),
-    ("matplotlib", ("matplotlib",), "pictures of a plan"),
+    ("matplotlib", ("matplotlib",), "plots of a plan"),
     ("flash-attn 2", ("flash-attn",), "attention on NVIDIA GPUs"),
     ("flash-attn 3", ("flash-attn-3", "flash-attn-interface"), "attention on Hopper"),
     ("flash-attn 4", ("flash-attn-4",), "attention on Hopper and Blackwell"),
@@ -45,7 +44,7 @@ PACKAGES = (
 
 
 def machine_facts() -> dict[str, Any]:
-    """Everything this module can find out, ready for JSON."""
+    """All facts that this module can find, ready for JSON."""
     return {
         "hdp": probe(_hdp),
         "python": probe(_python),
@@ -58,7 +57,7 @@ def machine_facts() -> dict[str, Any]:
 
 
 def probe(fact: Callable[[], Any]) -> Any:
-    """What `fact()` returns, or {"error": reason}: one broken part of a machine hides no other."""
+    """`fact()`, or {"error": reason} if it raises, so that one failure does not hide the rest."""
     try:
         return fact()
     except Exception as error:
@@ -80,7 +79,7 @@ def _python() -> dict[str, Any]:
 
 
 def _host() -> dict[str, Any]:
-    """Cores and memory that this process may use: a container's limits count, not the machine's."""
+    """Cores and memory that this process may use, including a container's limits."""
     meminfo = {
         line.split(":")[0]: int(line.split()[1]) * 1024
         for line in (_read("/proc/meminfo") or "").splitlines()
@@ -99,7 +98,7 @@ def _host() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor, as it calls itself where the system tells."""
+    """The processor's model name, if the system reveals it."""
     models = [
         line.split(":", 1)[1].strip()
         for line in (_read("/proc/cpuinfo") or "").splitlines()
@@ -109,7 +108,7 @@ def cpu_name() -> str:
 
 
 def _usable_cores() -> float:
-    """Cores by affinity and by the container's quota, whichever is less."""
+    """Cores by CPU affinity or by the container's quota, whichever is less."""
     cores: float = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -136,7 +135,7 @@ def _locked_memory_limit() -> int | None:
 
 
 def _torch() -> dict[str, Any]:
-    """`torch_facts()` of a child process that imports what this one would."""
+    """`torch_facts()`, from a child process with the same import path."""
     if _version("torch") is None:
         return {"error": "torch is not installed: pip install 'torch>=2.9'"}
     code = (
@@ -151,15 +150,15 @@ def _torch() -> dict[str, Any]:
             timeout=TORCH_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"importing torch and asking for CUDA hung for {TORCH_TIMEOUT_S:.0f} s"}
+        return {"error": f"importing torch and querying CUDA hung for {TORCH_TIMEOUT_S:.0f} s"}
     if child.returncode:
         lines = child.stderr.strip().splitlines() or ["no message"]
-        return {"error": f"torch failed with exit code {child.returncode}: {lines[-1]}"}
+        return {"error": f"querying torch failed with exit code {child.returncode}: {lines[-1]}"}
     return json.loads(child.stdout.splitlines()[-1])
 
 
 def torch_facts() -> dict[str, Any]:
-    """What torch says of itself and of the devices. Imports torch: `_torch` runs it in a child."""
+    """What torch reports about itself and the devices. Imports torch: `_torch` uses a child."""
     import torch
     import torch.distributed as dist
 
@@ -201,7 +200,7 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def _attention(device: str) -> dict[str, dict[str, str]]:
-    """The block kernel that the runtime selects for each dtype, asked of the runtime itself."""
+    """The block kernel for each dtype, as selected by the runtime's own code."""
     import torch
 
     from hdp.attention.kernels import choose_kernel
@@ -216,7 +215,7 @@ def _attention(device: str) -> dict[str, dict[str, str]]:
 
 
 def _ops(device: str) -> dict[str, str]:
-    """Whether the compiled ops of csrc/ are used, asked of the runtime itself."""
+    """Whether the native ops of csrc/ are used, according to the runtime's own code."""
     from hdp.ops.native import describe
 
     return dict(zip(("choice", "why"), describe(device), strict=True))
@@ -226,7 +225,7 @@ def _nvidia() -> dict[str, Any]:
     """The driver's own view, independent of torch."""
     fields = "name,driver_version,memory.total,pcie.link.gen.max,pcie.link.width.max"
     if shutil.which("nvidia-smi") is None:
-        return {"error": "nvidia-smi is not on PATH: no NVIDIA driver", "gpus": []}
+        return {"error": "no NVIDIA driver (nvidia-smi is not on PATH)", "gpus": []}
     rows = _run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
     gpus = [
         dict(zip(fields.split(","), (part.strip() for part in row.split(",")), strict=True))
@@ -269,7 +268,7 @@ def _packages() -> dict[str, dict[str, str | None]]:
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
-    except Exception:  # not installed, or broken metadata: for us the same
+    except Exception:  # not installed, or broken metadata, which amounts to the same
         return None
 
 

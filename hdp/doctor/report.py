@@ -1,11 +1,11 @@
-"""`hdp doctor`: what this machine offers, and which back ends a run on it would use, and why.
+"""`hdp doctor`: what this machine has, and which back ends a run on it would use, and why.
 
     hdp doctor            aligned text, warnings last
     hdp doctor --json     the same for scripts; `warnings` is a list of strings
 
-It must not fail on anything, least of all on a broken machine: facts come from the probes of
-`hdp/doctor/machine.py`, and what is concluded from them is probed the same way. It works without
-torch by saying so.
+It must never fail, least of all on a broken machine: the facts come from the probes of
+`hdp/doctor/machine.py`, and conclusions from them are drawn inside probes too. If torch is missing,
+the report says so.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from .machine import machine_facts, probe
 
 TORCH_MINIMUM = (2, 9)
 GIB = 1 << 30
-Rows = list[tuple[str, str]]  # (name, value) lines of one section
+Rows = list[tuple[str, str]]  # (name, value), the lines of a section
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; the exit code is 0 whatever was found."""
-    parser = argparse.ArgumentParser(prog="hdp doctor", description="what this machine offers")
-    parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser = argparse.ArgumentParser(
+        prog="hdp doctor", description="Show what this machine has and what a run would use."
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
     args = parser.parse_args(argv)
     report = collect()
     print(json.dumps(report, indent=2) if args.json else render(report))
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """The machine's facts, the back ends chosen from them and the warnings, ready for JSON."""
+    """The machine's facts, the chosen back ends and the warnings, ready for JSON."""
     report = machine_facts()
     report["backends"] = probe(lambda: choose_backends(report))
     report["warnings"] = probe(lambda: find_warnings(report))
@@ -44,10 +46,10 @@ def collect() -> dict[str, Any]:
 
 
 def choose_backends(report: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """{part: {"choice", "why"}}: what a run started now would use."""
+    """{part: {"choice", "why"}}: what a run would use."""
     torch = report["torch"]
     has = {name for name, package in report["packages"].items() if package.get("version")}
-    chosen = {"planner": ("numpy", "hdp.scheduler needs nothing else")}
+    chosen = {"planner": ("numpy", "the only dependency of hdp.scheduler")}
     if "error" in torch:
         chosen["device"] = ("none", f"{torch['error']}; planning and simulation work")
     else:
@@ -57,7 +59,7 @@ def choose_backends(report: dict[str, Any]) -> dict[str, dict[str, str]]:
         chosen["optimizer"] = ("torch fused AdamW", "one kernel per update" + flags)
         if torch["gpus"]:
             chosen["layers"] = (
-                ("Liger", "--liger auto, for the models that it knows")
+                ("Liger", "--liger auto, for supported models")
                 if "liger-kernel" in has
                 else ("transformers", "Liger's kernels: pip install 'hdp[gpu]'")
             )
@@ -70,7 +72,7 @@ def choose_backends(report: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 def _torch_backends(torch: dict[str, Any]) -> dict[str, tuple[str, str]]:
     if num_gpus := len(torch["gpus"]):
-        device = (f"cuda x {num_gpus}", "torch sees them")
+        device = (f"cuda x {num_gpus}", "visible to torch")
         wanted, why = "nccl", "on GPUs"
     else:
         device = ("cpu", "torch sees no GPU" if torch["cuda"] else "this torch is a CPU build")
@@ -88,7 +90,7 @@ def _torch_backends(torch: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def find_warnings(report: dict[str, Any]) -> list[str]:
-    """What is likely to hurt, each with its remedy."""
+    """Likely problems, each with its remedy."""
     torch, nvidia, host = report["torch"], report["nvidia"], report["host"]
     found = []
     if "error" in torch:
@@ -100,19 +102,23 @@ def find_warnings(report: dict[str, Any]) -> list[str]:
         if driver_gpus and not torch["gpus"]:
             build = f"for CUDA {torch['cuda']}" if torch["cuda"] else "a CPU build"
             found.append(
-                f"the driver shows {driver_gpus} GPUs, torch sees none (it is {build}): install "
-                "a torch that fits the driver, and check CUDA_VISIBLE_DEVICES"
+                f"the driver has {driver_gpus} GPUs, but torch sees none (it is {build}): install "
+                "a torch that matches the driver, and check CUDA_VISIBLE_DEVICES"
             )
         if len(torch["gpus"]) > 1 and not torch["peer_access"]:
-            found.append("GPUs cannot read each other's memory: rings will go through the host")
+            found.append(
+                "GPUs cannot access each other's memory, so rings go through the host: "
+                "see nvidia-smi topo -p2p r"
+            )
     if len(nvidia.get("gpus", [])) > 1 and (host.get("shm_bytes") or GIB) < GIB:
         found.append(
-            f"/dev/shm has {_size(host['shm_bytes'])}, NCCL wants 1 GiB: docker run --shm-size=8g"
+            f"/dev/shm has {_size(host['shm_bytes'])}, but NCCL needs about 1 GiB: "
+            "docker run --shm-size=8g"
         )
     if host.get("locked_memory_limit_bytes") and report["interconnect"].get("rdma_ports"):
         found.append(
-            f"locked memory is limited to {_size(host['locked_memory_limit_bytes'])}, RDMA needs "
-            "more: ulimit -l unlimited"
+            f"locked memory is limited to {_size(host['locked_memory_limit_bytes'])}, but RDMA "
+            "needs more: ulimit -l unlimited"
         )
     return found
 
@@ -129,18 +135,18 @@ def render(report: dict[str, Any]) -> str:
         lines.extend(["", title, *(f"  {name:<{width}}  {value}".rstrip() for name, value in rows)])
 
     section(f"hdp {report['hdp'].get('version', '?')}", _probe_rows(report, _machine_rows))
-    section("GPUs and links", _probe_rows(report, _device_rows))
+    section("GPUs and interconnect", _probe_rows(report, _device_rows))
     section("packages", _probe_rows(report, _package_rows))
     section("a run here would use", _probe_rows(report, _backend_rows))
     warnings = report["warnings"]
     if isinstance(warnings, dict):
-        warnings = [f"could not judge the machine: {warnings['error']}"]
+        warnings = [f"could not check the machine: {warnings['error']}"]
     section("warnings", [("!", text) for text in warnings] or [("none", "")])
     return "\n".join(lines[1:])
 
 
 def _probe_rows(report: dict[str, Any], rows: Callable[[dict[str, Any]], Rows]) -> Rows:
-    """`rows(report)`, or one row that says what is missing."""
+    """`rows(report)`, or one row with the error if it raises."""
     result = probe(lambda: rows(report))
     return result if isinstance(result, list) else [("error", result["error"])]
 
@@ -151,7 +157,7 @@ def _machine_rows(report: dict[str, Any]) -> Rows:
         f"{_size(host.get('memory_available_bytes'))} of {_size(host.get('memory_bytes'))} free"
     )
     if host.get("memory_limit_bytes"):
-        memory += f", this container may use {_size(host['memory_limit_bytes'])}"
+        memory += f", limited to {_size(host['memory_limit_bytes'])} in this container"
     rows = [
         ("python", f"{python.get('version')}  {python.get('executable')}"),
         ("platform", f"{python.get('platform')}"),
@@ -193,7 +199,7 @@ def _device_rows(report: dict[str, Any]) -> Rows:
     if "error" in nvidia:
         rows.append(("driver", nvidia["error"]))
     if len(torch.get("gpus", [])) > 1:
-        rows.append(("peer access", "all pairs" if torch["peer_access"] else "not between all"))
+        rows.append(("peer access", "all pairs" if torch["peer_access"] else "not all pairs"))
     if isinstance(nvidia.get("topology"), str):
         rows.extend(("topology", line) for line in nvidia["topology"].splitlines() if line.strip())
     for port in links.get("rdma_ports", []):
