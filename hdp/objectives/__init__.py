@@ -1,6 +1,6 @@
 """Objectives: what a step minimizes, as functions of log-probabilities and per-token columns.
 
-An objective sees one microbatch of one rank, and knows nothing of plans, rings or ranks:
+An objective sees one microbatch of one rank and knows nothing about plans, rings or ranks:
 
     def weighted(logprobs, batch, step):
         loss = -(batch.columns["weights"] * logprobs).sum() / step.num_loss_tokens
@@ -8,9 +8,9 @@ An objective sees one microbatch of one rank, and knows nothing of plans, rings 
 
     train_step(context, step, objective=weighted)
 
-It returns this microbatch's share of the step's loss and of the sums to report. Shares are added
-over microbatches and ranks, so an objective divides by what belongs to the whole step, and never by
-what is in its microbatch: then the result does not depend on how the plan cut the batch.
+It returns the microbatch's share of the step's loss and of the sums to report. Shares are added up
+over microbatches and ranks, so an objective must divide by a total of the whole step, never by one
+of its microbatch; the result then does not depend on how the plan split the batch.
 """
 
 from .cross_entropy import cross_entropy, token_cross_entropy

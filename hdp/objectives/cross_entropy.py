@@ -1,4 +1,4 @@
-"""Cross-entropy per token: pre-training and supervised fine-tuning."""
+"""Token-level cross-entropy, for pre-training and supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 
 def cross_entropy(logprobs: Tensor, batch: PackedBatch, step: StepBatch) -> Share:
-    """The mean over the step's label tokens of -logprob: the default objective.
+    """The default objective: the mean of -logprob over the step's label tokens.
 
-    logprobs, batch, step: as in `Objective`. The sum over ranks and microbatches is the token-level
-    loss of ByteScale Eq. 1 and 2, in nats; nothing is divided by a number of microbatches.
+    logprobs, batch, step: as for `Objective`. The shares of all ranks and microbatches add up to
+    the token-level loss of ByteScale Eq. 1 and 2, in nats; the number of microbatches plays no
+    part.
     """
     return token_cross_entropy(logprobs, global_count=step.num_loss_tokens), {}
 
@@ -25,24 +26,24 @@ def cross_entropy(logprobs: Tensor, batch: PackedBatch, step: StepBatch) -> Shar
 def token_cross_entropy(
     logprobs: Tensor, *, global_count: int, weights: Tensor | None = None
 ) -> Tensor:
-    """A shard's part of the loss: -sum(weights * logprobs) / global_count.
+    """One microbatch's share of the loss: -sum(weights * logprobs) / global_count.
 
-    Summed over the microbatches and the ranks of a step it is the mean cross-entropy of the step's
-    label tokens, however the step was cut.
+    Summed over all microbatches and ranks of a step, it is the mean cross-entropy of the step's
+    label tokens, however the step was split.
 
     Args:
-        logprobs: (total_tokens,) of this microbatch; 0 where there is no label.
-        global_count: label tokens of the whole step, over all ranks and microbatches.
-        weights: (total_tokens,) detached per-token weights, or None for 1.
+        logprobs: (total_tokens,) of this microbatch; 0 for tokens without a label.
+        global_count: label tokens in the whole step, over all ranks and microbatches.
+        weights: (total_tokens,) detached per-token weights; None means 1.
 
     Returns:
-        Scalar, in the dtype of `logprobs`. It depends on `logprobs` even when it is zero, so that
-        its backward reaches every parameter of the model.
+        A scalar in the dtype of `logprobs`. It depends on `logprobs` even when it is zero, so its
+        backward reaches every parameter of the model.
     """
     if global_count < 1:
         raise ValueError(
-            f"global_count={global_count}: a step needs at least one label token; "
-            "check loss_mask and the labels of this batch"
+            f"global_count={global_count}, but a step needs at least one label token; "
+            "check the batch's loss_mask and labels"
         )
     total = logprobs.sum() if weights is None else (weights * logprobs).sum()
     return -total / global_count

@@ -11,21 +11,20 @@ if TYPE_CHECKING:
     from hdp.data.feed import StepBatch
     from hdp.data.pack import PackedBatch
 
-# (share of the loss, shares of sums to report): scalars. The names are the same in every microbatch
-# of every rank.
+# (share of the loss, {name: share of a sum to report}), all scalars. The names must be the same in
+# every microbatch of every rank.
 Share = tuple[Tensor, Mapping[str, Tensor]]
 
 
 class Objective(Protocol):
-    """What a step minimizes; any function with these arguments is one."""
+    """What a step minimizes: any function with this signature."""
 
     def __call__(self, output: Tensor, batch: PackedBatch, step: StepBatch, /) -> Share:
-        """A microbatch's share of the step's loss, and of the sums to report.
+        """The microbatch's share of the step's loss and of the sums to report.
 
-        output: what the model returned, (total_tokens,) log-probabilities of `batch.labels`; the
-            loss must depend on it even where it is zero, so that its backward reaches every
-            parameter
+        output: the model's (total_tokens,) log-probabilities of `batch.labels`. The loss must
+            depend on it even if it is zero, so that its backward reaches every parameter.
         batch: the microbatch, with its columns
-        step: the whole step: its plan and `num_loss_tokens` are what to divide by
+        step: the whole step; its `num_loss_tokens` and plan provide the totals to divide by
         """
         ...
