@@ -1,11 +1,11 @@
-"""Guards the build and makes the native library; the rest of the package is in pyproject.toml.
+"""Checks the checkout and builds the native library; all other metadata is in pyproject.toml.
 
-`hdp/scheduler` is a link to `scheduler/`. A checkout without symbolic links (git on Windows, some
-archives) holds a text file in its place, and setuptools would then build a package in which
-`import hdp.scheduler` fails. Stop there.
+`hdp/scheduler` is a symbolic link to `scheduler/`. In a checkout without symbolic links (git on
+Windows, some archives) it is a text file, and setuptools would build a package in which `import
+hdp.scheduler` fails; this file stops such a build.
 
-`HDP_BUILD=auto|cuda|cpu|none` says what becomes of csrc/ (csrc/build.py). With `auto`, the default,
-a package without the library is the answer to whatever is missing or goes wrong: hdp works without.
+`HDP_BUILD=auto|cuda|cpu|none` selects how csrc/ is built (csrc/build.py). With `auto`, the default,
+any problem just leaves the library out of the package: hdp works without it.
 """
 
 import os
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 
 if not (ROOT / "hdp" / "scheduler" / "__init__.py").is_file():
     raise SystemExit(
-        "hdp/scheduler must be a link to ../scheduler, but this checkout has none; run\n"
+        "hdp/scheduler must be a symbolic link to ../scheduler, but this checkout has none; run\n"
         "  git config core.symlinks true && git checkout -f hdp/scheduler"
     )
 
@@ -31,7 +31,7 @@ native = runpy.run_path(str(ROOT / "csrc" / "build.py"))
 
 
 class BuildLibrary(build_ext):
-    """hdp/libhdp.so, one for every Python: torch loads it, not the interpreter."""
+    """Builds hdp/libhdp.so. Its name has no Python tag: torch loads it, not the interpreter."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -44,13 +44,15 @@ class BuildLibrary(build_ext):
 
 
 class Wheel(bdist_wheel):
+    """Tags a wheel that has the library for any Python 3 on this platform."""
+
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
         return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
 
 
 def extensions() -> list[Extension]:
-    """The library, or nothing: then the package is pure Python."""
+    """The library, or an empty list for a pure Python package."""
     try:
         mode = native["choose"](MODE)
     except native["BuildError"] as error:

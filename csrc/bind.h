@@ -1,5 +1,5 @@
-// From tensors to kernel arguments: every check is here, once for CPU and CUDA. An error names the
-// argument, what it is and what it should be.
+// From tensors to kernel arguments. All checks are here, shared by CPU and CUDA. Errors name the
+// argument, its value and what was expected.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -14,7 +14,7 @@
 #include "ops.h"
 
 #ifdef HDP_CUDA
-// Weak: a torch without CUDA has no such function, and the library loads there all the same.
+// Weak, so that the library also loads in a torch without CUDA, which lacks this function.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
@@ -69,8 +69,8 @@ inline void check_shape(const char* op, const char* name, const Tensor& x,
   STD_TORCH_CHECK(same, op, ": ", describe(name, x), ": expected shape ", list(shape));
 }
 
-// Dimensions after `dim` lie densely one in the other, so that a row is one run of memory. With
-// `rows_too`, rows follow each other without a gap.
+// Check that dimensions after `dim` are contiguous, so that a row is one run of memory; with
+// `rows_too`, that there are no gaps between rows either.
 inline void check_dense(const char* op, const char* name, const Tensor& x, int64_t dim,
                         bool rows_too) {
   int64_t size = 1;
@@ -82,7 +82,7 @@ inline void check_dense(const char* op, const char* name, const Tensor& x, int64
   }
 }
 
-// No element of a tensor that is written to is there twice, as it is in an expanded one.
+// Check that rows do not overlap in a tensor that is written to, as they would in an expanded one.
 inline void check_writable(const char* op, const char* name, const Tensor& x) {
   int64_t size = 1;
   for (int64_t i = 1; i < x.dim(); ++i) size *= x.size(i);
@@ -117,7 +117,7 @@ inline int64_t product(const Tensor& x, int64_t begin, int64_t end) {
 // ---- dispatch ----
 
 #ifdef HDP_CUDA
-// The stream that torch computes on, on the device of `x`.
+// torch's current stream on the device of `x`.
 inline cuda::Queue current_queue(const Tensor& x) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "hdp: a CUDA tensor, but this torch has no CUDA");
@@ -140,7 +140,7 @@ inline cuda::Queue current_queue(const Tensor& x) {
 #define HDP_LAUNCH(where, kernel, args) cpu::kernel(args)
 #endif
 
-// ---- the ops; schemas in library.cpp, meaning in ops.h and hdp/ops/reference.py ----
+// ---- the ops; schemas in library.cpp, semantics in ops.h and hdp/ops/reference.py ----
 
 inline void merge_lse_(Tensor out, Tensor lse, Tensor block_out, Tensor block_lse,
                        std::vector<int64_t> bounds) {

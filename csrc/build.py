@@ -1,14 +1,15 @@
 """Compile csrc/ into hdp/libhdp.so: `python csrc/build.py`, or as part of `pip install`.
 
-    auto   cuda with nvcc and a torch that has CUDA, else cpu with a compiler and torch, else none
+    auto   cuda if there is nvcc and a torch with CUDA, else cpu if there is a compiler and torch,
+           else none
     cuda   CPU and CUDA kernels; needs nvcc, but neither a GPU nor a torch with CUDA
     cpu    CPU kernels
     none   nothing: hdp runs on its Python references
 
-The environment variable HDP_BUILD names the mode for pip; HDP_CUDA_ARCHS (default 80,90,100) the
-GPU architectures. The library is no Python extension: it registers ops with torch behind torch's
-stable ABI, so one build serves every Python and every torch from 2.10 on, and it loads with or
-without CUDA. docs/native.md says more. No torch is imported here: setup.py runs this without.
+For pip, the environment variable HDP_BUILD sets the mode. HDP_CUDA_ARCHS (default 80,90,100) lists
+the GPU architectures. The library is not a Python extension: it registers its ops through torch's
+stable ABI, so one build works with every Python and every torch from 2.10 on, and it loads with or
+without CUDA. See docs/native.md. This file must not import torch, because setup.py runs it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MODES = ("auto", "cuda", "cpu", "none")
 TORCH_MINIMUM = (2, 10)
 STABLE_ABI = "0x020a000000000000"  # of TORCH_MINIMUM
 
-# No fused multiply-add across statements: the same bits whichever instruction set is picked.
+# No contraction to fused multiply-add: every instruction set gives the same bits.
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
@@ -40,23 +41,23 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=h
 
 
 class BuildError(RuntimeError):
-    """The library cannot be built here; the message says why."""
+    """The library cannot be built on this machine; the message says why."""
 
 
-# ---- what is here ----
+# ---- tools on this machine ----
 
 
 def find_torch() -> tuple[Path, tuple[int, ...], bool]:
-    """(folder, version, whether it has CUDA) of the installed torch, without loading it."""
+    """(folder, version, whether it has CUDA) of the installed torch, without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        raise BuildError("torch is not installed (pip: use --no-build-isolation)")
+        raise BuildError("torch is not installed here (with pip, pass --no-build-isolation)")
     folder = Path(spec.submodule_search_locations[0])
     text = (folder / "version.py").read_text()
     match = re.search(r"__version__ = '(\d+)\.(\d+)", text)
     version = tuple(map(int, match.groups())) if match else (0, 0)
     if version < TORCH_MINIMUM:
-        raise BuildError("torch {}.{} is older than 2.10: its ABI lacks parts".format(*version))
+        raise BuildError("torch {}.{} is older than 2.10: upgrade torch".format(*version))
     return folder, version, re.search(r"^cuda\b.*= '\d", text, re.M) is not None
 
 
@@ -80,17 +81,17 @@ def find_nvcc() -> str:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """Those of HDP_CUDA_ARCHS that this nvcc knows, oldest first: ["80", "90", "100"]."""
+    """The architectures in HDP_CUDA_ARCHS that nvcc supports, oldest first: ["80", "90", "100"]."""
     wanted = re.findall(r"\d+a?", os.environ.get("HDP_CUDA_ARCHS", "80,90,100"))
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
     known = [arch for arch in wanted if f"compute_{arch}\n" in listed.stdout]
     if not known:
-        raise BuildError(f"{nvcc} knows none of the architectures {wanted}")
+        raise BuildError(f"{nvcc} supports none of {wanted}; set HDP_CUDA_ARCHS")
     return sorted(known, key=lambda arch: int(arch.rstrip("a")))
 
 
 def choose(mode: str) -> str:
-    """`auto` made concrete: cuda, cpu or none. Raises BuildError if another mode is impossible."""
+    """Resolve `auto` to cuda, cpu or none. Raises BuildError if the given mode is impossible."""
     if mode not in MODES:
         raise BuildError(f"mode {mode!r} is unknown: choose one of {', '.join(MODES)}")
     if mode == "auto":
@@ -109,7 +110,7 @@ def choose(mode: str) -> str:
     return mode
 
 
-# ---- what is run ----
+# ---- commands ----
 
 
 def cpp_command(source: Path, target: Path, mode: str, info: str) -> list[str]:
@@ -121,7 +122,7 @@ def cpp_command(source: Path, target: Path, mode: str, info: str) -> list[str]:
 
 
 def cuda_command(source: Path, target: Path, archs: list[str], *flags: str) -> list[str]:
-    """Machine code for each of `archs`, and PTX of the newest for what comes after it."""
+    """Compile to machine code for each of `archs`, plus PTX of the newest for later GPUs."""
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     return [find_nvcc(), *NVCC_FLAGS, *codes, *flags, "-c", str(source), "-o", str(target)]
@@ -133,7 +134,7 @@ def link_command(objects: list[Path], target: Path, mode: str) -> list[str]:
     if (torch / "lib" / "libtorch_cuda.so").exists():
         names.append("torch_cuda")
     libraries = [f"-L{torch / 'lib'}", *(f"-l{name}" for name in names)]
-    # All of them, used or not: the stream is looked up in libtorch_cuda when the library is loaded.
+    # Keep libraries that look unused: at load time, the stream function comes from libtorch_cuda.
     keep = ["--no-as-needed", "--exclude-libs,ALL"] if sys.platform == "linux" else []
     if mode == "cuda":
         start = [find_nvcc(), "-shared", "-cudart=static", *(f"-Xlinker={flag}" for flag in keep)]
@@ -143,10 +144,10 @@ def link_command(objects: list[Path], target: Path, mode: str) -> list[str]:
 
 
 def build(target: Path, mode: str) -> str:
-    """Make the library `target`; returns what is in it. An up-to-date hdp/libhdp.so is copied."""
+    """Build the library at `target`, or copy an up-to-date hdp/libhdp.so; returns its contents."""
     mode = choose(mode)
     if mode == "none":
-        raise BuildError("nothing to build")
+        raise BuildError("mode is none, or found no C++ compiler or no torch 2.10")
     archs = cuda_archs(find_nvcc()) if mode == "cuda" else []
     info = "cpu" + (f", cuda ({' '.join(f'sm_{arch}' for arch in archs)})" if archs else "")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -166,10 +167,10 @@ def build(target: Path, mode: str) -> str:
             list(pool.map(run, commands))
         linked = Path(folder, target.name)
         run(link_command(objects, linked, mode))
-        # Beside it first, then in one step: a process that has the old one loaded keeps it.
-        beside = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.copy2(linked, beside)
-        beside.replace(target)
+        # Replace the file atomically: processes that have loaded the old library keep it.
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copy2(linked, partial)
+        partial.replace(target)
     return info
 
 
@@ -180,12 +181,12 @@ def sources(mode: str) -> list[Path]:
 
 
 def is_current(library: Path, info: str) -> bool:
-    """Whether `library` has these contents and is younger than everything in csrc/."""
+    """Whether `library` has these contents and is newer than everything in csrc/."""
     if not library.exists() or f"hdp build: {info}\0".encode() not in library.read_bytes():
         return False
-    made = library.stat().st_mtime
+    built = library.stat().st_mtime
     inputs = (path for path in CSRC.rglob("*") if path.suffix in INPUTS)
-    return all(path.stat().st_mtime <= made for path in inputs)
+    return all(path.stat().st_mtime <= built for path in inputs)
 
 
 def run(command: list[str]) -> None:
@@ -195,7 +196,7 @@ def run(command: list[str]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="compile csrc/ into hdp/libhdp.so")
+    parser = argparse.ArgumentParser(description="Compile csrc/ into hdp/libhdp.so.")
     parser.add_argument("--mode", choices=MODES, default=os.environ.get("HDP_BUILD", "auto"))
     parser.add_argument("--out", type=Path, default=LIBRARY, help="default: %(default)s")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 // The ops of hdp: schemas, and what implements them. bind.h checks arguments and calls cpu/ or
 // cuda/; hdp/ops/native.py has each op's fake kernel and gradient, reference.py the op in Python.
 //
-// Behind torch's stable ABI: one build serves every torch from 2.10 on.
+// Uses only torch's stable ABI, so one build works with every torch from 2.10 on.
 
 #include <torch/csrc/stable/library.h>
 
@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY(hdp, m) {
 
 namespace {
 
-// The same functions for every device: they ask the tensors where to run.
+// The same functions serve every device: they run where their tensors are.
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("merge_lse_", TORCH_BOX(&hdp::merge_lse_));
   m.impl("gather_rows", TORCH_BOX(&hdp::gather_rows));
@@ -40,8 +40,7 @@ STABLE_TORCH_LIBRARY_IMPL(hdp, CPU, m) { implement(m); }
 STABLE_TORCH_LIBRARY_IMPL(hdp, CUDA, m) { implement(m); }
 #endif
 
-// "cpu" or "cpu, cuda (sm_80 sm_90)": for the start-up report, and to tell whether a rebuild is
-// due.
+// "cpu" or "cpu, cuda (sm_80 sm_90)". Printed at startup, and used to decide whether to rebuild.
 extern "C" __attribute__((visibility("default"))) const char* hdp_build_info() {
   return "hdp build: " HDP_BUILD_INFO;
 }

@@ -1,6 +1,6 @@
-// What a kernel is told. bind.h has checked every field; kernels see pointers, sizes and strides
-// (in elements unless a name says bytes) and no torch type, so each compiles in a second and the
-// same arguments serve the CPU twin and the CUDA kernel.
+// The arguments of kernels. bind.h has checked every field. Kernels see pointers, sizes and strides
+// (in elements unless a name says bytes) but no torch types, so each compiles in a second, and the
+// CPU and CUDA kernels of an op take the same arguments.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,9 @@ enum class DType { f64, f32, bf16, f16 };
 
 constexpr int64_t kIgnoreIndex = -100;
 
-// Rows [start, stop) of a tensor that has more of them; they are rows `first`, first + 1, ... of
-// the packed tensor that has nothing else. Spans are sorted and disjoint, so no two threads meet.
+// Rows [start, stop) of a tensor; in the packed tensor, which holds only the rows of spans, they
+// are rows first, first + 1, ... Spans are sorted and disjoint, so no two threads write the same
+// row.
 struct Span {
   int64_t start, stop, first;
 };
@@ -23,8 +24,8 @@ inline int64_t num_packed_rows(const Spans& spans) {
   return spans.empty() ? 0 : spans.back().first + spans.back().stop - spans.back().start;
 }
 
-// out, lse <- the softmax-weighted mean of (out, lse) and (block_out, block_lse), row by row.
-// out (rows, heads, dim), lse (heads, rows): the rows of `spans`. block_*: packed rows.
+// out, lse <- the softmax-weighted mean of (out, lse) and (block_out, block_lse), row by row, for
+// the rows in `spans` of out (rows, heads, dim) and lse (heads, rows). block_* have packed rows.
 struct MergeLse {
   void* out;
   void* lse;
@@ -69,7 +70,7 @@ struct CrossEntropy {
 };
 
 // logits <- d(sum(grad_logprobs * logprobs + grad_lse * lse)) / d logits, in place. With a narrower
-// grad_dtype a row of gradients lies at the start of its row of logits.
+// grad_dtype, each row of gradients is written to the start of its row of logits.
 struct CrossEntropyBackward {
   void* logits;
   const int64_t* labels;
@@ -90,7 +91,7 @@ void cross_entropy_backward(const CrossEntropyBackward&);
 }  // namespace cpu
 
 namespace cuda {
-// A device and one of its streams (a cudaStream_t). Kernels are put into it; nothing waits.
+// A device and one of its streams (a cudaStream_t). Kernels are enqueued; nothing waits.
 struct Queue {
   int device;
   void* stream;

@@ -1,7 +1,7 @@
-"""csrc/ builds: for the CPU, for CUDA without a GPU, into a wheel; its CUDA kernels run on a CPU.
+"""csrc/ builds for the CPU, for CUDA without a GPU, and into a wheel; its CUDA kernels are correct.
 
-What the ops compute is tested in tests/ops/test_ops.py. Here that file also runs against the
-CUDA sources compiled as C++ on the emulator of tests/cuda_emulator, in both thread orders.
+tests/ops tests what the ops compute. Here the same tests also run against the CUDA sources,
+compiled as C++ for the emulator in tests/cuda_emulator, in both thread orders.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ def _test_ops(folder: Path, select: str, env=None) -> str:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_source_rules(path):
     text = path.read_text()
-    assert text.isascii() and text.startswith("//"), "ASCII, and says first what it is"
+    assert text.isascii() and text.startswith("//"), "must be ASCII and start with a description"
     lines = text.splitlines()
     assert len(lines) <= 400 and max(map(len, lines)) <= 100
     if path.parent.name == "cuda":
-        assert "torch" not in re.sub(r"//.*", "", text), "CUDA files need the CUDA runtime only"
+        assert "torch" not in re.sub(r"//.*", "", text), "CUDA files may use the CUDA runtime only"
 
 
 def test_sources_are_formatted():
@@ -123,7 +123,7 @@ def test_one_op_one_file_each():
         assert f"names.{name}," in tests, f"{name} has no opcheck"
 
 
-# ---- what is built ----
+# ---- the build ----
 
 
 def test_modes(monkeypatch, tmp_path):
@@ -181,7 +181,7 @@ def test_current_library_is_kept(monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_wheel_holds_the_library(tmp_path):
-    """One wheel for every Python; HDP_BUILD=none gives a pure one. The library in it works."""
+    """One wheel for every Python, with a working library; HDP_BUILD=none builds a pure one."""
     source = tmp_path / "source"
     junk = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.so", "*.egg-info")
     shutil.copytree(ROOT, source, symlinks=True, ignore=junk)
@@ -211,7 +211,7 @@ def test_wheel_holds_the_library(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_cuda_compiles_without_a_gpu(tmp_path):
-    """For sm_80, sm_90 and sm_100; no kernel spills; the library loads in a torch without CUDA."""
+    """Compile for sm_80, sm_90 and sm_100; no kernel spills; a torch without CUDA loads it."""
     archs = build.cuda_archs(build.find_nvcc())
     objects = []
     for source in build.sources("cuda"):
@@ -239,7 +239,7 @@ def test_cuda_compiles_without_a_gpu(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_cuda_kernels_on_the_emulator(tmp_path):
-    """All tests of the ops, with the CUDA kernels in the place of the CPU ones."""
+    """All tests of the ops, with the CUDA kernels in place of the CPU ones."""
     objects = []
     include = [f"-I{folder}" for folder in (EMULATOR, CSRC, CSRC / "cuda")]
     flags = ["-O1", "-w", *include]
@@ -257,10 +257,10 @@ def test_cuda_kernels_on_the_emulator(tmp_path):
     library = tmp_path / "libhdp.so"
     run(*build.link_command(objects, library, "cpu"))
     folder = _package_with(library, tmp_path / "package")
-    # On a GPU a wrong label gives NaN; the test of the CPU wants an error.
+    # A wrong label gives NaN in CUDA kernels, while the CPU's test expects an error.
     report = _test_ops(folder, "cpu and not outside_of_the_vocabulary")
     assert re.search(r"[4-9]\d\d passed", report), report
-    # What has barriers, once more with the last thread first.
+    # Kernels with barriers again, starting with the last thread.
     barriers = "cpu and (backward_equals or cross_entropy_equals or merge_equals)"
     report = _test_ops(folder, barriers, {"HDP_EMULATOR_REVERSE": "1"})
     assert re.search(r"[3-9]\d\d passed", report), report

@@ -1,6 +1,6 @@
-// Softmax cross-entropy on CPU. A row is walked in tiles that stay in the first-level cache:
-// convert to fp32, then maximum and sum of exponentials with a running rescale ("online" softmax),
-// or the gradient. Logits are read once, and written once by the backward.
+// Softmax cross-entropy on CPU. Each row is processed in tiles that fit in the L1 cache: convert to
+// fp32, then update the maximum and the sum of exponentials with a running rescale ("online"
+// softmax), or compute the gradient. Logits are read once, and the backward writes them once.
 
 #include <algorithm>
 #include <cmath>
@@ -21,13 +21,13 @@ using Statistic = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 HDP_INLINE double exponential(double x) { return std::exp(x); }
 
-// exp of a float to 2 ulp as straight-line code, which vectorizes where a library call does not
-// (Cephes: x = k ln 2 + r, a polynomial in r, then the exponent bits of 2^k in two halves, so that
-// results down to the smallest subnormal are right). NaN stays NaN.
+// exp of a float to within 2 ulp in straight-line code, which vectorizes, unlike a library call.
+// From Cephes: x = k ln 2 + r, a polynomial in r, then the exponent bits of 2^k in two halves, so
+// that results are right down to the smallest subnormal. NaN stays NaN.
 HDP_INLINE float exponential(float x) {
   x = x < -104.0f ? -104.0f : x;
   x = x > 89.0f ? 89.0f : x;
-  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it leaves a rounded integer in low bits
   const float shifted = x * 1.44269504f + shift;
   const float k = shifted - shift;
   const float r = (x - k * 0.693359375f) - k * -2.12194440e-4f;
@@ -54,8 +54,8 @@ HDP_VECTORIZED void store_tile(const S* __restrict__ tile, T* __restrict__ x, in
   for (int64_t i = 0; i < size; ++i) store(tile[i], &x[i]);
 }
 
-// By halves, because a running maximum or sum does not vectorize; the sum is then a balanced tree,
-// more exact than a running one.
+// Reduces by halving, because a running maximum or sum does not vectorize. The sum is thereby a
+// balanced tree, which is also more accurate than a running sum.
 template <class S>
 HDP_VECTORIZED S maximum(const S* __restrict__ tile, S* __restrict__ scratch) {
   for (int64_t i = 0; i < kTile / 2; ++i) {
@@ -94,7 +94,7 @@ void cap_tile(S* tile, S* slope, int64_t size, S cap) {
   }
 }
 
-// A number below every finite logit would do, but -infinity minus itself is NaN.
+// The initial maximum. It must be finite, because -infinity minus itself is NaN.
 template <class S>
 constexpr S kLowest = std::numeric_limits<S>::lowest();
 
@@ -114,12 +114,12 @@ void forward(const CrossEntropy& args) {
       }
       const T* logits = static_cast<const T*>(args.logits) + row * args.row_stride;
       S largest = kLowest<S>;
-      double total = 0;  // over tiles; within one the sum is a tree
+      double total = 0;  // of all tiles so far; within a tile the sum is a tree
       for (int64_t at = 0; at < args.vocab; at += kTile) {
         const int64_t size = std::min(kTile, args.vocab - at);
         const S* y = tile;
         if (std::is_same_v<T, S> && cap == 0 && size == kTile) {
-          y = reinterpret_cast<const S*>(logits + at);  // as it lies there
+          y = reinterpret_cast<const S*>(logits + at);  // no conversion, no copy
         } else {
           load_tile(logits + at, tile, size);
           if (cap != 0) cap_tile<S>(tile, nullptr, size, cap);
@@ -134,14 +134,13 @@ void forward(const CrossEntropy& args) {
       if (cap != 0) cap_tile<S>(&picked, nullptr, 1, cap);
       const S log_total = static_cast<S>(std::log(total));
       lse = largest + log_total;
-      logprob =
-          (picked - largest) - log_total;  // picked - lse would lose log_total to large logits
+      logprob = (picked - largest) - log_total;  // picked - lse would round log_total away
     }
   });
 }
 
 // d/d y_j = grad_logprob * (1[j == label] - softmax_j) + grad_lse * softmax_j, times the cap's
-// slope. G may be narrower than T: gradients then overwrite logits that have been read already.
+// slope. If G is narrower than T, gradients only overwrite logits that have already been read.
 template <class T, class G>
 void backward(const CrossEntropyBackward& args) {
   using S = Statistic<T>;
@@ -174,7 +173,7 @@ void backward(const CrossEntropyBackward& args) {
   });
 }
 
-// Here looking is free; on a GPU such a row gets NaN.
+// Cheap on a CPU. On a GPU such a row gets NaN instead.
 void check_labels(const int64_t* labels, int64_t rows, int64_t vocab) {
   for (int64_t row = 0; row < rows; ++row) {
     if (labels[row] != kIgnoreIndex && (labels[row] < 0 || labels[row] >= vocab)) {

@@ -15,8 +15,8 @@ HDP_VECTORIZED void blend(T* __restrict__ out, const B* __restrict__ block, T we
   for (int64_t i = 0; i < dim; ++i) out[i] += weight * (load(block[i]) - out[i]);
 }
 
-// lse <- log(exp(lse) + exp(block_lse)); returns the block's share sigmoid(block_lse - lse). Equal
-// infinities (rows that no key reached) stay what they are.
+// lse <- log(exp(lse) + exp(block_lse)); returns the block's weight sigmoid(block_lse - lse). If
+// both lse are -infinity (a row without any keys), the result is not NaN.
 template <class T>
 T merge_statistics(T& lse, T block_lse) {
   const T difference = lse == block_lse ? T{0} : block_lse - lse;

@@ -1,5 +1,5 @@
-// The dtypes as C++ types, and a visitor that turns a DType into one. bf16 and fp16 convert in
-// straight-line integer code, so that loops over them vectorize on every instruction set.
+// The dtypes as C++ types, and a visitor that maps a DType to its type. bf16 and fp16 are converted
+// with straight-line integer code, so that loops over them vectorize on every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ HDP_INLINE float load(bf16 x) { return bits2float(uint32_t{x.bits} << 16); }
 
 HDP_INLINE float load(f16 x) {
   const uint32_t sign = uint32_t{x.bits} << 16 & 0x80000000u, rest = x.bits & 0x7fffu;
-  // Normal numbers: rebias the exponent by a multiplication, which makes subnormals right as well.
+  // Rebias the exponent by a multiplication, which handles subnormals as well as normal numbers.
   const float value = bits2float(rest << 13) * bits2float(0x77800000u);  // 2^112
   const uint32_t special = 0x7f800000u | rest << 13;                     // infinity or NaN
   return bits2float(sign | (rest >= 0x7c00u ? special : float2bits(value)));

@@ -1,4 +1,4 @@
-// Loops over torch's own threads, and one function for several instruction sets.
+// Parallel loops on torch's own threads, and functions compiled for several instruction sets.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <stdexcept>
 
-// A build runs on any x86-64: the loader picks the variant that the machine can run. By feature
-// levels, not by models of one maker, as "arch=haswell" would be. Together with -ffp-contract=off
-// the results do not depend on which variant it is.
+// One build runs on any x86-64: the loader picks the best variant that the machine supports. The
+// variants are feature levels rather than one vendor's models (like "arch=haswell"). With
+// -ffp-contract=off, all variants give the same results.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 12
 #define HDP_VECTORIZED __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
@@ -22,7 +22,7 @@
 
 namespace hdp::cpu {
 
-// f(begin, end) over parts of [0, size) with at least `grain` items each. f must not throw.
+// Call f(begin, end) on parts of [0, size) with at least `grain` items each. f must not throw.
 template <class F>
 void parallel_for(int64_t size, int64_t grain, const F& f) {
   const auto call = [](int64_t begin, int64_t end, void* context) {

@@ -1,4 +1,4 @@
-// gather_rows and scatter_rows_ on CPU: a span is one run of memory, so both are a few long copies.
+// gather_rows and scatter_rows_ on CPU. A span is one run of memory, so each is a few long copies.
 
 #include <algorithm>
 #include <type_traits>
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kGrainBytes = 1 << 16;
 
-// f(outer, row of x, packed row, number of rows) for the pieces of the spans, in parallel.
+// Call f(outer, row of x, packed row, number of rows) for pieces of the spans, in parallel.
 template <class F>
 void for_each_run(const Spans& spans, int64_t outer, int64_t row_bytes, const F& f) {
   const int64_t packed = num_packed_rows(spans);
@@ -31,7 +31,7 @@ void for_each_run(const Spans& spans, int64_t outer, int64_t row_bytes, const F&
 
 template <class T, class V>
 HDP_VECTORIZED void add(T* __restrict__ x, const V* __restrict__ values, int64_t size) {
-  // The sum of two half-precision numbers is made in fp32 and rounded once.
+  // Half-precision numbers are added in fp32 and rounded once.
   for (int64_t i = 0; i < size; ++i) store(load(x[i]) + load(values[i]), &x[i]);
 }
 
@@ -65,7 +65,7 @@ void add_rows(const AddRows& args) {
     visit(args.values_dtype, [&](auto values) {
       using T = decltype(x);
       using V = decltype(values);
-      // What bind.h lets through: equal dtypes, or half precision added to fp32.
+      // The combinations that bind.h allows: equal dtypes, or half precision added to fp32.
       if constexpr (std::is_same_v<T, V> ||
                     (std::is_same_v<T, float> && !std::is_same_v<V, double>)) {
         add_rows_as<T, V>(args);

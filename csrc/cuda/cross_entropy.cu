@@ -1,7 +1,7 @@
-// Softmax cross-entropy on CUDA, one block per row: "online" maximum and sum in fp32 whatever the
-// logits are, one read of the logits forward, one read and one write backward, in place. Bound by
-// memory: a bf16 row needs one exponential per 2 (forward) or 4 (backward) bytes, which the special
-// function units deliver faster than memory does.
+// Softmax cross-entropy on CUDA, one block per row: "online" maximum and sum in fp32 (fp64 for fp64
+// logits). Forward reads the logits once; backward reads and writes them once, in place. Memory
+// bound: a bf16 row needs one exponential per 2 (forward) or 4 (backward) bytes, and the special
+// function units keep up with that.
 
 #include "device.cuh"
 
@@ -14,8 +14,8 @@ constexpr int kUnroll = 4;  // vectors per thread whose loads are in flight toge
 template <class T>
 using Statistic = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// exp as one special-function instruction: 2 ulp, and the argument is never far above 0. A result
-// below 2^-126 is 0.
+// exp as one special-function instruction, to within 2 ulp: the argument is never far above 0.
+// Results below 2^-126 become 0.
 __device__ inline float exponential(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
@@ -49,7 +49,7 @@ struct Sum {
   __device__ void add(const S (&y)[N]) {
     S higher = largest;
 #pragma unroll
-    for (int n = 0; n < N; ++n) higher = fmax(higher, y[n]);  // passes over NaN; the sum does not
+    for (int n = 0; n < N; ++n) higher = fmax(higher, y[n]);  // ignores NaN; the sum does not
     if (higher > largest) {
       total *= exponential(largest - higher);
       largest = higher;
@@ -66,7 +66,7 @@ struct Sum {
   }
 };
 
-// The whole block's sum, on the first thread. The order is fixed: the same input, the same bits.
+// The block's sum, on the first thread. The order is fixed, so equal inputs give equal bits.
 template <class S>
 __device__ Sum<S> reduce(Sum<S> sum) {
   __shared__ S largest[kWarps], total[kWarps];
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   const T* const logits = all_logits + row * row_stride;
   const auto value = [cap](T x) { return kCap ? capped<S>(up(x), cap) : S(up(x)); };
 
-  // A row starts anywhere: numbers one by one up to the first 16-byte boundary, and after the last.
+  // A row may start anywhere: read scalars before the first 16-byte boundary and after the last.
   const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T));
   const int head = min(vocab, misaligned ? N - misaligned : 0);
   const int vectors = (vocab - head) / N, tail = head + vectors * N;
@@ -146,9 +146,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   if (threadIdx.x == 0) {
     const S log_total = log(sum.total);
     all_lse[row] = sum.largest + log_total;
-    // A label outside of the vocabulary cannot raise here. NaN stops the step before it does harm.
+    // A kernel cannot raise for a label outside the vocabulary; NaN stops the step instead.
     const bool valid = label >= 0 && label < vocab;
-    // picked - lse would lose log_total to large logits
+    // picked - lse would round log_total away if logits are large
     logprobs[row] = valid ? value(logits[label]) - sum.largest - log_total : S(nanf(""));
   }
 }
@@ -193,9 +193,9 @@ struct Row {
   }
 };
 
-// Gradients (G) overwrite the logits (T). Where G is narrower, gradient j lands on the logits
-// around j / 2: all threads must have read a tile before any of them writes it, and later tiles lie
-// behind what is written.
+// Gradients (G) overwrite the logits (T). If G is narrower, gradient j lands on logit j / 2, so all
+// threads must have read a tile before any of them writes its gradients, which never reach the
+// logits of later tiles.
 template <class T, class G, int N, bool kCap>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     backward_kernel(const __grid_constant__ BackwardArguments<T> args) {
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   it.cap = args.cap;
   it.label = static_cast<int>(label);
 
-  // As in the forward; the narrow kernel with N > 1 is only launched on aligned rows.
+  // As in forward. The narrow kernel with N > 1 is only launched on aligned rows.
   int head = 0;
   if constexpr (!kNarrow && N > 1) {
     const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T));
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     }
   }
   if constexpr (N > 1) {
-    const int j = head + vectors * N + threadIdx.x;  // less than N are left
+    const int j = head + vectors * N + threadIdx.x;  // fewer than N are left
     const S x = j < args.vocab ? up(logits[j]) : S{0};
     if constexpr (kNarrow) __syncthreads();
     if (j < args.vocab) grads[j] = down<G>(it.gradient(x, j));

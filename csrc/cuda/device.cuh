@@ -1,5 +1,5 @@
-// What the kernels share: number types, 16-byte vectors, span tables, error checks. CUDA runtime
-// only, so that this compiles with no torch and no GPU at hand.
+// Shared by the kernels: number types, 16-byte vectors, span tables, error checks. Needs only the
+// CUDA runtime, so it compiles without torch and without a GPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -23,8 +23,8 @@ inline void check(cudaError_t error, const char* what) {
 
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
-// The stream, with its device current. Torch has made it current already, but in its own copy of
-// the CUDA runtime: this library carries one, so that it fits every torch.
+// Return the stream, with its device made current. torch has already done so, but only in its own
+// copy of the CUDA runtime; this library carries another, so that it works with every torch.
 inline cudaStream_t open(Queue queue) {
   check(cudaSetDevice(queue.device), "cudaSetDevice");
   return static_cast<cudaStream_t>(queue.stream);
@@ -68,7 +68,7 @@ __device__ inline T down(S x) {
 
 // ---- vectors ----
 
-// N numbers that are loaded and stored together, 16 bytes at a time where they have as many.
+// N numbers that are loaded and stored together, up to 16 bytes at a time.
 template <class T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
   T at[N];
@@ -83,16 +83,16 @@ inline bool is_aligned(const void* pointer, int64_t bytes) {
 
 // ---- spans ----
 
-// Travels to the kernel by value: no copy to the device, nothing to wait for. `unit` is what the
-// kernel counts in (rows, or vectors of a row).
+// Passed to kernels by value, which needs no copy to the device and no wait. Kernels count in units
+// of their choice: rows, or vectors of a row.
 constexpr int kMaxSpans = 64;
 
 struct SpanTable {
   int count;
-  int64_t start[kMaxSpans];      // where a span lies in the tensor that has more
-  int64_t first[kMaxSpans + 1];  // and in the packed one; [count]: the end
+  int64_t start[kMaxSpans];      // each span's first unit in the full tensor
+  int64_t first[kMaxSpans + 1];  // each span's first unit in the packed tensor; [count]: the end
 
-  // Where packed unit `i` lies in the tensor that has more.
+  // The position in the full tensor of packed unit `i`.
   __device__ int64_t find(int64_t i) const {
     int low = 0, high = count;  // first[low] <= i < first[high]
     while (high - low > 1) {
@@ -107,7 +107,7 @@ struct SpanTable {
   }
 };
 
-// launch(table, first packed unit, number of units) for every kMaxSpans spans.
+// Call launch(table, first packed unit, number of units) once per kMaxSpans spans.
 template <class F>
 void for_each_table(const Spans& spans, int64_t units_per_row, const F& launch) {
   for (size_t begin = 0; begin < spans.size(); begin += kMaxSpans) {

@@ -1,9 +1,9 @@
-// merge_lse_ on CUDA. Bound by memory: out is read and written once, block_out read once.
+// merge_lse_ on CUDA. Memory bound: out is read and written once, block_out is read once.
 //
-// A block takes 8 rows x 8 heads. Eight, because lse is (heads, rows): eight consecutive rows of a
-// head fill a 32-byte sector. First its threads merge the 64 statistics, writing lse at once
-// (nobody else reads them) and leaving the weights in shared memory; then all of them stream the
-// rows.
+// Each block handles 8 rows x 8 heads. Eight rows because lse is (heads, rows), and eight
+// consecutive fp32 numbers of a head fill a 32-byte sector. First, 64 threads merge one lse each;
+// they write it back immediately (no other thread reads it) and put the weight in shared memory.
+// Then all threads stream the rows.
 
 #include "device.cuh"
 
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads)
       if (h == 0) row_of[r] = row;
       T& lse = args.lse[(head + h) * args.lse_head_stride + row];
       const T a = lse, b = args.block_lse[(head + h) * args.block_lse_head_stride + packed_row + r];
-      // equal infinities (rows that no key reached) stay what they are
+      // not NaN if both are -infinity, as for rows without any keys
       const T difference = a == b ? T{0} : b - a;
       const T small = exponential(-abs(difference));
       lse = difference == difference ? (a > b ? a : b) + log_one_plus(small) : difference;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, class B>
 void merge(const MergeLse& args, cudaStream_t stream) {
-  // 16 bytes of the narrower of the two
+  // 16 bytes of the narrower type
   constexpr int kVector = 16 / static_cast<int>(sizeof(B));
   const bool vectors = args.dim % kVector == 0 && args.out_row_stride % kVector == 0 &&
                        args.block_out_row_stride % kVector == 0 && is_aligned(args.out, 16) &&

@@ -1,6 +1,6 @@
-// gather_rows and scatter_rows_ on CUDA: one launch for up to 64 spans, which travel as kernel
-// arguments. Rows are dense, so a span is one run of memory and a copy need not know about rows: it
-// counts in units of up to 16 bytes.
+// gather_rows and scatter_rows_ on CUDA: one launch for up to 64 spans, which are passed as kernel
+// arguments. Rows are dense, so a span is one run of memory, and a copy can work in units of up to
+// 16 bytes without knowing about rows.
 
 #include "device.cuh"
 
@@ -8,7 +8,7 @@ namespace hdp::cuda {
 namespace {
 
 constexpr int kThreads = 256, kUnroll = 4;
-constexpr int kMaxOuter = 65535;  // of a grid's y and z
+constexpr int kMaxOuter = 65535;  // the limit of a grid's y dimension
 
 template <class Unit>
 struct CopyArguments {
@@ -77,7 +77,7 @@ struct AddArguments {
   SpanTable spans;  // in vectors
 };
 
-// The 4 keeps ptxas from aiming at 48 registers, where it spills on sm_100.
+// Without the 4, ptxas aims for 48 registers and spills on sm_100.
 template <class T, class V, int N>
 __global__ void __launch_bounds__(kThreads, 4)
     add_kernel(const __grid_constant__ AddArguments<T, V> args) {
@@ -161,7 +161,7 @@ void add_rows(const AddRows& args, Queue queue) {
     visit(args.values_dtype, [&](auto values) {
       using T = decltype(x);
       using V = decltype(values);
-      // What bind.h lets through: equal dtypes, or half precision added to fp32.
+      // The combinations that bind.h allows: equal dtypes, or half precision added to fp32.
       if constexpr (std::is_same_v<T, V> ||
                     (std::is_same_v<T, float> && !std::is_same_v<V, double>)) {
         add_rows_as<T, V>(args, stream);

@@ -1,5 +1,5 @@
-// Calls of the CPU kernels go to the emulated CUDA ones: the tests of the one are tests of the
-// other.
+// Redirects calls of the CPU kernels to the emulated CUDA kernels, so that the tests of the former
+// test the latter.
 
 #include "ops.h"
 

@@ -1,16 +1,14 @@
-// CUDA kernels on a CPU, so that their index arithmetic, barriers and tails are tested where there
-// is no GPU. Stands in for the CUDA headers when a .cu file is compiled as C++; tests/test_csrc.py
-// rewrites `kernel<<<grid, block, 0, stream>>>(args)` to `emulator::launch(kernel, grid,
-// block)(args)`.
+// Runs CUDA kernels on a CPU, to test their index arithmetic, barriers and tails without a GPU.
+// Replaces the CUDA headers when a .cu file is compiled as C++; tests/test_csrc.py rewrites
+// `kernel<<<grid, block, 0, stream>>>(args)` to `emulator::launch(kernel, grid, block)(args)`.
 //
-// The threads of a block are fibers of one thread. Each runs until it waits at a barrier, so a
-// thread does all of its reads and writes between two barriers before the next one starts: the
-// interleaving that a missing barrier survives least. HDP_EMULATOR_REVERSE=1 starts with the last
-// thread instead. Threads that wait at different barriers for ever are an error, and so is a
-// shuffle from a lane that takes no part. Blocks run one after the other, hence shared memory is
-// static memory.
+// The threads of a block are fibers of a single OS thread. Each runs until it waits at a barrier,
+// so it does all its reads and writes between two barriers before the next fiber starts: the
+// interleaving most likely to expose a missing barrier. HDP_EMULATOR_REVERSE=1 starts with the last
+// thread instead. Threads stuck at different barriers are an error, as is a shuffle from a lane
+// that does not take part. Blocks run one after another, so shared memory is static memory.
 //
-// What this does not show: speed, memory ordering, and the rounding of the GPU's own instructions.
+// Not covered: speed, memory ordering, and the rounding of the GPU's own instructions.
 #pragma once
 
 #include <ucontext.h>
@@ -92,7 +90,7 @@ inline void fiber_main() {
   swapcontext(&machine.fibers[machine.thread.x].context, &machine.scheduler);
 }
 
-// Release the threads [begin, end) if all that are not done wait at `barrier`.
+// Release threads [begin, end) if all of them that are not done wait at `barrier`.
 inline bool release(int begin, int end, State barrier) {
   bool any = false;
   for (int i = begin; i < end; ++i) {
