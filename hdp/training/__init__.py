@@ -1,1 +1,1 @@
-"""Training: a run set up from its configuration, its steps, and what it reports."""
+"""Training: setting up a run from its configuration, its steps, and its metrics."""

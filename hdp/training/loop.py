@@ -1,9 +1,9 @@
-"""train(): a run, from its configuration to a trained model.
+"""train(): from a configuration to a trained model.
 
 The path, in reading order: data (tokens and lengths) -> sampler (ids of a global batch) -> plan
-(who holds what) -> feed (packed microbatches, one step ahead) -> step (forward, backward, reduce,
-optimize) -> metrics, checkpoints. `setup.py` builds the parts and `step.py` is one step; this file
-walks the steps, and resumes, saves and exports.
+(which rank holds what) -> feed (packed microbatches, one step ahead) -> step (forward, backward,
+reduce, optimize) -> metrics, checkpoints. `setup.py` builds the parts and `step.py` runs one step;
+this file loops over steps and handles resume, save and export.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from .optim import learning_rate, set_learning_rate
 from .setup import Run, set_up
 from .step import train_step
 
-_PLACES = ("model", "data", "tokenizer", "cache_dir", "run_dir", "cost", "export_hf")
-_LONG_S = 3600.0  # loading, saving and exporting may take so long before a rank counts as hung
+_PATHS = ("model", "data", "tokenizer", "cache_dir", "run_dir", "cost", "export_hf")
+_LONG_S = 3600.0  # time limit for loading, saving and exporting before a rank counts as hung
 
 
 def train(config: TrainConfig) -> list[StepMetrics]:
-    """Train as `config` says, on all ranks that torchrun started (without torchrun: on one).
+    """Train as configured, on all ranks that torchrun started (without torchrun: on one).
 
-    Returns the metrics of the logged steps, on all ranks. Raises ValueError for what
-    cannot be run, NonFiniteError before harm is done, RankFailure when another rank is lost, and
-    CheckpointError if the last save failed.
+    Returns the metrics of the logged steps, on all ranks. Raises ValueError for a configuration
+    that cannot run, NonFiniteError before a bad update is applied, RankFailure when another rank is
+    lost, and CheckpointError if the last save failed.
     """
     device = None if config.device == "auto" else config.device
     with (
@@ -47,7 +47,7 @@ def train(config: TrainConfig) -> list[StepMetrics]:
         Watchdog.start(mesh, timeout_s=config.timeout_s) as watchdog,
     ):
         _check_same_options(config, mesh)
-        if config.export_hf:  # found out now, not after the last step
+        if config.export_hf:  # fail now, not after the last step
             on_rank_0(partial(check_target, config.export_hf), mesh.hdp_group)
         with watchdog.allow(_LONG_S, "loading data and model"):
             run = set_up(config, mesh, watchdog)
@@ -72,25 +72,26 @@ def train(config: TrainConfig) -> list[StepMetrics]:
 
 
 def _check_same_options(config: TrainConfig, mesh: HDPMesh) -> None:
-    """ValueError on all ranks if nodes were started with different flags. Collective.
+    """Raise ValueError on all ranks if nodes were started with different flags. Collective.
 
-    Much would go unnoticed: each rank updates its shards by its own learning rate. Places may
-    differ: nodes have their own copies and caches. What a cost file says may not (`open_cost`).
+    Most differences would go unnoticed: for instance, each rank would update its shards with its
+    own learning rate. Paths may differ, since nodes have their own copies and caches, but the
+    contents of a cost file may not (`open_cost`).
     """
     agree_on_values(
-        {name: value for name, value in asdict(config).items() if name not in _PLACES},
+        {name: value for name, value in asdict(config).items() if name not in _PATHS},
         mesh.hdp_group,
         problem="ranks were started with different options",
-        remedy="give all nodes the same command",
+        remedy="use the same command on all nodes",
     )
 
 
 def _steps(
     run: Run, checkpointer: Checkpointer, first_step: int, total_tokens: int
 ) -> Iterator[StepMetrics]:
-    """Run steps first_step .. config.steps; yield the metrics of those that are logged.
+    """Run steps first_step .. config.steps and yield the metrics of the logged ones.
 
-    total_tokens: tokens that the run has trained on before.
+    total_tokens: tokens the run has already trained on.
     """
     config, watchdog, sampler = run.config, run.context.watchdog, run.sampler
     observer = Observer(run)
@@ -106,7 +107,7 @@ def _steps(
     ):
         batches, began = iter(feed), time.perf_counter()
         for step in range(first_step, config.steps + 1):
-            watchdog.progress(step=step, what="waiting for its plan and tokens")
+            watchdog.progress(step=step, what="waiting for the plan and tokens")
             batch = next(batches)
             lr = learning_rate(config, step)
             set_learning_rate(run.optimizer, lr)
@@ -142,7 +143,7 @@ def _resume(run: Run, checkpointer: Checkpointer) -> tuple[int, int]:
         return 0, 0
     if not run.config.resume:
         raise ValueError(
-            f"{newest} exists and --no-resume was given: choose another --run-dir, or remove it"
+            f"{newest} exists but --no-resume was given: choose another --run-dir, or delete it"
         )
     restored = checkpointer.load(model=run.model, optimizer=run.optimizer)
     assert restored is not None
@@ -153,23 +154,23 @@ def _resume(run: Run, checkpointer: Checkpointer) -> tuple[int, int]:
     )
     if restored.extra.get("data") != run.dataset.fingerprint:
         run.say(
-            "the data's files, tokenizer or options are not those of that run, though all lengths "
-            "are: it goes on with the new ones"
+            "the data files, tokenizer or options changed since this checkpoint, but sequence "
+            "lengths match; continuing with the new data"
         )
     if restored.step >= run.config.steps:
         run.say(
-            f"nothing left of {run.config.steps} steps: raise --steps to go on, or name another "
-            "--run-dir for another run"
+            f"all {run.config.steps} steps are done: raise --steps to train longer, or choose "
+            "another --run-dir to start a new run"
         )
     return restored.step, restored.extra["total_tokens"]
 
 
 def _save(run: Run, checkpointer: Checkpointer, step: int, total_tokens: int) -> None:
-    """Start a save. One that failed before is reported and does not stop the run."""
+    """Start a save. If the previous one failed, report that and keep training."""
     try:
         checkpointer.wait()
     except CheckpointError as error:
-        run.say(f"{error}; training goes on")
+        run.say(f"{error}; training continues")
     checkpointer.save(
         step,
         model=run.model,
@@ -183,7 +184,7 @@ def _save(run: Run, checkpointer: Checkpointer, step: int, total_tokens: int) ->
 
 
 def _finish(run: Run, checkpointer: Checkpointer) -> None:
-    """Wait for the last save, and export. That the save failed is no reason to lose the export."""
+    """Wait for the last save, then export; a failed save must not cost the export."""
     failed = None
     try:
         checkpointer.wait()
@@ -196,7 +197,7 @@ def _finish(run: Run, checkpointer: Checkpointer) -> None:
 
 
 def _export(run: Run, folder: Path) -> None:
-    """Write the model for `from_pretrained`. Collective; one rank writes."""
+    """Write the model in the format `from_pretrained` reads. Collective; rank 0 writes."""
     state = full_state_dict(run.model)
     if run.is_main:
         export_model(run.model, folder, state, tokenizer=run.dataset.tokenizer)

@@ -1,16 +1,16 @@
-"""What a step reports: the log line, `metrics.jsonl`, TensorBoard.
+"""Metrics of a step: the log line, `metrics.jsonl`, TensorBoard.
 
     step 120/2000  loss 2.3417  grad 0.87  lr 3.0e-4  tok/s/rank 11,204  mfu 41.3%
     bubble 2.1% (plan 1.8%)  rings 1x412 2x9 8x1  mem 61.2 GiB  dt 3.91 s          (one line)
 
 tok/s/rank  tokens of the step / step time / ranks
-mfu         model flops (`ModelFlops`) / time / ranks / peak of a device: `--peak-tflops`, else the
-            data sheet's for bf16; left out where neither is known
-bubble      share of the step in which ranks wait or communicate, mean over ranks; beside it the one
-            that the planner predicted
-rings       number of sequences by ring degree: 412 on one rank, 9 on two, 1 on eight
-mem         most memory in use on any rank (device memory on a GPU, resident set on a CPU)
-host        most host memory that a rank's offloaded activations took; only with offload
+mfu         model flops (`ModelFlops`) / time / ranks / peak of one device: `--peak-tflops`, else
+            the data sheet's bf16 peak; omitted if neither is known
+bubble      share of the step that ranks spend waiting or communicating, mean over ranks; in
+            parentheses, the planner's prediction
+rings       number of sequences per ring degree: 412 on one rank, 9 on two, 1 on eight
+mem         peak memory of any rank (device memory on a GPU, resident set on a CPU)
+host        peak host memory of any rank's offloaded activations; only with offload
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hdp.scheduler import StepPlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """One step, over all ranks."""
+    """Metrics of one step over all ranks."""
 
     step: int
     loss: float  # mean over the step's loss tokens, nats
@@ -48,11 +48,11 @@ class StepMetrics:
     bubble: float
     planned_bubble: float
     planned_s: float
-    bytes_sent: int  # between ranks of rings, sum over ranks
+    bytes_sent: int  # within rings, summed over ranks
     mem_bytes: int
-    host_bytes: int  # of activations that offload held at once on one rank so far, the most
-    data_wait_s: float  # time that the step waited for its plan and tokens
-    rings: dict[int, int]  # degree -> sequences
+    host_bytes: int  # peak of offloaded activations on any rank so far
+    data_wait_s: float  # time the step waited for its plan and tokens
+    rings: dict[int, int]  # degree -> number of sequences
 
     def line(self, num_steps: int) -> str:
         """The log line."""
@@ -74,34 +74,34 @@ class StepMetrics:
 
 
 def ring_counts(plan: StepPlan) -> dict[int, int]:
-    """Number of sequences by ring degree."""
+    """Number of sequences per ring degree."""
     return dict(sorted(Counter(plan.degrees.tolist()).items()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFlops:
-    """Floating-point operations that training a model needs, forward + backward.
+    """Floating-point operations to train a model, forward + backward.
 
-    6 per matmul weight and token that it works on, and 6 * attention_width * n^2 per layer for
-    causal attention: QK^T and PV at 2 * n^2 * width each, half of it masked, times 3 with backward.
-    What is computed twice to save memory is not counted; nor is the head on tokens without a label,
-    which it skips (logprobs.py).
+    6 per token and matmul weight applied to it, plus 6 * attention_width * n^2 per layer for causal
+    attention: QK^T and PV at 2 * n^2 * width each, half of it masked, times 3 with backward.
+    Recomputation to save memory is not counted, and neither is the head on tokens without a label,
+    which are skipped (logprobs.py).
     """
 
-    num_params: int  # of the layers: all but embedding and head
+    num_params: int  # all but embedding and head
     head_params: int
     num_layers: int
     attention_width: int  # num_heads * head_dim
 
     def of(self, seqlens: Sequence[int], num_loss_tokens: int) -> float:
-        """FLOPs of whole sequences of these lengths, of whose tokens so many have a label."""
+        """FLOPs for whole sequences of these lengths, with `num_loss_tokens` labels in all."""
         tokens = math.fsum(seqlens)
         squares = math.fsum(n * n for n in seqlens)
         matmuls = self.num_params * tokens + self.head_params * num_loss_tokens
         return 6.0 * (matmuls + self.num_layers * self.attention_width * squares)
 
 
-# Dense bf16 peak of a device by its name, flop/s: vendors' data sheets, without sparsity.
+# Dense bf16 peak by device name, flop/s: from vendors' data sheets, without sparsity.
 _PEAK_FLOPS = {
     "A10": 125e12,
     "A100": 312e12,
@@ -123,22 +123,22 @@ _PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """bf16 flop/s of a device by the longest known name that is in its own; None if unknown.
+    """Peak bf16 flop/s, by the longest known name contained in `device_name`; None if unknown.
 
-    Names are whole words: an RTX A1000 is no A100.
+    Names match whole words: an RTX A1000 is not an A100.
     """
     known = [name for name in _PEAK_FLOPS if re.search(rf"\b{name}\b", device_name)]
     return _PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 class MetricsWriter:
-    """Appends each step to `metrics.jsonl` and, if asked for, to TensorBoard.
+    """Appends each step to `metrics.jsonl` and optionally to TensorBoard.
 
-    A context manager. `enabled=False` (all ranks but one) writes nothing. Steps from `first_step`
-    on that are there already were trained and lost before a resume: they are taken out.
+    A context manager. `enabled=False` (all ranks but one) writes nothing. Existing rows from
+    `first_step` on belong to steps that were lost before a resume; they are removed.
 
-    A full disk stops no training: `say` tells of it once, rows wait in memory and are written when
-    there is room again; TensorBoard, whose writer is broken then, gets no more of this run.
+    A full disk does not stop training: `say` reports it once, and rows are kept in memory until
+    there is room. TensorBoard's writer does not survive a failed write, so it gets no further rows.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class MetricsWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
         _keep_steps_before(path, first_step)
-        # without a buffer: a killed run keeps its last step, and it is known what was written
+        # Unbuffered: a killed run keeps its last step, and we know exactly what was written.
         self._file = FileIO(path, "a")
         if tensorboard:
             try:
@@ -184,10 +184,10 @@ class MetricsWriter:
                         self._board.add_scalar(name, value, metrics.step)
             except OSError as error:
                 self._board = None
-                self._say(f"TensorBoard gets no more of this run: {error}")
+                self._say(f"TensorBoard logging stopped for the rest of this run: {error}")
 
     def _append(self) -> None:
-        """Write what is not written yet, as far as there is room."""
+        """Write pending rows, as far as there is room."""
         assert self._file is not None
         try:
             while self._unwritten:
@@ -196,7 +196,9 @@ class MetricsWriter:
             self._is_failing = False
         except OSError as error:
             if not self._is_failing:
-                self._say(f"cannot write {self._file.name}: {error}; will try again")
+                self._say(
+                    f"cannot write {self._file.name}: {error}; will retry at each logged step"
+                )
             self._is_failing = True
 
     def __enter__(self) -> MetricsWriter:
@@ -206,7 +208,7 @@ class MetricsWriter:
         if self._file is not None:
             self._append()
             if self._unwritten:
-                self._say(f"{self._file.name} lacks the last {self._unwritten.count(10)} rows")
+                self._say(f"{self._file.name} is missing the last {self._unwritten.count(10)} rows")
             self._file.close()
         if self._board is not None:
             with suppress(OSError):
@@ -214,7 +216,7 @@ class MetricsWriter:
 
 
 def _keep_steps_before(path: Path, first_step: int) -> None:
-    """Drop the rows of later steps, and a last one that was cut off, by one rename."""
+    """Drop rows from `first_step` on, and a truncated last row; the file is replaced atomically."""
     if not path.exists():
         return
     kept = []

@@ -1,7 +1,7 @@
-"""A model made ready to train: built or loaded, priced, its layers replaced, sharded.
+"""Prepare a model for training: build or load it, estimate costs, swap in kernels, shard.
 
-Nothing here knows the data but the size of its vocabulary: a reference model or a critic is set up
-by the same call as the policy.
+All that is known here of the data is its vocabulary size, so a reference model or a critic is set
+up by the same call as the policy.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from hdp.scheduler.costs.activation_plan import decoder_classes, scaled
 from hdp.scheduler.costs.estimate import HOST_BYTES_PER_S, estimate_cost
 
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
-_HOST_SHARE = 0.9  # of the offload pool that plans count on: layers are not all the same
+_HOST_SHARE = 0.9  # share of the offload pool that plans may fill: layers differ in size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSetup:
-    """A sharded model and what was found out while it was made ready."""
+    """A sharded model and the choices made while setting it up."""
 
     model: CausalLM
-    dtype: torch.dtype  # that it computes in
+    dtype: torch.dtype  # compute dtype
     cost: CostModel
-    offload: PerMicrobatchOffload | None  # executes the plans' ratios; None: no host memory
-    layers: str  # whose kernels its layers use, for people
+    offload: PerMicrobatchOffload | None  # executes the plans' offload ratios; None: no host memory
+    layers: str  # which kernels the layers use, for the log
     attention: Choice  # the block kernel, and why
 
 
 def set_up_model(
     config: TrainConfig, mesh: HDPMesh, *, vocab_size: int, seed: int | None = None
 ) -> ModelSetup:
-    """Build or load the model that `config` names, and shard it over the mesh. Collective.
+    """Build or load the model that `config` names and shard it over the mesh. Collective.
 
-    vocab_size: ids are below it. seed: of random weights; None: the config's. Raises ValueError for
-    a model or options that cannot be trained.
+    vocab_size: upper bound on token ids. seed: for random weights; None: the config's. Raises
+    ValueError for a model or options that cannot be trained.
     """
     dtype = _compute_dtype(config, mesh.device)
     model = _open_model(config, mesh, dtype, vocab_size, config.seed if seed is None else seed)
@@ -113,7 +113,7 @@ def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 def _open_model(
     config: TrainConfig, mesh: HDPMesh, dtype: torch.dtype, vocab_size: int, seed: int
 ) -> CausalLM:
-    """The model with fp32 (fp64) weights on rank 0; others get theirs when it is sharded."""
+    """The model with fp32 (fp64) weights on rank 0; other ranks get theirs during sharding."""
     options: dict[str, Any] = {
         "dtype": torch.float64 if dtype == torch.float64 else torch.float32,
         "skeleton": mesh.hdp_rank != 0,
@@ -129,7 +129,7 @@ def _open_model(
         model = load_model(config.model, **options)
     if vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer makes ids up to {vocab_size - 1}, model {config.model!r} has "
+            f"the tokenizer produces ids up to {vocab_size - 1}, but model {config.model!r} has "
             f"a vocabulary of {model.config.vocab_size}; use the model's own tokenizer"
         )
     return model
@@ -138,10 +138,10 @@ def _open_model(
 def _open_offload(
     config: TrainConfig, model: CausalLM, mesh: HDPMesh, dtype: torch.dtype, cost: CostModel
 ) -> PerMicrobatchOffload:
-    """The engine that executes the plan's offload ratios. Collective.
+    """Open the engine that executes the plan's offload ratios. Collective.
 
-    Its `cost` is the given one with what was not measured: the host link, and the bytes that the
-    model saves. Raises ValueError on all ranks if host memory is missing on any.
+    Its `cost` is the given one with unmeasured fields filled in: the host link, and the bytes that
+    the model saves. Raises ValueError on all ranks if any rank lacks host memory.
     """
     shape: dict[str, Any] = transformer_shape(model)
     host_bytes = int(config.offload_gib * 2**30)
@@ -156,16 +156,16 @@ def _open_offload(
     )
     if not cost.offloadable:
         raise ValueError(
-            f"--offload-gib {config.offload_gib}: two layers are always at work, and the model has "
-            f"{cost.num_layers}: nothing could be offloaded"
+            f"--offload-gib {config.offload_gib}: nothing can be offloaded, because two layers "
+            f"always stay on the device and the model has {cost.num_layers}; drop the flag"
         )
 
     def open_it() -> OffloadEngine:
         most = host_bytes_per_rank()
         if host_bytes > most:
             raise ValueError(
-                f"--offload-gib {config.offload_gib}: a rank's part of this machine's memory is "
-                f"{most / 2**30:.1f} GiB; give less, or start fewer ranks on it"
+                f"--offload-gib {config.offload_gib}: each rank's share of this machine's free "
+                f"memory is {most / 2**30:.1f} GiB; ask for less, or start fewer ranks on it"
             )
         is_cuda = mesh.device.type == "cuda"
         return open_engine(mesh.device, max_bytes=host_bytes, prefill=is_cuda)

@@ -1,8 +1,8 @@
-"""Observer: a finished step's figures, and its planned and measured timelines side by side.
+"""Observer: metrics of a finished step, and its planned and measured timelines side by side.
 
-Measured and predicted are the same quantities: busy is the time in which a rank computes; the
-bubble is the share of ranks x time, from the agreement on the plan to the end of the reduction, in
-which they wait: for the ring, for other ranks, for gradients.
+Measured and predicted values are the same quantities: busy time is the time a rank computes; the
+bubble is the share of ranks x time, from the agreement on the plan to the end of the reduction,
+that ranks spend waiting for the ring, for other ranks or for gradients.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ class Observer:
         step_s: float,
         total_tokens: int,
     ) -> StepMetrics:
-        """Metrics of the step that has just ended; all but this rank's times are the same on all
-        ranks. Collective."""
+        """Metrics of the step that just ended. Collective.
+
+        All ranks return the same values except for this rank's own times.
+        """
         run, plan = self._run, batch.plan
         spans = run.context.recorder.spans()
         mine = [
@@ -88,12 +90,12 @@ class Observer:
 
 
 def count_flops(model: CausalLM) -> ModelFlops:
-    """What a token costs in `model`, sharded or not."""
+    """FLOP counts of `model`, sharded or not."""
     shape = transformer_shape(model)
     hf_model: Any = model.model
     embedding = hf_model.get_input_embeddings().weight
     head = hf_model.get_output_embeddings().weight
-    # A tied embedding works once, as the head; an untied one is looked up, not multiplied.
+    # A tied embedding is multiplied once, as the head; an untied one is only looked up.
     others = head.numel() if embedding is head else head.numel() + embedding.numel()
     return ModelFlops(
         num_params=sum(p.numel() for p in model.parameters()) - others,
@@ -104,7 +106,7 @@ def count_flops(model: CausalLM) -> ModelFlops:
 
 
 def _peak_flops(run: Run) -> float | None:
-    """flop/s of one device: what the run was told, or its data sheet's for bf16."""
+    """flop/s of one device: `--peak-tflops` if given, else the data sheet's bf16 peak."""
     if run.config.peak_tflops is not None:
         return run.config.peak_tflops * 1e12
     device = run.mesh.device
@@ -114,16 +116,16 @@ def _peak_flops(run: Run) -> float | None:
 
 
 def planned_bubble(plan: StepPlan, run: Run) -> float:
-    """The bubble that the planner expects: 1 - compute / (ranks * predicted time)."""
+    """The bubble the planner expects: 1 - compute / (ranks * predicted time)."""
     compute_s = float(microbatch_times(plan, run.cost).compute_s.sum())
     available_s = plan.hdp_size * plan.predicted_s
     return max(1.0 - compute_s / available_s, 0.0) if available_s > 0 else 0.0  # not -0.0 %
 
 
 def write_trace(run: Run, step: int, batch: StepBatch) -> None:
-    """Write `timeline_STEP.json` (Perfetto) and `timeline_STEP.png`: planned over measured.
+    """Write `timeline_STEP.json` (Perfetto) and `timeline_STEP.png`: planned above measured.
 
-    Collective: each rank adds the spans that it measured. A full disk is told and stops nothing.
+    Collective: each rank contributes its measured spans. A full disk is reported, not raised.
     """
     by_rank: list[list[Span]] = [[] for _ in range(run.mesh.hdp_size)]
     dist.all_gather_object(by_rank, run.context.recorder.spans(), group=run.mesh.hdp_group)
@@ -146,11 +148,11 @@ def write_trace(run: Run, step: int, batch: StepBatch) -> None:
         )
         run.say(f"wrote {trace} and .png")
     except OSError as error:
-        run.say(f"cannot write the timelines of step {step}: {error}; training goes on")
+        run.say(f"cannot write the timelines of step {step}: {error}; training continues")
 
 
 def _memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far: on the GPU, or this process's resident set."""
+    """Peak memory so far: allocated on the GPU, or this process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,19 +1,18 @@
 """AdamW on sharded parameters, and the learning rate as a pure function of the step.
 
-AdamW (Loshchilov and Hutter, arXiv 1711.05101): the decay of weights is decoupled from the gradient
-and scaled by the learning rate. Matrices decay; norms, biases and other vectors do not. The update
-is elementwise, so each rank updates its own shards and nothing is communicated.
+AdamW (Loshchilov and Hutter, arXiv 1711.05101): weight decay is decoupled from the gradient and
+scaled by the learning rate. Matrices decay; norms, biases and other vectors do not. The update is
+elementwise, so each rank updates its own shards without communication.
 
-Three implementations of the same update, with the same state dict: a run may change between them.
+Three implementations of the same update share one state dict, so a run may switch between them:
 
     adamw               torch's fused kernel where the device has one, else its foreach loops
-    apex                apex's multi-tensor kernel (FusedAdam's)
-    transformer_engine  Transformer Engine's (FusedAdam's)
+    apex                the multi-tensor kernel of apex's FusedAdam
+    transformer_engine  the multi-tensor kernel of Transformer Engine's FusedAdam
 
-The last two are errors where the library is not installed.
+The last two raise an error if the library is not installed.
 
-The schedule is a value, not an object that counts: learning rate = schedule(step). Resuming needs
-the step and nothing else.
+The schedule is stateless: learning rate = schedule(step). Resuming needs only the step.
 
     optimizer = build_optimizer(model, lr=3e-4, weight_decay=0.1)
     set_learning_rate(optimizer, learning_rate(config, step))
@@ -37,7 +36,7 @@ from hdp.attention.kernels.transformer_engine import load_adam as _load_transfor
 if TYPE_CHECKING:
     from hdp.config import TrainConfig
 
-# Tensors and numbers of one launch -> the update, in place; see KernelAdamW._step_group.
+# Applies one launch's update in place; for its arguments see KernelAdamW._step_group.
 AdamKernel = Callable[..., None]
 
 
@@ -45,7 +44,7 @@ AdamKernel = Callable[..., None]
 class WarmupCosine:
     """Linear warm-up, then half a cosine down to `min_lr`; flat from `total_steps` on.
 
-    Steps count from 0. The first step of a warm-up already learns: peak_lr / warmup_steps; step
+    Steps count from 0. Step 0 already has a nonzero rate, peak_lr / warmup_steps; step
     `warmup_steps` has peak_lr (test_schedule_corners).
     """
 
@@ -58,15 +57,15 @@ class WarmupCosine:
         if not (self.peak_lr > 0 and math.isfinite(self.peak_lr)):
             raise ValueError(f"peak_lr={self.peak_lr} must be positive and finite")
         if not 0 <= self.min_lr <= self.peak_lr:
-            raise ValueError(f"min_lr={self.min_lr} is not in 0..peak_lr={self.peak_lr}")
+            raise ValueError(f"min_lr={self.min_lr} must be in 0..peak_lr={self.peak_lr}")
         if self.total_steps < 1 or not 0 <= self.warmup_steps <= self.total_steps:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} of total_steps={self.total_steps}: need at "
-                "least one step, and a warm-up that is no longer than the run"
+                f"warmup_steps={self.warmup_steps}, total_steps={self.total_steps}: need at least "
+                "one step, and a warm-up no longer than the run"
             )
 
     def __call__(self, step: int) -> float:
-        """Learning rate of step `step`."""
+        """Learning rate at `step`."""
         if step < 0:
             raise ValueError(f"step={step} is negative; steps count from 0")
         if step < self.warmup_steps:
@@ -79,8 +78,10 @@ class WarmupCosine:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of the run's `step`, counted from 1. A run that is shorter than its warm-up
-    stops within it."""
+    """Learning rate at the run's `step`, counted from 1.
+
+    A run shorter than its warm-up ends during it.
+    """
     schedule = WarmupCosine(
         peak_lr=config.lr,
         warmup_steps=config.warmup_steps,
@@ -101,13 +102,13 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `model`, in a decaying and a non-decaying group.
 
-    Call it after `parallel.shard`: sharding replaces the parameters.
+    Call it after sharding, which replaces the parameters.
 
-    Raises ValueError for values out of range, a model without trainable parameters, and a back end
+    Raises ValueError for values out of range, a model without trainable parameters, or a back end
     whose library or CUDA device is missing.
     """
     if not (weight_decay >= 0 and math.isfinite(weight_decay)):
-        raise ValueError(f"weight_decay={weight_decay} must be 0 or more")
+        raise ValueError(f"weight_decay={weight_decay} must be finite and 0 or more")
     groups = decay_groups(model, weight_decay)
     options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
     if backend in _LIBRARIES:
@@ -123,7 +124,7 @@ def build_optimizer(
 
 
 def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
-    """What runs, for the start-up report."""
+    """The implementation in use, for the start-up report."""
     if isinstance(optimizer, KernelAdamW):
         return f"AdamW ({optimizer.library})"
     kind = "fused" if optimizer.defaults.get("fused") else "foreach"
@@ -131,7 +132,7 @@ def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: matrices decay by `weight_decay`, norms, biases and all else 1-D do not."""
+    """Parameter groups: matrices decay; norms, biases and other vectors do not."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError(f"{type(model).__name__} has no trainable parameters")
@@ -149,11 +150,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 class KernelAdamW(torch.optim.AdamW):
-    """torch's AdamW, its state and its groups, updated by a library's multi-tensor kernel.
+    """torch's AdamW state and groups, updated by a library's multi-tensor kernel.
 
-    The libraries' own FusedAdam classes keep their step counts elsewhere, and apex's cannot update
-    DTensors. This gives the kernel the local shards and keeps the state that checkpoints know how
-    to reshard.
+    The libraries' own FusedAdam classes store their step counts elsewhere, and apex's cannot update
+    DTensors. This class passes local shards to the kernel and keeps state in the layout that
+    checkpoints know how to reshard.
     """
 
     def __init__(self, params: Any, *, library: str, **options: Any) -> None:
@@ -163,7 +164,7 @@ class KernelAdamW(torch.optim.AdamW):
         device = self.param_groups[0]["params"][0].device
         if device.type != "cuda":
             raise ValueError(
-                f"optimizer {library!r} updates parameters on cuda, these are on {device}: "
+                f"optimizer {library!r} needs parameters on cuda, but they are on {device}; "
                 "move them, or use 'adamw'"
             )
         self._overflow = torch.zeros(1, dtype=torch.int32, device=device)
@@ -184,9 +185,9 @@ class KernelAdamW(torch.optim.AdamW):
         self._init_group(group, *columns)
         params, grads, averages, squares, _, steps = columns
         by_step: dict[int, list[int]] = defaultdict(list)
-        for i, step in enumerate(steps):  # on the CPU: no wait for the GPU
+        for i, step in enumerate(steps):  # CPU tensors: no synchronization with the GPU
             step += 1
-            # Shards may be empty. apex's launcher drops all that it holds if the last one is.
+            # Shards may be empty. apex's launcher drops its pending work if the last one is.
             if _local(params[i]).numel():
                 by_step[int(step.item())].append(i)
         beta1, beta2 = group["betas"]
@@ -210,9 +211,9 @@ class KernelAdamW(torch.optim.AdamW):
 
 
 def _keep_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A loaded state says what was learnt, not how to go on: options and kernel are this run's.
+    """Keep this run's options and kernel when loading a state: only the state itself is restored.
 
-    Else a run resumed with another weight decay or beta would go on with the old one, unnoticed.
+    Otherwise a run resumed with another weight decay or beta would silently keep the old one.
     """
     groups = [
         {**saved, **{key: value for key, value in ours.items() if key != "params"}}
@@ -231,8 +232,8 @@ def _load_apex() -> AdamKernel:
         from apex.multi_tensor_apply import multi_tensor_applier
     except ImportError as error:
         raise ValueError(
-            f"optimizer 'apex' was asked for but apex cannot be imported ({error}); build it with "
-            "its C++ and CUDA extensions (github.com/NVIDIA/apex), or use 'adamw'"
+            f"optimizer 'apex' needs apex, which cannot be imported ({error}); build it with its "
+            "C++ and CUDA extensions (github.com/NVIDIA/apex), or use 'adamw'"
         ) from error
     return partial(multi_tensor_applier, amp_C.multi_tensor_adam)
 

@@ -1,8 +1,8 @@
 """StepRecorder: the measured side of the timeline.
 
-Zero is the moment at which all ranks have agreed on the plan, a point that they pass together, so
-the spans of different ranks lie on one time axis. Marks are taken without synchronising the device
-and read once, after the step.
+Time zero is when all ranks have agreed on the plan. They pass that point together, so spans of
+different ranks share one time axis. Marks are taken without synchronizing the device and read once,
+after the step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class StepRecorder:
         self.bytes_sent = 0
 
     def start(self) -> None:
-        """Set the origin of time; forget the step before."""
+        """Set time zero and forget the previous step."""
         self._comm.take_stats()
         self._parts = []
         self.bytes_sent = 0
@@ -33,7 +33,7 @@ class StepRecorder:
 
     @contextmanager
     def span(self, kind: str, name: str) -> Iterator[None]:
-        """Time what runs inside; waiting for the ring inside it becomes spans of its own."""
+        """Time the enclosed block; waits for the ring inside it become spans of their own."""
         begin = self._clock.now()
         yield
         stats = self._comm.take_stats()
@@ -41,7 +41,7 @@ class StepRecorder:
         self._parts.append((kind, name, begin, self._clock.now(), stats.waits))
 
     def spans(self) -> list[Span]:
-        """The spans in order, seconds from `start()`, not overlapping."""
+        """The spans in order, without overlap, in seconds from `start()`."""
         result: list[Span] = []
 
         def add(kind: str, name: str, start_s: float, end_s: float) -> None:

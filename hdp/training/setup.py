@@ -1,4 +1,4 @@
-"""Run: the parts of a training run, built from its configuration and connected."""
+"""Run: the parts of a training run, built and connected according to its configuration."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .step import StepContext, keep_everything
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What stays the same from step to step, beside the StepContext: data, plans, and words."""
+    """What stays the same across steps in addition to the StepContext: data, planning, logging."""
 
     config: TrainConfig
     dataset: TokenDataset
@@ -53,17 +53,17 @@ class Run:
 
     @property
     def offload(self) -> PerMicrobatchOffload | None:
-        """What executes the plans' offload ratios, if the run has host memory for it."""
+        """Executes the plans' offload ratios; None if the run has no host memory for it."""
         offload = self.context.offload
         return offload if isinstance(offload, PerMicrobatchOffload) else None
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank prints and writes for all."""
+        """Whether this rank prints and writes files for all."""
         return self.mesh.hdp_rank == 0
 
     def plan(self, seqlens: np.ndarray) -> StepPlan:
-        """The plan of a batch: a pure function of its lengths and the configuration."""
+        """The plan for a batch: a pure function of its lengths and the configuration."""
         return plan(
             seqlens,
             hdp_size=self.mesh.hdp_size,
@@ -76,7 +76,7 @@ class Run:
         )
 
     def feed(self) -> StepFeed:
-        """Steps from the sampler's position on, planned and packed one step ahead."""
+        """Steps from the sampler's position on, planned and packed one step ahead of training."""
         return StepFeed(
             self.dataset,
             self.sampler,
@@ -88,29 +88,29 @@ class Run:
 
     @property
     def host_bytes(self) -> int:
-        """Most host memory that this rank's offloaded activations have taken at once."""
+        """Peak host memory of this rank's offloaded activations."""
         return self.offload.engine.stats().peak_in_use_bytes if self.offload else 0
 
     def close(self) -> None:
-        """Give back what outlives its objects: host memory of the offload engine."""
+        """Release the offload engine's host memory, which outlives its Python objects."""
         if self.offload:
             self.offload.close()
 
     def say(self, message: str) -> None:
-        """One line for people, once."""
+        """Log a message on rank 0 only."""
         if self.is_main:
             for line in message.splitlines():
                 console.note(line)
 
 
 def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
-    """Open the data, make the model ready, make the optimizer. Collective.
+    """Open the data, set up the model, build the optimizer. Collective.
 
     Raises ValueError for data, a model or options that cannot be trained.
     """
     seed_rng(config.seed, rank=mesh.hdp_rank)
     dataset = open_data(config)
-    if not config.offload_gib:  # else lengths, costs and memory say together what fits
+    if not config.offload_gib:  # with offload, what fits also depends on costs: checked below
         dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=config.max_tokens_per_rank)
     made = set_up_model(config, mesh, vocab_size=dataset.vocab_size)
     if made.offload is not None:
@@ -139,7 +139,7 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
             offload=made.offload or keep_everything,
         ),
     )
-    longest = run.plan(dataset.seqlens.max()[None])  # a ring that cannot hold it is found out now
+    longest = run.plan(dataset.seqlens.max()[None])  # fail now if no ring can hold it
     _introduce(run, made)
     if run.offload:
         _introduce_offload(run, run.offload, longest)
@@ -147,7 +147,7 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
 
 
 def open_data(config: TrainConfig) -> TokenDataset:
-    """The token sequences that `config` names. Raises ValueError for data that cannot be read."""
+    """The dataset that `config` names. Raises ValueError for data that cannot be read."""
     tokenizer = config.tokenizer
     if tokenizer == "auto":
         tokenizer = "bpe:4096" if config.model == "demo" else config.model
@@ -166,7 +166,7 @@ def open_data(config: TrainConfig) -> TokenDataset:
 
 
 def _introduce(run: Run, made: ModelSetup) -> None:
-    """Say once what runs where: fallbacks are announced, never silent."""
+    """Log once what runs where: fallbacks are announced, never silent."""
     mesh, config, attention = run.mesh, run.config, made.attention
     parameters = sum(p.numel() for p in run.model.parameters())
     run.say(f"{mesh.hdp_size} ranks on {mesh.device.type}, {mesh.ranks_per_node} per node")
@@ -182,9 +182,9 @@ def _introduce(run: Run, made: ModelSetup) -> None:
     longest, positions = run.dataset.report.longest_tokens, _num_positions(run.model)
     if longest > positions:
         run.say(
-            f"sequences of up to {longest:,} tokens for a model of {positions:,} positions "
-            "(max_position_embeddings): it extrapolates there; --max-length limits the data, "
-            "--config-overrides can scale RoPE"
+            f"the longest sequence has {longest:,} tokens but the model was built for "
+            f"{positions:,} (max_position_embeddings) and will extrapolate beyond that; limit "
+            "lengths with --max-length, or scale RoPE with --config-overrides"
         )
     source = config.cost or "estimated from the model's shape"
     cp_size = f" with cp_size {config.cp_size}" if config.cp_size else ""
@@ -195,13 +195,13 @@ def _introduce(run: Run, made: ModelSetup) -> None:
 
 
 def _introduce_offload(run: Run, offload: PerMicrobatchOffload, longest: StepPlan) -> None:
-    """Which host memory, and what becomes of what the longest sequence saves."""
+    """Log the host memory in use and how the longest sequence's activations are handled."""
     is_cpu = run.mesh.device.type == "cpu"
     rate = run.cost.host_bytes_per_s / run.cost.ranks_per_host_link
     run.say(
         f"offload: up to {run.config.offload_gib:g} GiB of host memory per rank over a link of "
         f"{rate / 1e9:.0f} GB/s"
-        + ("; on a CPU it exercises the engine and saves nothing" if is_cpu else "")
+        + ("; on a CPU this only exercises the engine and saves no memory" if is_cpu else "")
     )
     tokens, degree = int(longest.seqlens[0]), int(longest.degrees[0])
     microbatch = longest.microbatches(0)[0]

@@ -1,20 +1,20 @@
-"""train_step and forward_step: one plan, executed by this rank.
+"""train_step and forward_step: execute one rank's part of a plan.
 
   1. agree        all ranks hold the same plan, or all stop here
   2. gather       parameters, once, before any rank enters a ring
-  3. microbatches forward and backward in the plan's order; their number differs between ranks
+  3. microbatches forward and backward in the plan's order; ranks have different numbers of them
   4. reduce       gradients, SUM over the HDP axis, once
-  5. stop before harm: a non-finite loss or gradient norm raises on all ranks
+  5. check        a non-finite loss or gradient norm raises on all ranks before the update
   6. optimizer
 
-Nothing is divided by a number of microbatches or ranks: each microbatch adds its share of the loss,
-by default -sum(logprobs) / num_loss_tokens, with the count of the whole step, known from the
-lengths. What is minimized is an argument: any function of hdp/objectives' form.
+Nothing is divided by the number of microbatches or ranks. Each microbatch adds its share of the
+loss, by default -sum(logprobs) / num_loss_tokens, where the count is over the whole step. The
+objective is an argument: any function with the signature given in hdp/objectives.
 
-No collective runs between 2 and 4: a rank in its third ring would wait for one that reaches the
-collective later, and that one may wait for its part of the ring. Where every ring's microbatch is
-the last of all of its ranks or of none (`StepPlan.ends_together`), nobody waits for a rank that is
-in its last one, and on a GPU the reduction overlaps with that backward (`overlap_reduce`).
+No collective runs between 2 and 4: a rank that entered one could wait for ranks that are in turn
+waiting for its part of a ring. If each ring's microbatch is the last one on all of its ranks or on
+none (`StepPlan.ends_together`), no rank waits for another that is in its last microbatch, and on a
+GPU the reduction overlaps with that backward (`overlap_reduce`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from .recorder import StepRecorder
 
 
 def keep_everything(layout: RingLayout, offload_ratio: float) -> AbstractContextManager[Any]:
-    """Without offload: what a forward saves stays on the device."""
+    """Run without offload: everything forward saves stays on the device."""
     if offload_ratio:
         raise ValueError(
             f"the plan has a microbatch with offload ratio {offload_ratio:.2f}: give StepContext a "
@@ -59,17 +59,17 @@ def keep_everything(layout: RingLayout, offload_ratio: float) -> AbstractContext
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepContext:
-    """What stays the same from step to step."""
+    """What stays the same across steps."""
 
     mesh: HDPMesh
-    model: nn.Module  # sharded; model(batch, comm) -> what the objective takes: logprobs
+    model: nn.Module  # sharded; model(batch, comm) -> the objective's input, such as logprobs
     comm: RingComm
     recorder: StepRecorder
-    optimizer: torch.optim.Optimizer | None = None  # forward_step needs none
-    grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
-    overlap_reduce: bool = False  # reduce inside the last backward where the plan allows it
+    optimizer: torch.optim.Optimizer | None = None  # not needed by forward_step
+    grad_clip: float = 0.0  # maximum global gradient norm; 0: no clipping
+    overlap_reduce: bool = False  # reduce during the last backward if the plan allows it
     watchdog: Watchdog = field(default_factory=Watchdog.off)
-    # Around each forward, given the microbatch's layout and offload ratio: a PerMicrobatchOffload
+    # Wraps each forward; called with the microbatch's layout and offload ratio. A PerMicrobatchOffload.
     offload: Callable[[RingLayout, float], AbstractContextManager[Any]] = keep_everything
 
     @classmethod
@@ -82,9 +82,9 @@ class StepContext:
         watchdog: Watchdog | None = None,
         **options: Any,
     ) -> StepContext:
-        """The context of a sharded model on a mesh, with a communicator of its own.
+        """A context for a sharded model on a mesh, with its own communicator.
 
-        watchdog: told of every sign of life; None: nobody watches. options: the other fields.
+        watchdog: notified of all progress; None: no watchdog. options: the other fields.
         """
         watchdog = Watchdog.off() if watchdog is None else watchdog
         comm = RingComm(mesh.hdp_group, mesh.device, on_exchange=watchdog.touch)
@@ -102,7 +102,7 @@ class StepContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """The same on all ranks."""
+    """The outcome of a step, identical on all ranks."""
 
     loss: float  # the objective's; by default the mean over the step's label tokens, nats
     grad_norm: float  # before clipping
@@ -114,15 +114,15 @@ def train_step(
 ) -> StepResult:
     """Run one step: microbatches, one SUM of gradients over all ranks (ByteScale Eq. 2), update.
 
-    Collective over the HDP axis. context: what stays the same from step to step. step: on the
-    mesh's device. objective: what is minimized, the same on all ranks.
+    Collective over the HDP axis. context: what stays the same across steps. step: on the mesh's
+    device. objective: what to minimize, the same on all ranks.
 
-    Raises ValueError if ranks disagree on the plan and NonFiniteError before the optimizer could do
-    harm, both on all ranks.
+    Raises ValueError if ranks disagree on the plan, and NonFiniteError before the optimizer applies
+    a bad update; both on all ranks.
     """
     mesh, model, recorder = context.mesh, context.model, context.recorder
     if context.optimizer is None:
-        raise ValueError("this StepContext has no optimizer: give it one, or call forward_step")
+        raise ValueError("this StepContext has no optimizer: pass it one, or call forward_step")
     _check_device(step, mesh)
     agree_on_plan(mesh, step.plan)  # 1
     recorder.start()
@@ -148,7 +148,8 @@ def train_step(
         try:
             grad_norm = clip_grad_norm(model, context.grad_clip or None)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; sequences {_some(step.seq_ids.tolist())}") from None
+            ids = _shorten(step.seq_ids.tolist())
+            raise NonFiniteError(f"{error}; sequences {ids}") from None
     context.optimizer.step()  # 6
     context.optimizer.zero_grad(set_to_none=True)
     return StepResult(loss=loss_value, grad_norm=grad_norm, metrics=metrics)
@@ -156,12 +157,12 @@ def train_step(
 
 @torch.no_grad()
 def forward_step(context: StepContext, step: StepBatch) -> list[Tensor]:
-    """What the model returns for each of this rank's microbatches, without gradients. Collective.
+    """The model's output for each of this rank's microbatches, without gradients. Collective.
 
-    The rows are those of `step.batches`, so results of one model (log-probabilities of a reference,
-    values of a critic) are columns for a `train_step` of another on the same plan. Parameters are
-    gathered once and freed at the end; the model computes in evaluation mode and is returned to the
-    mode that it was in. context: its optimizer may be None. step: on the mesh's device. Raises
+    Rows match those of `step.batches`, so one model's results (log-probabilities of a reference,
+    values of a critic) can be used as columns in another model's `train_step` on the same plan.
+    Parameters are gathered once and freed at the end; the model runs in eval mode and its previous
+    mode is restored. context: its optimizer may be None. step: on the mesh's device. Raises
     ValueError on all ranks if they disagree on the plan.
     """
     mesh, model = context.mesh, context.model
@@ -181,19 +182,19 @@ def forward_step(context: StepContext, step: StepBatch) -> list[Tensor]:
 
 
 def _check_device(step: StepBatch, mesh: HDPMesh) -> None:
-    assert step.batches, f"no microbatch for rank {mesh.hdp_rank}: make batches by pack_rank()"
+    assert step.batches, f"no microbatch for rank {mesh.hdp_rank}: build batches with pack_rank()"
     device = step.batches[0].input_ids.device
     if device != mesh.device:
         raise ValueError(
-            f"the step's tokens are on {device} and the mesh on {mesh.device}: call "
-            "step.to(mesh.device), or let a StepFeed do it ahead of time"
+            f"the step's tokens are on {device} but the mesh is on {mesh.device}: call "
+            "step.to(mesh.device), or use a StepFeed, which does so ahead of time"
         )
 
 
 def _add_shares(
     context: StepContext, step: StepBatch, shares: list[Share]
 ) -> tuple[float, dict[str, float]]:
-    """The step's loss and sums from each rank's microbatches, by one all-reduce. Collective.
+    """The step's loss and metric sums over all ranks, in one all-reduce. Collective.
 
     Raises NonFiniteError on all ranks if the loss is not finite, naming microbatches and sequences.
     """
@@ -210,20 +211,20 @@ def _add_shares(
         return loss, dict(zip(names, values, strict=True))
     mine = [
         f"rank {context.mesh.hdp_rank} microbatch {i} with sequences "
-        f"{_some(step.seq_ids[list(step.batches[i].seqs)].tolist())}"
+        f"{_shorten(step.seq_ids[list(step.batches[i].seqs)].tolist())}"
         for i, finite in enumerate(losses.isfinite().tolist())
         if not finite
     ]
     by_rank: list[Any] = [None] * context.mesh.hdp_size
     dist.all_gather_object(by_rank, mine, group=context.mesh.hdp_group)
     raise NonFiniteError(
-        f"loss is {loss}, from {_some([where for part in by_rank for where in part])}; the "
-        "optimizer has not stepped. Look at these sequences, or resume from the last checkpoint "
+        f"loss is {loss}, from {_shorten([where for part in by_rank for where in part])}; the "
+        "optimizer has not stepped. Check these sequences, or resume from the last checkpoint "
         "with a lower learning rate"
     )
 
 
-def _some(items: list) -> str:
-    """The first few of a list that may be long."""
+def _shorten(items: list) -> str:
+    """The first few items of a possibly long list, as text."""
     text = ", ".join(map(str, items[:8]))
     return f"[{text}]" if len(items) <= 8 else f"[{text}, ... {len(items)} in all]"

@@ -1,4 +1,4 @@
-"""Whole runs: the same batches and losses on any number of ranks, resumed or not."""
+"""Whole runs: the same batches and losses on any number of ranks, with or without a resume."""
 
 from __future__ import annotations
 
@@ -99,15 +99,15 @@ def test_losses_do_not_depend_on_the_world_size_or_the_policy(inputs, tmp_path):
         results[name] = by_rank[0]
     one = results["1 rank"]
     assert len(one) == 30
-    assert _losses(one)[-5:].mean() < _losses(one)[:5].mean() - 0.5, "it does not learn"
+    assert _losses(one)[-5:].mean() < _losses(one)[:5].mean() - 0.5, "the model does not learn"
     for name, rows in results.items():
-        assert [row[2:4] for row in rows] == [row[2:4] for row in one], f"{name}: other batches"
+        assert [row[2:4] for row in rows] == [row[2:4] for row in one], f"{name}: different batches"
         np.testing.assert_allclose(_losses(rows), _losses(one), rtol=1e-4, err_msg=name)
-    # the runs really differed in how they cut the batches
+    # the runs really did split the batches differently
     assert set(results["1 rank"][0][4]) == {1}
     assert any(max(row[4]) == 4 and min(row[4]) < 4 for row in results["4 ranks"])
     assert all(set(row[4]) == {4} for row in results["4 ranks, static"])
-    # docs/math.md: what a ring of 4 sends, in fp32, for 2 layers of 2 KV heads of 8
+    # docs/math.md: bytes that a ring of 4 sends, in fp32, for 2 layers with 2 KV heads of size 8
     for *_, metrics in results["4 ranks, static"]:
         per_token = 2 * 2 * 2 * 8 * ((2 * 4 - 2) * 4 + 4 * 4)
         whole = metrics.num_tokens * per_token  # gathered sequences send less
@@ -139,7 +139,7 @@ def test_offload_trains_longer_sequences_on_the_same_ranks(inputs, tmp_path):
 def test_resume_on_another_number_of_ranks_continues_the_run(inputs, tmp_path):
     whole = run_ranks(_train, 2, config(inputs, tmp_path / "whole", steps=12))[0]
     part = config(inputs, tmp_path / "part", steps=12, save_every=5, keep_last=1)
-    # the schedule is that of 12 steps; stop after 7 as a time limit would, with 5 saved
+    # a schedule of 12 steps, stopped after 7 as by a time limit, with step 5 saved
     first = run_ranks(_train_until, 2, part, 7)[0]
     second = run_ranks(_train, 3, part)[0]
     assert [row[0] for row in first] == [*range(1, 8)]
@@ -149,17 +149,17 @@ def test_resume_on_another_number_of_ranks_continues_the_run(inputs, tmp_path):
     assert [row[5].total_tokens for row in second] == [row[5].total_tokens for row in whole[5:]]
     saved = [path.name for path in (tmp_path / "part" / "checkpoints").iterdir() if path.is_dir()]
     assert len(saved) == 1
-    # a finished run has nothing left to do
-    assert "nothing left of 12 steps: raise --steps" in run_ranks(_train_and_listen, 1, part)[0]
+    # a finished run does nothing more
+    assert "all 12 steps are done: raise --steps" in run_ranks(_train_and_listen, 1, part)[0]
 
 
 def _train_until(rank, world, options, last):
-    """Leave the loop after a step, with all background work done: as if the job's time were up."""
+    """Leave the loop after step `last`, with background work done, as at a job's time limit."""
     import hdp.training.loop as module
 
     steps = module._steps
 
-    def some(run, checkpointer, *rest):
+    def until_last(run, checkpointer, *rest):
         rows = []
         for metrics in steps(run, checkpointer, *rest):
             rows.append(metrics)
@@ -167,7 +167,7 @@ def _train_until(rank, world, options, last):
                 break
         return rows
 
-    module._steps = some
+    module._steps = until_last
     return _train(rank, world, options)
 
 
@@ -181,14 +181,14 @@ def test_export_is_what_from_pretrained_loads(inputs, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     ids = tokenizer("alpha beta gamma", return_tensors="pt").input_ids
     assert model(ids).logits.isfinite().all()
-    # and it goes on as a model to train: its loss is that of the run's next step
+    # training can continue from it: its first loss is that of the run's next step
     further = dataclasses.replace(options, steps=4, export_hf=None)
     fresh = {"model": str(out), "random_init": False, "steps": 1}
     again = config(inputs, tmp_path / "again", **fresh, **whole)
     want, got = (run_ranks(_train, 2, run)[0][0] for run in (further, again))
     assert (want[0], got[0]) == (4, 1) and got[2:4] == want[2:4] == trained[0][2:4]
     assert got[1] == pytest.approx(want[1], rel=1e-3)  # exported in bf16
-    assert trained[-1][1] > want[1] + 0.1, "an older export would pass as well"
+    assert trained[-1][1] > want[1] + 0.1, "an outdated export would also pass"
 
 
 def test_export_into_the_run_folder_is_refused_before_training(inputs, tmp_path):
@@ -225,7 +225,7 @@ def test_a_document_that_no_ring_can_hold_is_an_error_with_a_remedy(inputs, tmp_
 
 
 def test_static_rings_that_cannot_hold_a_document_are_refused_before_training(inputs, tmp_path):
-    """The 700 tokens of the longest document come up in some step, maybe hours later."""
+    """The longest document, 700 tokens, may only come up hours into the run."""
     options = {"policy": "static", "cp_size": 1, "max_tokens_per_rank": 400, "batch_tokens": 100}
     with pytest.raises(RankError, match=r"needs 2 ranks of 400, cp_size=1; raise cp_size to 2"):
         run_ranks(_train, 2, config(inputs, tmp_path, steps=1, **options))
@@ -237,11 +237,11 @@ def _train_unlike_rank_0(rank, world, options, change):
 
 
 def test_ranks_with_other_options_are_named_before_training(inputs, tmp_path):
-    """Each rank would update its shards by its own learning rate, and nothing would show it."""
+    """Otherwise each rank would silently update its shards with its own learning rate."""
     same = config(inputs, tmp_path, steps=1)
     with pytest.raises(RankError, match=r"lr is 0\.5 here and 0\.01 on rank 0.*found by rank 1"):
         run_ranks(_train_unlike_rank_0, 3, same, {"lr": 0.5})
-    # places may differ: each node has its own cache
+    # paths may differ: each node has its own cache
     other = {"cache_dir": str(tmp_path / "cache")}
     assert len(run_ranks(_train_unlike_rank_0, 2, same, other)[0]) == 1
 
@@ -255,17 +255,18 @@ def _train_and_listen(rank, world, options):
     return said.getvalue()
 
 
-def test_data_that_changed_but_not_in_length_are_told(inputs, tmp_path):
-    """The sampler knows lengths alone, so other words of the same length would go unnoticed."""
+def test_data_changes_that_keep_lengths_are_reported(inputs, tmp_path):
+    """The sampler only knows lengths, so it would not notice other text of the same length."""
     shutil.copytree(inputs / "text", tmp_path / "text")
     options = config(inputs, tmp_path / "run", steps=1, data=str(tmp_path / "text"))
     run_ranks(_train, 1, options)
     again = dataclasses.replace(options, steps=2)
-    assert "not those of that run" not in run_ranks(_train_and_listen, 1, again)[0]
+    assert "changed since this checkpoint" not in run_ranks(_train_and_listen, 1, again)[0]
     path = next(iter((tmp_path / "text").iterdir()))
     path.write_text(path.read_text().swapcase())
     again = dataclasses.replace(options, steps=3)
-    assert "not those of that run, though all lengths" in run_ranks(_train_and_listen, 1, again)[0]
+    expected = "changed since this checkpoint, but sequence lengths match"
+    assert expected in run_ranks(_train_and_listen, 1, again)[0]
 
 
 def _train_with_own_cost(rank, world, options, costs):
@@ -273,7 +274,7 @@ def _train_with_own_cost(rank, world, options, costs):
 
 
 def test_nodes_with_other_cost_files_stop_before_the_first_step(inputs, tmp_path):
-    """They would plan other rings, or run other algorithms on the same ones: no hang, a message."""
+    """They would plan different rings, or run different algorithms on the same ones, and hang."""
     cost = CostModel.from_coefficients(quadratic_s=1e-8, linear_s=1e-5, ring_step_s=1e-3)
     paths = [str(tmp_path / f"{rank}.json") for rank in range(4)]
     for rank, path in enumerate(paths):
@@ -285,13 +286,14 @@ def test_nodes_with_other_cost_files_stop_before_the_first_step(inputs, tmp_path
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_more_tokens_than_positions_are_told(inputs, tmp_path):
-    """RoPE has an answer for any position; a model that was never trained there has not."""
+def test_more_tokens_than_positions_are_reported(inputs, tmp_path):
+    """RoPE is defined at any position, but the model was never trained that far out."""
     plain = run_ranks(_train_and_listen, 1, config(inputs, tmp_path / "plain", steps=1))[0]
     assert "max_position_embeddings" not in plain
     options = {"config_overrides": '{"max_position_embeddings": 64}', "steps": 1}
     said = run_ranks(_train_and_listen, 1, config(inputs, tmp_path / "short", **options))[0]
-    assert re.search(r"sequences of up to \d+ tokens for a model of 64 positions", said), said
+    expected = r"longest sequence has \d+ tokens but the model was built for 64 "
+    assert re.search(expected, said), said
 
 
 def test_trace_step_writes_planned_and_measured(inputs, tmp_path):
@@ -318,7 +320,7 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(inputs, tmp_path):
 
 
 def test_mfu_is_work_over_time_ranks_and_peak(inputs, tmp_path):
-    """By hand, but for attention: at these lengths less than a seventh of this model's work."""
+    """By hand, except attention: at these lengths, under a seventh of this model's work."""
     options = {"steps": 1, "max_length": 60, "overlong": "truncate", "peak_tflops": 0.1}
     *_, row = run_ranks(_train, 2, config(inputs, tmp_path, **options))[0][0]
     size = MODEL["hidden_size"]
@@ -336,13 +338,13 @@ def test_mfu_is_work_over_time_ranks_and_peak(inputs, tmp_path):
         ({"steps": 0}, "--steps must be 1 or more, got 0"),
         ({"lr": 0.0}, "--lr must be above 0"),
         ({"peak_tflops": 0.0}, "--peak-tflops must be above 0"),
-        ({"policy": "static"}, "--cp-size belongs to --policy static"),
-        ({"cp_size": 2}, "--cp-size belongs to --policy static"),
+        ({"policy": "static"}, "--policy static requires --cp-size"),
+        ({"cp_size": 2}, "--policy static requires --cp-size"),
         ({"overlong": "drop"}, "--max-length"),
         ({"min_lr_ratio": 2.0}, "in \\[0, 1\\]"),
         (
             {"config_overrides": "sliding_window=null"},
-            'is no JSON .*it is like \'{"sliding_window"',
+            'is not valid JSON .*write it like \'{"sliding_window"',
         ),
         ({"config_overrides": "[1]"}, "must be a JSON object"),
     ],

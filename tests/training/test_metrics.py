@@ -1,4 +1,4 @@
-"""The step line, its file, and the figures in it."""
+"""The step line, the metrics file, and the numbers in them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_steps_that_a_resume_trains_again_are_in_the_file_once(tmp_path):
         for step in (1, 2, 3):
             writer.write(dataclasses.replace(METRICS, step=step, loss=1.0))
     with path.open("a") as file:
-        file.write('{"step": 4, "lo')  # killed while it wrote
+        file.write('{"step": 4, "lo')  # killed while writing
     with MetricsWriter(tmp_path, tensorboard=False, first_step=3) as writer:
         writer.write(dataclasses.replace(METRICS, step=3, loss=2.0))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -80,10 +80,10 @@ def test_steps_that_a_resume_trains_again_are_in_the_file_once(tmp_path):
 
 
 def test_full_disk_loses_no_row(tmp_path, monkeypatch):
-    """A partial write, then none, then room again: all rows are there, whole, and it is told."""
+    """A partial write, a failed one, then room again: all rows are complete, and it is reported."""
     said = []
     full = OSError(28, "No space left on device")
-    room = [10, full, 0, None]  # bytes that the next writes take, None: all
+    room = [10, full, 0, None]  # bytes that the next writes accept; None: all
 
     class Disk(FileIO):
         def write(self, data):
@@ -98,18 +98,18 @@ def test_full_disk_loses_no_row(tmp_path, monkeypatch):
             writer.write(dataclasses.replace(METRICS, step=step))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert len(said) == 1 and "No space left on device; will try again" in said[0]
+    assert len(said) == 1 and "No space left on device; will retry at each" in said[0]
     room[:] = [full] * 3
     with MetricsWriter(tmp_path, tensorboard=False, first_step=4, say=said.append) as writer:
         writer.write(dataclasses.replace(METRICS, step=4))
         writer.write(dataclasses.replace(METRICS, step=5))
-    assert said[2].endswith("metrics.jsonl lacks the last 2 rows")
-    # TensorBoard's writer raises what its thread met
+    assert said[2].endswith("metrics.jsonl is missing the last 2 rows")
+    # TensorBoard's writer re-raises errors of its thread
     with MetricsWriter(tmp_path, tensorboard=True, first_step=4, say=said.append) as writer:
         monkeypatch.setattr(writer._board, "add_scalar", lambda *_: (_ for _ in ()).throw(full))
         writer.write(dataclasses.replace(METRICS, step=4))
         writer.write(dataclasses.replace(METRICS, step=5))
-    assert len(said) == 4 and "TensorBoard gets no more of this run" in said[3]
+    assert len(said) == 4 and "TensorBoard logging stopped for the rest of this run" in said[3]
 
 
 def test_disabled_writer_writes_nothing(tmp_path):
@@ -119,15 +119,15 @@ def test_disabled_writer_writes_nothing(tmp_path):
 
 
 def test_model_flops_by_hand():
-    # one layer of width 8, 100 weights; a head of 7; sequences of 3 and 5 tokens, 6 with a label
+    # one layer of width 8 with 100 weights; a head of 7; sequences of 3 and 5 tokens, 6 labels
     flops = ModelFlops(num_params=100, head_params=7, num_layers=1, attention_width=8)
     assert flops.of([3, 5], 6) == 6 * (100 * 8 + 7 * 6) + 6 * 8 * (9 + 25)
 
 
 @pytest.mark.parametrize(("model_type", "tied"), [("llama", False), ("qwen3", True)])
 def test_flops_are_those_that_torch_counts(model_type, tied):
-    """torch's counter over the plain model with dense attention: the masked half is ours to take
-    off. Small norms and biases, which we count as matmuls, are the one percent."""
+    """torch counts the plain model with dense attention, so we subtract the masked half. The 1%
+    tolerance is for norms and biases, which we count as matmuls."""
     shape = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
     model = tiny_model(
         model_type, dtype=torch.float32, tie_word_embeddings=tied, num_hidden_layers=3, **shape
@@ -141,7 +141,7 @@ def test_flops_are_those_that_torch_counts(model_type, tied):
         masked = 6 * counts.num_layers * counts.attention_width * seqlen**2
         want = counter.get_total_flops() - masked
         assert counts.of([seqlen], seqlen) == pytest.approx(want, rel=0.01)
-        # Attention is a good part of it: half or twice of it would be seen.
+        # Attention is a large enough part that a factor of 2 in it would show.
         assert masked > 0.03 * want
 
 
@@ -163,10 +163,10 @@ def test_ring_counts():
 
 
 def test_a_full_plan_has_no_negative_bubble():
-    """Sums of parts may exceed the whole in the last bit: not "plan -0.0%"."""
+    """Sums of parts may exceed the whole in the last bit, but never print as "plan -0.0%"."""
     cost = CostModel.from_coefficients(quadratic_s=0.1, linear_s=0.1)
     for num_seqs in range(40, 70):
         lengths = [7 * i % 97 + 1 for i in range(num_seqs)]
-        made = plan(lengths, hdp_size=1, max_tokens_per_rank=200, cost=cost)
-        bubble = planned_bubble(made, SimpleNamespace(cost=cost))
+        full_plan = plan(lengths, hdp_size=1, max_tokens_per_rank=200, cost=cost)
+        bubble = planned_bubble(full_plan, SimpleNamespace(cost=cost))
         assert f"{bubble:.1%}" == "0.0%"

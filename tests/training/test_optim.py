@@ -1,4 +1,4 @@
-"""AdamW over shards equals AdamW of the whole; the schedule is a pure function."""
+"""AdamW on shards equals AdamW on whole parameters; the schedule is a pure function."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_schedule_corners():
     schedule = WarmupCosine(peak_lr=1.0, warmup_steps=4, total_steps=12, min_lr=0.2)
     assert [schedule(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert schedule(4) == 1.0
-    assert schedule(8) == pytest.approx(0.6)  # half way down
+    assert schedule(8) == pytest.approx(0.6)  # halfway down
     assert schedule(12) == schedule(10**9) == 0.2
     assert WarmupCosine(peak_lr=1.0, warmup_steps=0, total_steps=1)(0) == 1.0
     assert WarmupCosine(peak_lr=1.0, warmup_steps=3, total_steps=3)(2) == 1.0
@@ -68,7 +68,7 @@ def test_schedule_rises_then_falls(peak, ratio, warmup, rest):
 def test_learning_rate_of_a_run_counts_from_1():
     config = TrainConfig(lr=1.0, min_lr_ratio=0.1, warmup_steps=2, steps=10)
     assert [learning_rate(config, step) for step in (1, 2, 3)] == [0.5, 1.0, 1.0]
-    assert learning_rate(config, 7) == pytest.approx(0.55)  # half way down
+    assert learning_rate(config, 7) == pytest.approx(0.55)  # halfway down
     assert 0.1 < learning_rate(config, 10) < 0.15
     short = TrainConfig(lr=1.0, warmup_steps=10, steps=3)
     assert learning_rate(short, 3) == pytest.approx(0.3)
@@ -87,7 +87,7 @@ def test_schedule_is_a_value():
         ({"peak_lr": math.inf}, "peak_lr=inf"),
         ({"min_lr": 2.0}, "min_lr=2"),
         ({"min_lr": -1.0}, "min_lr=-1"),
-        ({"warmup_steps": 11}, "warmup_steps=11 of total_steps=10"),
+        ({"warmup_steps": 11}, "warmup_steps=11, total_steps=10"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
         ({"total_steps": 0, "warmup_steps": 0}, "at least one step"),
     ],
@@ -132,7 +132,7 @@ OPTIONS = {"lr": 0.03, "weight_decay": 0.2, "betas": (0.8, 0.95), "eps": 1e-6}
 
 
 def _by_hand(parameter, gradients):
-    """AdamW from its paper: Algorithm 2, with the schedule multiplier in the learning rate."""
+    """AdamW as in its paper: Algorithm 2, with the schedule multiplier in the learning rate."""
     x = parameter.detach().clone()
     m, v = torch.zeros_like(x), torch.zeros_like(x)
     beta1, beta2 = OPTIONS["betas"]
@@ -166,7 +166,7 @@ def _train_sharded(model, optimizer, gradients):
     for step_gradients in gradients:
         unshard_all(model)
         set_microbatch(model, reduce=True)
-        # A loss whose gradient is the given one, all of it from the last rank.
+        # A loss with the given gradient, all of it contributed by the last rank.
         share = 1.0 if dist.get_rank() == dist.get_world_size() - 1 else 0.0
         out = model(torch.ones(1, 7, dtype=torch.float64)).sum() * 0
         loss = sum((p * g).sum() for p, g in zip(model.parameters(), step_gradients, strict=True))
@@ -217,7 +217,7 @@ def test_learning_rate_is_used_from_the_next_step_on():
 
 
 def test_loaded_state_keeps_the_options_of_this_run():
-    """A run resumed with other options used the old ones: --weight-decay did nothing."""
+    """Regression: a run resumed with another --weight-decay kept the old one."""
     first = build_optimizer(_model(), lr=0.1, weight_decay=0.3, betas=(0.8, 0.9))
     second = build_optimizer(_model(), lr=0.2, weight_decay=0.0, betas=(0.7, 0.99))
     options = [{**group, "params": None} for group in second.param_groups]
@@ -231,9 +231,9 @@ LIBRARIES = ("apex", "transformer_engine")
 
 
 def _adam_of_a_library(overflow, lists, lr, beta1, beta2, eps, step, adamw, bias_correction, decay):
-    """What csrc/multi_tensor_adam.cu computes in its decoupled mode."""
+    """The arithmetic of apex's csrc/multi_tensor_adam.cu in decoupled mode."""
     assert adamw == 1 and bias_correction == 1 and isinstance(step, int)
-    # Its launcher launches at the last chunk of the last tensor, which an empty one has not.
+    # The real launcher launches at the last chunk of the last tensor; an empty one has no chunk.
     assert lists[0][-1].numel(), "the last tensor is empty: nothing would be updated"
     for tensors in zip(*lists, strict=True):
         assert all(x.is_contiguous() and type(x) in (torch.Tensor, nn.Parameter) for x in tensors)
@@ -245,7 +245,7 @@ def _adam_of_a_library(overflow, lists, lr, beta1, beta2, eps, step, adamw, bias
 
 
 def _put_fake_libraries(modules) -> None:
-    """Both interfaces over the arithmetic above."""
+    """Fake both libraries' interfaces with the arithmetic above."""
 
     def apply(op, flag, lists, *args):
         return op(flag, lists, *args)
@@ -275,10 +275,10 @@ def fake_libraries(monkeypatch):
 
 
 class _OnCPU(KernelAdamW):
-    """Lets the fake kernel run: only the device check and the overflow flag need a GPU."""
+    """Runs the fake kernel on CPU: only the device check and the overflow flag need a GPU."""
 
     def __init__(self, params, *, library, **options):
-        with pytest.raises(ValueError, match=f"'{library}' updates parameters on cuda"):
+        with pytest.raises(ValueError, match=f"'{library}' needs parameters on cuda"):
             super().__init__(params, library=library, **options)
         self._overflow = torch.zeros(1, dtype=torch.int32)
         self.register_load_state_dict_pre_hook(_keep_options)
@@ -298,7 +298,7 @@ def test_a_library_is_the_same_update_with_the_same_state(fake_libraries, librar
     first, second = (_train(m, o, gradients[:3]) for m, o in zip(models, optimizers, strict=True))
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    # A run may change from one to the other.
+    # A run may switch between the two.
     states = [o.state_dict() for o in optimizers]
     assert states[0]["state"].keys() == states[1]["state"].keys()
     assert states[0]["state"][0].keys() == states[1]["state"][0].keys()
@@ -314,7 +314,7 @@ def test_a_library_is_the_same_update_with_the_same_state(fake_libraries, librar
 
 
 def _through_a_checkpoint(rank, world_size, directory, library):
-    """Three steps by a library, a checkpoint, three by torch."""
+    """Three steps with a library, a checkpoint, three with torch."""
     _put_fake_libraries(sys.modules)
     gradients = _gradients(_model())
     with HDPMesh.create(device="cpu") as mesh:

@@ -1,4 +1,4 @@
-"""Keys travel while attention computes: by the order of calls, by events, and in a trace."""
+"""Keys travel while attention computes: shown by call order, by CUDA events, and in a trace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
 def tool(name: str):
-    """A script of tools/ as a module."""
+    """Import a script of tools/ as a module."""
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
@@ -30,7 +30,7 @@ def tool(name: str):
 
 
 class Logged:
-    """A block kernel that notes when it runs."""
+    """A block kernel that logs when it runs."""
 
     def __init__(self, inner, log: list) -> None:
         self.name, self._inner, self._log = inner.name, inner, log
@@ -45,17 +45,17 @@ class Logged:
 
 
 def logged_comm(gathered: bool, log: list):
-    """An emulated ring of three that notes sends and waits."""
+    """An emulated ring of three that logs sends and waits."""
     emulated = tool("emulated_ring")
     sequence = emulated.Sequence.random(48, 4, 2, 16, torch.device("cpu"))
     layout = emulated.ring_layout(48, 3, 1, gathered=gathered)
 
     class Comm(emulated.EmulatedComm):
         def note(self, tensor, arrival):
-            what = "grads" if tensor.dtype == torch.float32 else "keys"
-            log.append(f"send {what}")
+            payload = "grads" if tensor.dtype == torch.float32 else "keys"
+            log.append(f"send {payload}")
             wait = arrival.wait
-            arrival.wait = lambda: (log.append(f"wait {what}"), wait())[1]
+            arrival.wait = lambda: (log.append(f"wait {payload}"), wait())[1]
             return arrival
 
         def shift(self, tensor, ring, ring_rank, recv_shape):
@@ -120,7 +120,7 @@ def test_without_a_ring_nothing_is_sent() -> None:
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("ring_size", [2, 3, 8])
 def test_emulated_ring_gives_the_rows_of_the_whole_sequence(ring_size: int, gathered: bool) -> None:
-    """What benchmarks and traces run is the real thing: out and dq of each position."""
+    """The ring in benchmarks and traces computes correct results: out and dq of each position."""
     torch.manual_seed(0)
     emulated = tool("emulated_ring")
     whole = emulated.Sequence.random(101, 4, 2, 16, torch.device("cpu"))
@@ -133,7 +133,7 @@ def test_emulated_ring_gives_the_rows_of_the_whole_sequence(ring_size: int, gath
     for position in range(ring_size):
         layout = emulated.ring_layout(101, ring_size, position, gathered=gathered)
         comm = emulated.EmulatedComm(whole, layout)
-        for _ in range(2):  # the communicator starts over by itself
+        for _ in range(2):  # the communicator resets itself
             q, k, v, dout = whole.shard(ring_size, position)
             parts = [x.requires_grad_() for x in (q, k, v)]
             out = ring_attn_varlen_func(*parts, layout, comm=comm, kernel=kernel)
@@ -200,7 +200,7 @@ def test_the_tool_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize("gathered", [False, True])
 def test_gpu_first_block_does_not_wait_for_keys(gathered: bool) -> None:
-    """With a transfer of 100 ms the first block is over long before its keys are there."""
+    """With a transfer of 100 ms, the first block finishes long before the next keys arrive."""
     emulated = tool("emulated_ring")
     device = torch.device("cuda")
     sequence = emulated.Sequence.random(8192, 8, 2, 128, device)
@@ -234,7 +234,7 @@ def test_gpu_first_block_does_not_wait_for_keys(gathered: bool) -> None:
         ring_attn_varlen_func(q, k, v, layout, comm=comm, kernel=Timed(inner, []))
         torch.cuda.synchronize()
     assert blocks[0].elapsed_time(arrivals[0]) > 50, "the first block waited for a transfer"
-    assert arrivals[0].elapsed_time(blocks[1]) > 0, "a block ran before its keys were there"
+    assert arrivals[0].elapsed_time(blocks[1]) > 0, "a block ran before its keys had arrived"
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The path of a batch is the one that docs/architecture.md describes, in that order."""
+"""A batch takes the path that docs/architecture.md describes, in that order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COST = CostModel.from_coefficients(quadratic_s=1e-9, linear_s=1e-6)
 
 
 def described() -> list[tuple[str, str]]:
-    """(file, function) of each numbered step of the section."""
+    """(file, function) of each numbered step of that section."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     section = text.partition("## The path of a batch")[2].partition("\n## ")[0]
     steps = re.findall(r"^(\d+)\. `([\w.]+)` \(`([\w/.]+)`\)", section, re.M)
@@ -37,7 +37,7 @@ def one_step(feed: StepFeed, context: StepContext) -> None:
 
 
 def called(feed: StepFeed, context: StepContext) -> list[tuple[str, str]]:
-    """(file, function) of the package by their first call in a step."""
+    """(file, function) of the package in order of their first call in a step."""
     seen: dict[tuple[str, str], None] = {}
 
     def note(frame, event, argument):

@@ -1,4 +1,4 @@
-"""StepRecorder: waits are cut out of the work around them."""
+"""StepRecorder: waits are separated from the work around them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training step under any plan equals dense training on one process: loss and gradients."""
+"""A training step under any plan equals dense training in one process: loss and gradients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SEQLENS = [97, 1, 3, 40, 2, 17, 64, 1, 33, 5]
 
 
 class TakeGradients(torch.optim.Optimizer):
-    """An optimizer that keeps the whole gradients instead of applying them."""
+    """An optimizer that stores the full gradients instead of applying them."""
 
     def __init__(self, model):
         super().__init__(model.parameters(), {})
@@ -138,7 +138,7 @@ def test_overlapped_reduction_changes_nothing(world):
 
 
 def _weighted(logprobs, batch, step):
-    """An objective with a column, a normalization of its own, and two sums."""
+    """An objective with a column, its own normalization, and two metric sums."""
     weights = batch.columns["weights"]
     labels = batch.labels >= 0
     loss = -(weights * logprobs).sum() / step.plan.num_seqs
@@ -165,8 +165,8 @@ def _weighted_step(rank, world, policies):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_an_objective_of_ones_own_equals_dense(world):
-    """Loss, gradients and sums, on every rank, however the plan cuts the batch."""
+def test_a_custom_objective_equals_dense(world):
+    """Loss, gradients and sums agree on every rank, however the plan splits the batch."""
     plain = keep_norms_exact(plain_model(tiny_model(dtype=torch.float64)))
     samples = _samples_with_weights()
     loss = weight = labels = 0.0
@@ -198,11 +198,11 @@ def _forward(rank, world, policies):
         outputs = forward_step(context, step)
         assert context.model.training and not any(x.requires_grad for x in outputs)
         for batch, logprobs in zip(step.batches, outputs, strict=True):
-            # a rank without tokens has one row, of no sequence
+            # a rank without tokens has one row that belongs to no sequence
             spans = [span for span in batch.layout.spans() if span[0] < len(batch.seqs)]
             places = [(batch.seqs[i], p) for i, a, b in spans for p in range(a, b)]
             rows += zip([policy] * len(places), places, logprobs.tolist(), strict=False)
-        train_step(context, step)  # the same plan, after the parameters were freed
+        train_step(context, step)  # same plan, after forward_step has freed the parameters
     return rows, context.optimizer.gradients
 
 
@@ -238,7 +238,7 @@ def test_a_context_without_an_optimizer_cannot_train():
 
 
 def _idle_rank(rank, world):
-    """A valid plan may give a rank no microbatch at all: it has to reduce with the others."""
+    """A valid plan may give a rank no microbatch; it must still reduce with the others."""
     context = make_context(torch.float64)
     lists = [[[0], [1]], [], [[2]]]
     idle = StepPlan.from_lists([5, 3, 9], [[0], [0], [2]], lists, max_tokens_per_rank=16)
