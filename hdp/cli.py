@@ -1,13 +1,13 @@
-"""The `hdp` command: a dispatcher that loads only what the command needs.
+"""The `hdp` command: a dispatcher that imports only what each command needs.
 
     hdp plan lengths.txt --hdp-size 64 --max-tokens-per-rank 32768     no torch
-    hdp doctor                                                         no torch needed
+    hdp doctor                                                         works without torch
     torchrun --nproc-per-node 8 -m hdp profile --out cost.json
     torchrun --nproc-per-node 8 -m hdp train --data ./docs --model Qwen/Qwen3-0.6B
 
-`train` turns the run's configuration (frozen dataclasses of `hdp/config.py`) into flags by tyro,
-which is imported here and nowhere else; recipes in examples/ use `parse_config` for their own.
-`plan`, `simulate` and `compare` are `python -m hdp.scheduler`.
+`train` turns the fields of a frozen dataclass (`hdp/config.py`) into flags with tyro, which only
+this file imports; the recipes in examples/ use `parse_config` for their own configurations. `plan`,
+`simulate` and `compare` are also `python -m hdp.scheduler`.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ Config = TypeVar("Config")
 USAGE = """\
 usage: hdp COMMAND [options]
 
-  train      train a model; on many ranks: torchrun --nproc-per-node 8 -m hdp train ...
-  doctor     what this machine offers and which back ends would be used
-  profile    measure this machine: the cost model that --cost takes
+  train      train a model; on multiple ranks: torchrun --nproc-per-node 8 -m hdp train ...
+  doctor     report this machine's hardware and libraries, and the back ends in use
+  profile    measure this machine and write a cost model for --cost
   plan       plan one batch of sequence lengths
   simulate   run a plan in the simulator
-  compare    policies side by side on the same batches
+  compare    compare policies on the same batches
 
 `hdp COMMAND --help` lists a command's options; `hdp --version` prints the version.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `hdp` with `argv` (None: the process's own, without its name). Returns the exit code."""
+    """Run `hdp` with `argv` (None: sys.argv[1:]). Returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
@@ -77,16 +77,15 @@ def parse_config(
     prog: str | None = None,
     description: str | None = None,
 ) -> Config:
-    """One flag per field of the dataclass `config_class`; help comes from its docstrings.
+    """Parse one flag per field of the dataclass `config_class`; help comes from its docstrings.
 
-    Integers may be written 16K or 2M (times 1024), as `hdp plan` takes them.
-    A misspelt flag, or a value that the class refuses with ValueError, ends the program with the
-    message and exit code 2.
+    Integers may be written as 16K or 2M (powers of 1024), as in `hdp plan`. An unknown flag, or a
+    value that the class rejects with ValueError, prints the message and exits with code 2.
     """
     try:
         import tyro
     except ImportError:
-        raise SystemExit("flags need tyro: pip install 'hdp[hf]'") from None
+        raise SystemExit("parsing flags requires tyro: pip install 'hdp[hf]'") from None
     return tyro.cli(
         config_class,
         args=_with_plain_integers(sys.argv[1:] if argv is None else argv, config_class),
@@ -97,7 +96,7 @@ def parse_config(
 
 
 def _with_plain_integers(argv: Sequence[str], config_class: Any) -> list[str]:
-    """--max-length 16K becomes --max-length 16384; values of other flags stay as they are."""
+    """Rewrite --max-length 16K as --max-length 16384; leave flags that are not integers alone."""
     integers = {f.name for f in fields(config_class) if re.search(r"\bint\b", str(f.type))}
     plain, flag = [], ""
     for word in argv:
@@ -114,15 +113,15 @@ def _with_plain_integers(argv: Sequence[str], config_class: Any) -> list[str]:
 def _train(argv: Sequence[str]) -> int:
     from hdp.config import TrainConfig
 
-    # Flags first: a misspelt one is found before seconds of importing torch.
+    # Parse flags first: a typo is reported before torch takes seconds to import.
     return run_training(parse_config(TrainConfig, argv, prog="hdp train"))
 
 
 def run_training(config: TrainConfig) -> int:
-    """train(config) for a command line; returns the exit code.
+    """Run train(config) for a command line; returns the exit code.
 
-    An error is a message, said once; its traceback is kept in the run folder. All ranks raise what
-    concerns all; what only one rank raises reaches rank 0 through the watchdog.
+    Errors are printed once, as a message; the traceback goes to the run folder. Errors that concern
+    all ranks are raised on all; those of a single rank reach rank 0 through the watchdog.
     """
     from hdp.checkpoint.directory import committed
     from hdp.training.loop import train
@@ -131,13 +130,13 @@ def run_training(config: TrainConfig) -> int:
         train(config)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            what = f"the same command goes on from the last checkpoint in {config.run_dir}"
+            hint = f"run the same command to resume from the last checkpoint in {config.run_dir}"
             if not committed(Path(config.run_dir) / "checkpoints"):
-                what = (
-                    f"no checkpoint in {config.run_dir}, so the same command starts over "
-                    "(--save-every N saves on the way)"
+                hint = (
+                    f"no checkpoint in {config.run_dir}, so the same command will start over "
+                    "(use --save-every N to save during training)"
                 )
-            print(f"hdp: interrupted; {what}", file=sys.stderr, flush=True)
+            print(f"hdp: interrupted; {hint}", file=sys.stderr, flush=True)
         return 130
     except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
         rank = os.environ.get("RANK", "0")
@@ -146,9 +145,9 @@ def run_training(config: TrainConfig) -> int:
         try:
             trace.parent.mkdir(parents=True, exist_ok=True)
             trace.write_text(traceback.format_exc())
-        except OSError:  # a full disk may be the very error
+        except OSError:  # the error being reported may itself be a full disk
             where = ""
-            if not isinstance(error, ValueError):  # that one says all
+            if not isinstance(error, ValueError):  # a ValueError's message is enough
                 traceback.print_exc()
         if rank == "0":
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "

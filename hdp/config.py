@@ -1,7 +1,7 @@
-"""TrainConfig: everything that a training run can be told, in one flat list.
+"""TrainConfig: all options of a training run, in one flat list.
 
-Few dials; the rest is derived. Values are checked here, once, before anything is loaded; what needs
-the data, the model or the machine to be checked is checked where it is first known.
+There are few options; the rest is derived. Values are checked here, once, before anything is
+loaded. Checks that need the data, the model or the machine happen where those are first known.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ DEMO_MODEL: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """One training run. Lengths and sizes are in tokens unless named otherwise; 16K is 16384."""
+    """A training run. Lengths and sizes are in tokens unless stated otherwise; 16K means 16384."""
 
     # -- model --
     model: str = "demo"
-    """"demo" (a Llama of 1.3M parameters), a checkpoint's folder or hub name, or a config.json."""
+    """"demo" (a 1.3M-parameter Llama), a checkpoint folder, a hub name, or a config.json."""
     random_init: bool = False
-    """Ignore the checkpoint's weights and start from a seeded random initialisation."""
+    """Start from random weights (see --seed) instead of the checkpoint's."""
     config_overrides: str | None = None
-    """Entries of the model's config to change, as JSON, such as '{"sliding_window": null}'."""
+    """Model config entries to override, as JSON, for example '{"sliding_window": null}'."""
     dtype: Literal["auto", "fp64", "fp32", "bf16"] = "auto"
-    """Compute dtype; master weights and reductions stay fp32. auto: bf16 on CUDA, fp32 on CPU."""
+    """Compute dtype. auto: bf16 on CUDA, fp32 on CPU; master weights and reductions stay fp32."""
     attention: str | None = None
-    """Block kernel by name (see `hdp doctor`); chosen by device and dtype if not given."""
+    """Attention kernel by name (see `hdp doctor`); None: chosen by device and dtype."""
     activation_checkpointing: bool = False
-    """Keep only each layer's input for backward and recompute the rest."""
+    """Save memory: keep only each layer's input and recompute the rest in backward."""
     compile: bool = False
-    """torch.compile the layers around their attention; a minute at the start."""
+    """Apply torch.compile to the layers, except attention; adds about a minute at startup."""
     liger: Literal["auto", "on", "off"] = "auto"
-    """Liger's kernels in the layers; auto: where they are installed and fit."""
+    """Use Liger kernels in the layers. auto: if installed and applicable."""
 
     # -- data --
     data: str = "stdlib"
-    """"stdlib" (sources of this Python's standard library), a folder, a .jsonl or .parquet file, a
-    quoted pattern of files such as "data/*.jsonl", or a dataset's name on the hub."""
+    """"stdlib" (source files of Python's standard library), a folder, a .jsonl or .parquet file, a
+    quoted glob such as "data/*.jsonl", or the name of a dataset on the hub."""
     text_column: str = "text"
-    """Column of JSONL or Parquet rows that holds the text; rows with `messages` are chats."""
+    """Column that holds the text in JSONL or Parquet rows; rows with `messages` are chats."""
     pattern: str | None = None
-    """Which files of a folder, such as "*.md"."""
+    """Which files to read from a folder, for example "*.md"."""
     subset: str | None = None
     """Configuration of a hub dataset."""
     split: str = "train"
@@ -61,64 +61,78 @@ class TrainConfig:
     tokenizer: str = "auto"
     """auto (the model's own; demo: bpe:4096), bpe:SIZE (trained on the data), bytes, or a path."""
     max_length: int | None = None
-    """Longest sequence; None: what the ranks can hold together."""
+    """Maximum sequence length; None: as many tokens as all ranks hold together."""
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
-    """What happens to documents over max_length: never anything that was not asked for."""
+    """What to do with documents longer than --max-length."""
     strict: bool = False
-    """Unreadable files are errors; otherwise they are skipped and counted."""
+    """Fail on unreadable files instead of skipping and counting them."""
     cache_dir: str | None = None
-    """Where tokens and tokenizers are cached; None: ~/.cache/hdp."""
+    """Cache folder for tokens and tokenizers; None: ~/.cache/hdp."""
 
     # -- step --
     steps: int = 100
+    """Number of optimizer steps."""
     batch_tokens: int = 65536
-    """Tokens of a global batch: whole sequences up to this; a longer one is a batch alone."""
+    """Global batch size: whole sequences up to this many tokens; a longer one is its own batch."""
     seed: int = 0
+    """Seed for data order and random weights."""
 
     # -- parallelism --
     policy: Literal["hdp", "bytescale", "bytescale-naive", "static"] = "hdp"
+    """hdp (this planner), bytescale or bytescale-naive (the paper's), or static (one ring size)."""
     cp_size: int | None = None
-    """Ranks of every sequence under --policy static."""
+    """Ranks per sequence; required by --policy static, invalid otherwise."""
     max_tokens_per_rank: int = 8192
-    """Most tokens of one microbatch on one rank: what its activation memory holds."""
+    """Maximum tokens per microbatch on one rank: as many as its activation memory holds."""
     hdp_size: int | None = None
-    """Ranks of the HDP axis; None: all."""
+    """Number of ranks on the HDP axis; None: all."""
     offload_gib: float = 0.0
-    """Host memory per rank for activations, so that long sequences need fewer ranks; 0: none."""
+    """Host memory per rank for offloaded activations: long sequences need fewer ranks; 0: off."""
     cost: str | None = None
-    """File of `hdp profile`, or a preset such as h200; None: estimated from the model's shape."""
+    """Cost model: a file from `hdp profile` or a preset such as h200; None: estimated from the
+    model's shape."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA if available, else CPU."""
     timeout_s: float = 600.0
-    """A rank that shows no progress for so long is named and the run stops."""
+    """Stop the run, naming the rank, if a rank makes no progress for this many seconds."""
 
     # -- optimizer --
     lr: float = 3e-4
+    """Peak learning rate."""
     min_lr_ratio: float = 0.1
-    """The cosine ends at this share of lr."""
+    """Final learning rate of the cosine schedule, as a fraction of lr."""
     warmup_steps: int = 10
+    """Steps of linear warm-up."""
     weight_decay: float = 0.1
+    """Applied to matrices only, not to norms and biases."""
     beta1: float = 0.9
+    """AdamW's decay rate of the gradient average."""
     beta2: float = 0.95
+    """AdamW's decay rate of the squared-gradient average."""
     grad_clip: float = 1.0
-    """Largest global gradient norm; 0: no clipping."""
+    """Maximum global gradient norm; 0: no clipping."""
     optimizer: Literal["adamw", "apex", "transformer_engine"] = "adamw"
-    """AdamW by torch's fused kernel, or by that of a library."""
+    """AdamW implementation: torch's fused kernel, or that of apex or Transformer Engine."""
 
     # -- output --
     run_dir: str = "runs/default"
+    """Folder for checkpoints, metrics and the configuration."""
     save_every: int = 0
-    """Steps between checkpoints; 0: none but at the end."""
+    """Steps between checkpoints; 0: only at the end."""
     keep_last: int = 2
+    """Number of checkpoints to keep."""
     resume: bool = True
-    """Continue from the newest checkpoint in run_dir if there is one."""
+    """Continue from the newest checkpoint in run_dir, if any."""
     export_hf: str | None = None
-    """Folder for a final model that `from_pretrained` loads."""
+    """Folder to write the final model to, in the format `from_pretrained` loads."""
     log_every: int = 1
+    """Steps between log lines."""
     peak_tflops: float | None = None
-    """Peak of one device, for MFU; None: the data sheet's bf16 of known GPUs."""
+    """Peak TFLOP/s of one device, for MFU; None: the data sheet's bf16 peak for known GPUs."""
     tensorboard: bool = True
+    """Also write metrics for TensorBoard."""
     trace_step: int | None = None
-    """Step whose planned and measured timelines are written (Perfetto JSON) and drawn (PNG)."""
+    """Step to trace: write planned and measured timelines as Perfetto JSON and PNG."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens", "max_tokens_per_rank", "keep_last", "log_every"):
@@ -138,38 +152,39 @@ class TrainConfig:
             raise ValueError(f"--config-overrides must be a JSON object: {self.config_overrides}")
         if (self.policy == "static") != (self.cp_size is not None):
             raise ValueError(
-                f"policy {self.policy!r} with cp_size {self.cp_size}: --cp-size belongs to "
-                "--policy static, which needs it"
+                f"policy {self.policy!r} with cp_size {self.cp_size}: --policy static requires "
+                "--cp-size, and no other policy takes it"
             )
         if self.offload_gib and (self.policy == "static" or self.activation_checkpointing):
             other = "--policy static" if self.policy == "static" else "--activation-checkpointing"
             raise ValueError(
-                f"--offload-gib {self.offload_gib} with {other}: offload plans itself what is "
-                "kept, sent and recomputed, and static plans have none"
+                f"--offload-gib {self.offload_gib} cannot be combined with {other}: offload "
+                "decides itself what to keep, offload or recompute, and static plans have no "
+                "offload; drop one of the two"
             )
         if self.overlong != "error" and self.max_length is None:
             raise ValueError(
-                f"--overlong {self.overlong} changes documents: say from which length on with "
-                "--max-length"
+                f"--overlong {self.overlong} requires --max-length: the length above which it "
+                "applies"
             )
 
     @property
     def model_entries(self) -> dict[str, Any]:
-        """What --config-overrides says."""
+        """The parsed --config-overrides."""
         try:
             return json.loads(self.config_overrides or "{}")
         except ValueError as error:
             raise ValueError(
-                f"--config-overrides {self.config_overrides!r} is no JSON ({error}); it is like "
-                "'{\"sliding_window\": null}'"
+                f"--config-overrides {self.config_overrides!r} is not valid JSON ({error}); "
+                "write it like '{\"sliding_window\": null}'"
             ) from error
 
     def to_json(self) -> str:
-        """All values; `train` leaves them in run_dir/config.json."""
+        """All values as JSON; `train` writes this to run_dir/config.json."""
         return json.dumps(asdict(self), indent=2)
 
 
-def _require(fits: bool, name: str, value: Any, what: str) -> None:
-    if not fits:
+def _require(is_valid: bool, name: str, value: Any, expected: str) -> None:
+    if not is_valid:
         flag = name.replace("_", "-")
-        raise ValueError(f"--{flag} must be {what}, got {value}")
+        raise ValueError(f"--{flag} must be {expected}, got {value}")

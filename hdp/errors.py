@@ -1,35 +1,35 @@
-"""The exceptions of this package, under one base class. Loads no torch.
+"""The exceptions of this package, under one base class. Does not import torch.
 
     try:
         hdp.train(config)
-    except hdp.NonFiniteError: ...         # what to do about one of them
-    except hdp.HDPError as error: ...      # what a run with sound arguments can run into
+    except hdp.NonFiniteError: ...         # handle one kind
+    except hdp.HDPError as error: ...      # anything that can fail with valid arguments
 
-Each class also derives from the built-in exception that fits, so code that knows nothing of hdp
+Each class also derives from the matching built-in exception, so code that knows nothing about hdp
 (`except RuntimeError`) catches it as well.
 
-Arguments that cannot work (a shape, a length, a missing file, ranks started with different options)
-raise plain ValueError, as everywhere in Python. They are mistakes of the caller, to be fixed and
-not handled: code that catches HDPError to restart or skip must not restart because of a typo.
+Invalid arguments (a shape, a length, a missing file, ranks started with different options) raise
+plain ValueError, as usual in Python. They are bugs to fix, not failures to handle: code that
+catches HDPError to restart or skip must not restart because of a typo.
 """
 
 from __future__ import annotations
 
 
 class HDPError(Exception):
-    """Base class of the exceptions of hdp. Bad arguments are plain ValueErrors instead."""
+    """Base class of hdp's exceptions. Invalid arguments raise plain ValueError instead."""
 
 
 class NonFiniteError(HDPError, FloatingPointError):
     """The loss or a gradient is inf or nan.
 
-    Raised on all ranks, before the optimizer has stepped: the weights are still good. The message
-    names the microbatches and sequences, or the parameters.
+    Raised on all ranks before the optimizer steps, so the weights are still good. The message names
+    the microbatches and sequences, or the parameters.
     """
 
 
 class RankFailure(HDPError, RuntimeError):
-    """Another rank died, hung or failed; `ranks` are the culprits."""
+    """Another rank died, hung or failed; `ranks` lists which."""
 
     def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
         super().__init__(message)
@@ -37,15 +37,15 @@ class RankFailure(HDPError, RuntimeError):
 
 
 class CheckpointError(HDPError, RuntimeError):
-    """A save failed; the checkpoints before it are intact. Raised on all ranks."""
+    """A save failed; earlier checkpoints are intact. Raised on all ranks."""
 
 
 class OffloadMemoryError(HDPError, MemoryError):
-    """A forward wanted more host memory than its pool may have. Says how much, and what fits."""
+    """A forward needed more host memory than its pool allows. Says how much, and what fits."""
 
 
-class OffloadFreedError(HDPError, RuntimeError):
-    """Backward asked for an offloaded tensor after it was freed or its engine was closed."""
+class FreedError(HDPError, RuntimeError):
+    """Backward needs an offloaded tensor that was freed, or whose engine was closed."""
 
 
 class OffloadModifiedError(HDPError, RuntimeError):
@@ -53,4 +53,4 @@ class OffloadModifiedError(HDPError, RuntimeError):
 
 
 class ChatTemplateError(HDPError, ValueError):
-    """The assistant's turns cannot be told apart in what a chat template renders."""
+    """The assistant's turns cannot be located in the output of a chat template."""

@@ -1,4 +1,4 @@
-"""The `hdp` command finds its parts, and answers mistakes with a remedy instead of a traceback."""
+"""The `hdp` command reaches its subcommands and answers mistakes with a remedy, not a traceback."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_flags_are_the_fields_of_the_config() -> None:
 
 
 def test_integers_may_have_a_unit() -> None:
-    """As `hdp plan` takes them; what is text stays text."""
+    """As in `hdp plan`; text values stay text."""
     pytest.importorskip("tyro")
     flags = ["--max-tokens-per-rank", "16K", "--batch-tokens=1M", "--max_length", "2k"]
     config = parse_config(TrainConfig, [*flags, "--overlong", "drop", "--model", "7M", "--data=4K"])
@@ -113,11 +113,12 @@ def test_an_error_of_a_run_is_a_message_and_keeps_its_traceback(
     assert "RuntimeError: a lost rank" in capsys.readouterr().err
     error = KeyboardInterrupt()
     assert run_training(config) == 130
-    assert "starts over (--save-every N saves on the way)" in capsys.readouterr().err
+    expected = "will start over (use --save-every N to save during training)"
+    assert expected in capsys.readouterr().err
     step_path(tmp_path / "checkpoints", 2).mkdir(parents=True)
     assert run_training(config) == 130
-    assert "goes on from the last checkpoint" in capsys.readouterr().err
-    # a run folder that cannot be written: the message alone, and no file is named
+    assert "resume from the last checkpoint" in capsys.readouterr().err
+    # a run folder that cannot be written: only the message, and no file is named
     (tmp_path / "file").write_text("")
     error = ValueError("cannot make the checkpoint folder")
     assert run_training(TrainConfig(run_dir=str(tmp_path / "file"))) == 2
