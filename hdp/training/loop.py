@@ -35,7 +35,7 @@ _LONG_S = 3600.0  # time limit for loading, saving and exporting before a rank c
 
 
 def train(config: TrainConfig) -> list[StepMetrics]:
-    """Train as configured, on all ranks that torchrun started (without torchrun: on one).
+    """Train as `config` says, on all ranks that torchrun started (without torchrun: on one).
 
     Returns the metrics of the logged steps, on all ranks. Raises ValueError for a configuration
     that cannot run, NonFiniteError before a bad update is applied, RankFailure when another rank is
