@@ -1,1 +1,1 @@
-"""`hdp profile`: measure this machine with a model, fit the cost model that the planner takes."""
+"""`hdp profile`: measure this machine with a model and fit the planner's cost model."""

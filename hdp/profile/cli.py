@@ -1,10 +1,10 @@
-"""`hdp profile`: flags in, a cost model out. Loads torch only when it measures.
+"""`hdp profile`: flags in, a cost model out. Imports torch only when measuring.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m hdp profile --plot cost.png
     hdp plan lengths.txt --cost cost.json ...
-    hdp profile --redraw cost.json --plot cost.png     # a profile from before; measures nothing
+    hdp profile --redraw cost.json --plot cost.png     # draw an existing profile; no measuring
 
-What is measured, and how: hdp/profile/measure.py.
+For what is measured, and how, see hdp/profile/measure.py.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from .picture import check_drawable, draw_profile
 
 _LEAST_TOKENS = 128
 _DESCRIPTION = """\
-Measure this machine with a model, and fit the cost model that `--cost` takes: attention, links,
-memory and training steps; a few minutes. On many ranks:
+Measure attention, links, memory and training steps on this machine, and fit a cost model for
+`--cost`. Takes a few minutes. On multiple ranks:
 torchrun --nproc-per-node 8 -m hdp profile ..."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `hdp profile` with `argv`. Returns the exit code: 2 after a message about bad input."""
+    """Run `hdp profile` with `argv`. Returns the exit code; on bad input, prints why, returns 2."""
     arguments = _parser().parse_args(argv)
     try:
-        if arguments.plot:  # before minutes of measuring
+        if arguments.plot:  # fail before minutes of measuring
             check_drawable(arguments.plot)
             _check_folder("--plot", arguments.plot)
         if arguments.redraw:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             _check_folder("--out", arguments.out)
             _measure(arguments)
-    except (ValueError, OSError) as error:  # a model, data or lengths that do not fit: on all ranks
+    except (ValueError, OSError) as error:  # bad model, data or lengths, raised on all ranks
         if os.environ.get("RANK", "0") == "0":
             print(f"hdp profile: {error}", file=sys.stderr, flush=True)
         return 2
@@ -57,30 +57,40 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--out", default="cost.json", metavar="FILE", help="the cost model and its report"
+        "--out",
+        default="cost.json",
+        metavar="FILE",
+        help="where to write the cost model and its report (%(default)s)",
     )
-    parser.add_argument("--plot", metavar="FILE", help="draw the report: .png, .svg or .pdf")
+    parser.add_argument("--plot", metavar="FILE", help="draw the report to a .png, .svg or .pdf")
     parser.add_argument(
-        "--redraw", metavar="COST.json", help="measure nothing: --plot the report of this file"
+        "--redraw", metavar="COST.json", help="draw this file's report to --plot; do not measure"
     )
-    parser.add_argument("--model", default="demo", help="as for `hdp train`; random weights")
-    parser.add_argument("--data", default="stdlib", help="for the tokenizer of the demo model")
+    parser.add_argument(
+        "--model", default="demo", help="as for `hdp train`, with random weights (%(default)s)"
+    )
+    parser.add_argument(
+        "--data", default="stdlib", help="data for the demo model's tokenizer (%(default)s)"
+    )
     parser.add_argument(
         "--max-tokens-per-rank",
         type=count,
         default=4096,
         metavar="N",
-        help="tokens of the largest microbatch, as in training (%(default)s)",
+        help="tokens in the largest microbatch, as in training (%(default)s)",
     )
     parser.add_argument(
         "--repeats",
         type=count,
         default=5,
         metavar="N",
-        help="measurements of each thing; the median counts (%(default)s)",
+        help="times to repeat each measurement; the median is used (%(default)s)",
     )
     parser.add_argument(
-        "--link-bytes", type=count, metavar="N", help="largest message; default by device"
+        "--link-bytes",
+        type=count,
+        metavar="N",
+        help="bytes of the largest message (256M on CUDA, 16M on CPU)",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--activation-checkpointing", action="store_true", help="as in training")
@@ -89,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _redraw(cost_file: str, picture: str | None) -> None:
     if not picture:
-        raise ValueError(f"--redraw {cost_file} needs --plot: the picture to draw")
+        raise ValueError(f"--redraw {cost_file} needs --plot: the picture to write")
     cost = CostModel.load(cost_file)
     report = json.loads(Path(cost_file).read_text(encoding="ascii")).get("report", {})
     draw_profile(cost, report, picture)
@@ -99,18 +109,18 @@ def _redraw(cost_file: str, picture: str | None) -> None:
 def _check_folder(flag: str, path: str) -> None:
     folder = Path(path).absolute().parent
     if not folder.is_dir():
-        raise ValueError(f"{flag} {path}: there is no folder {folder}; create it first")
+        raise ValueError(f"{flag} {path}: folder {folder} does not exist; create it first")
 
 
 def _measure(arguments: argparse.Namespace) -> None:
     capacity = arguments.max_tokens_per_rank
     if capacity < _LEAST_TOKENS:
         raise ValueError(
-            f"--max-tokens-per-rank {capacity}: sequences down to 1/66 of it are measured; give "
-            f"{_LEAST_TOKENS} or more, best as many as in training"
+            f"--max-tokens-per-rank {capacity} is too small, since sequences down to 1/66 of it "
+            f"are measured; use {_LEAST_TOKENS} or more, ideally the value used in training"
         )
     if find_spec("torch") is None:
-        raise ValueError("measuring needs torch: pip install 'hdp[hf]'")
+        raise ValueError("measuring requires torch: pip install 'hdp[hf]'")
     config = TrainConfig(
         model=arguments.model,
         random_init=arguments.model != "demo",

@@ -1,18 +1,18 @@
-"""Attention and merges of one layer alone, by length, degree and block: no peers needed.
+"""Time one layer's attention and merges by length, degree and block; needs no other ranks.
 
     OMP_NUM_THREADS=1 python -m hdp.profile.kernels            # the demo model's heads on a CPU
     python -m hdp.profile.kernels --tokens 32768 --heads 32 --kv-heads 8 --head-dim 128
 
-    ring     one rank's attention of a sequence of L tokens on d ranks, forward + backward, by the
-             runtime's own `ring_attn_varlen_func`; what the others would send is at hand, so
-             transfers take no time. d = 1 is plain causal attention
-    block    x queries against y keys, no mask: what a ring's steps are made of
-    merge    joining a block's (out, lse) into the rows of a rank (hdp/ops/native.py)
+    ring     one rank's attention over a sequence of L tokens on d ranks, forward + backward, with
+             the runtime's own `ring_attn_varlen_func`; blocks of other ranks are already in place,
+             so transfers take no time. d = 1 is plain causal attention
+    block    x queries against y keys, no mask: the building block of a ring's steps
+    merge    merging a block's (out, lse) into a rank's rows (hdp/ops/native.py)
 
-The rings' times are fitted (`attention_fit`): seconds per token^2, the shard at which a block runs
-at half its speed, what a token costs (of each shard one block is causal, and half of its diagonal
-is wasted), and what a ring step costs beside its block. So one GPU suffices for the ring's
-coefficients, less the transfers.
+`attention_fit` fits the ring times: seconds per token^2, the shard size at which a block runs at
+half speed, the cost per token (one block of each shard is causal, and half of its diagonal is
+wasted), and the cost of a ring step in addition to its block. So a single GPU is enough to measure
+the ring's coefficients, except for transfers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Row = dict[str, Any]  # kind, its sizes, forward_s, seconds (forward + backward)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
-    """What attention of one layer needs to know, and how it is timed."""
+    """The attention shape of one layer, and how to time it."""
 
     heads: int
     kv_heads: int
@@ -50,14 +50,14 @@ class Heads:
     dtype: torch.dtype
     device: torch.device
     repeats: int = 5
-    group: dist.ProcessGroup | None = None  # ranks that measure at the same time, as they train
+    group: dist.ProcessGroup | None = None  # ranks that measure simultaneously, as in training
 
     @property
     def kernel(self) -> BlockKernel:
         return select_kernel(self.device, self.dtype, head_dim=self.head_dim)
 
     def draw(self, rows: int, heads: int, *, grad: bool = False) -> Tensor:
-        """(rows, heads, head_dim) random."""
+        """Random (rows, heads, head_dim)."""
         shape = (rows, heads, self.head_dim)
         return torch.randn(shape, device=self.device, dtype=self.dtype, requires_grad=grad)
 
@@ -66,8 +66,8 @@ class Heads:
 
 
 def measure_kernels(heads: Heads, most_tokens: int, degrees: Sequence[int]) -> list[Row]:
-    """All rows. most_tokens: of one rank's shard; `degrees`: of the rings."""
-    least = min(128, most_tokens)  # below that, launches are measured and not attention
+    """Measure all rows. most_tokens: of one rank's shard; degrees: of the rings."""
+    least = min(128, most_tokens)  # below that, launch overhead dominates
     shards = [n for shift in (6, 4, 3, 2, 1, 0) if (n := most_tokens >> shift) >= least]
     rows = [measure_ring(heads, shard * d, d) for d in degrees for shard in shards]
     for shard in shards:
@@ -77,7 +77,7 @@ def measure_kernels(heads: Heads, most_tokens: int, degrees: Sequence[int]) -> l
 
 
 def measure_ring(heads: Heads, seqlen: int, degree: int) -> Row:
-    """One rank of a ring; all of them have equal work (zigzag), this one is in the middle."""
+    """Time the middle rank of a ring; all ranks have equal work (zigzag)."""
     layout = RingLayout(local_seqlens=(seqlen,))
     if degree > 1:
         ring = tuple(range(degree))
@@ -85,7 +85,7 @@ def measure_ring(heads: Heads, seqlen: int, degree: int) -> Row:
     q = heads.draw(layout.total_tokens, heads.heads, grad=True)
     k = heads.draw(layout.total_tokens, heads.kv_heads, grad=True)
     v = heads.draw(layout.total_tokens, heads.kv_heads, grad=True)
-    dout, comm = heads.draw(layout.total_tokens, heads.heads), AtHand(heads.device)
+    dout, comm = heads.draw(layout.total_tokens, heads.heads), InstantComm(heads.device)
 
     def forward() -> Tensor:
         return ring_attn_varlen_func(q, k, v, layout, comm=comm, kernel=heads.kernel)
@@ -103,7 +103,7 @@ def measure_ring(heads: Heads, seqlen: int, degree: int) -> Row:
 
 
 def measure_block(heads: Heads, num_queries: int, num_keys: int) -> Row:
-    """The chosen back end on one rectangle."""
+    """Time the selected kernel on one rectangle."""
     q, dout = (heads.draw(num_queries, heads.heads) for _ in range(2))
     k, v = (heads.draw(num_keys, heads.kv_heads) for _ in range(2))
     segments, scale = Segments((num_queries,), (num_keys,), causal=False), heads.head_dim**-0.5
@@ -121,7 +121,7 @@ def measure_block(heads: Heads, num_queries: int, num_keys: int) -> Row:
 
 
 def measure_merge(heads: Heads, rows: int) -> Row:
-    """`merge_lse_` of as many rows; forward only, there is no backward."""
+    """Time `merge_lse_` on `rows` rows; there is no backward."""
     precise = lse_dtype(heads.dtype)
     block, out = heads.draw(rows, heads.heads), heads.draw(rows, heads.heads).to(precise)
     lse, block_lse = (
@@ -132,9 +132,9 @@ def measure_merge(heads: Heads, rows: int) -> Row:
 
 
 def attention_fit(rows: Sequence[Row]) -> Fit | None:
-    """Attention's coefficients of one layer, from the rows of rings; transfers are not in them.
+    """Fit one layer's attention coefficients, without transfers, to the ring rows.
 
-    None if shards were too short for their times to grow with them.
+    None if shards were too short for time to grow with their length.
     """
     base = CostModel.from_coefficients(quadratic_s=1.0, linear_s=0.0)
     try:
@@ -152,19 +152,19 @@ def observation(row: Row) -> Observation:
 
 
 def with_predictions(rows: Sequence[Row], fit: Fit | None) -> list[Row]:
-    """The rows, those of rings with the fit's `predicted_s` and `error`."""
-    told = []
+    """The rows, with the fit's `predicted_s` and `error` added to ring rows."""
+    result = []
     for row in rows:
         more = {}
         if row["kind"] == "ring" and fit is not None:
             predicted = observation(row).predicted_s(fit.cost)
             more = {"predicted_s": predicted, "error": predicted / row["seconds"] - 1}
-        told.append({**row, **more})
-    return told
+        result.append({**row, **more})
+    return result
 
 
 def kernels_table(rows: Sequence[Row]) -> list[list[object]]:
-    """For `console.print_table` with KERNEL_COLUMNS."""
+    """Cells for `console.print_table` with KERNEL_COLUMNS."""
     text = {
         "ring": "{seqlen:,} tokens on {degree} ranks",
         "block": "block, {queries:,} queries x {keys:,} keys",
@@ -185,8 +185,8 @@ def kernels_table(rows: Sequence[Row]) -> list[list[object]]:
 KERNEL_COLUMNS = ("one layer", "forward ms", "both ms", "model", "error")
 
 
-class AtHand(RingComm):
-    """A ring whose blocks are there at once, with random contents of the right shape."""
+class InstantComm(RingComm):
+    """A ring whose blocks arrive instantly, with random contents of the right shape."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(None, device)
@@ -203,7 +203,7 @@ class AtHand(RingComm):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=2048, help="of the largest shard")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of the largest shard")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=32)
@@ -223,7 +223,7 @@ def main() -> None:
     table = kernels_table(with_predictions(rows, fit))
     console.print_table(KERNEL_COLUMNS, table, title=heads.kernel.name)
     if fit is None:
-        raise SystemExit("times do not grow with the tokens: raise --tokens")
+        raise SystemExit("times do not grow with the number of tokens: raise --tokens")
     cost = fit.cost
     print(
         f"{cost.quadratic_s:.3g} s per token^2, half speed at shards of "

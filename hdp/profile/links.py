@@ -1,19 +1,19 @@
-"""Links of a machine: between neighbours of a ring, all ranks together, device and host.
+"""Measure a machine's links: between ring neighbors, among all ranks, between device and host.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m hdp.profile.links
 
-Everything goes the way that training goes: P2P through `RingComm` (one batched send and receive per
-rank, all ranks at once, so shared links are shared), host copies through the offload engine's
-pinned slabs and streams. Rates are bytes per second of one rank, one direction.
+Transfers take the same path as in training: P2P through `RingComm` (one batched send and receive
+per rank, all ranks at once, so that shared links are contended), host copies through the offload
+engine's pinned slabs and streams. Rates are in bytes per second of one rank in one direction.
 
-    P2P inside a node    each rank to the next one of its node
-    P2P across nodes     each rank to the next one of the whole axis: the hops over the network are
-                         the slowest, and a ring waits for them
-    all-reduce           of a tensor of so many bytes, over all ranks
+    P2P inside a node    each rank to the next rank of its node
+    P2P across nodes     each rank to the next rank of the whole axis: the hops over the network
+                         are the slowest, and a ring waits for them
+    all-reduce           of a tensor of the given size, over all ranks
     host copies          out, back and both at once; by one rank per node, then by all. On a CPU
                          there is no link: plain copies into memory that was touched before
 
-A link is then a line: seconds = latency + bytes / rate (`fit_line`).
+Each link is modeled as a line: seconds = latency + bytes / rate (`fit_line`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ALONE, TOGETHER = "one rank", "all ranks"
 
 
 def measure_links(mesh: HDPMesh, *, repeats: int, most_bytes: int | None = None) -> list[Row]:
-    """All rows. Collective; the same on all ranks. most_bytes: of the largest message."""
+    """Measure all rows. Collective; the same on all ranks. most_bytes: of the largest message."""
     most = most_bytes or ((256 << 20) if mesh.device.type == "cuda" else (16 << 20))
     sizes = [most >> shift for shift in (10, 8, 6, 4, 2, 0) if most >> shift >= 1024]
     return [
@@ -52,7 +52,7 @@ def measure_links(mesh: HDPMesh, *, repeats: int, most_bytes: int | None = None)
 
 
 def measure_p2p(mesh: HDPMesh, sizes: Sequence[int], *, repeats: int) -> list[Row]:
-    """Rows of every kind of hop that the axis has; none for one rank."""
+    """Measure each kind of hop on the axis; no rows for a single rank."""
     node = mesh.hdp_rank // mesh.ranks_per_node * mesh.ranks_per_node
     rings = []
     if mesh.ranks_per_node > 1:
@@ -69,7 +69,7 @@ def measure_p2p(mesh: HDPMesh, sizes: Sequence[int], *, repeats: int) -> list[Ro
 
 
 def measure_all_reduce(mesh: HDPMesh, sizes: Sequence[int], *, repeats: int) -> list[Row]:
-    """Rows of fp32 sums over the axis; none for one rank."""
+    """Measure fp32 sums over the axis; no rows for a single rank."""
     rows = []
     for num_bytes in sizes if mesh.hdp_size > 1 else ():
         tensor = torch.zeros(num_bytes // 4, device=mesh.device)
@@ -79,7 +79,7 @@ def measure_all_reduce(mesh: HDPMesh, sizes: Sequence[int], *, repeats: int) -> 
 
 
 def measure_host(mesh: HDPMesh, num_bytes: int, *, repeats: int) -> list[Row]:
-    """Rows of copies in each direction, by one rank per node, and by all where there are more."""
+    """Measure copies in each direction, by one rank per node, then by all if there are several."""
     host = HostCopies(mesh.device, num_bytes)
     rows = []
     for who in (ALONE, TOGETHER) if mesh.ranks_per_node > 1 else (ALONE,):
@@ -110,7 +110,7 @@ class HostCopies:
         }
 
     def _copy(self, *directions: str) -> None:
-        """Without a device "both" is one after the other: the rate is still each direction's."""
+        """Copy in the given directions at once; on a CPU one after the other."""
         streams = self._streams
         if streams is None:
             for direction in directions:
@@ -124,7 +124,7 @@ class HostCopies:
             streams.wait(streams.current(), streams.record(direction))
 
     def _pair(self, direction: str) -> tuple[Tensor, Tensor]:
-        """(to, from)"""
+        """(destination, source)."""
         if direction == OUT:
             return self._hosts[0], self._locals[0]
         return self._locals[1], self._hosts[1]
@@ -137,7 +137,7 @@ class HostCopies:
 
 
 def coefficients(rows: Sequence[Row]) -> dict[str, Any]:
-    """Fields of a CostModel that the rows determine."""
+    """The CostModel fields that the rows determine."""
     found: dict[str, Any] = {}
     for link, field in ((INSIDE, "intra"), (ACROSS, "inter")):
         mine = [row for row in rows if row["link"] == link]
@@ -148,13 +148,13 @@ def coefficients(rows: Sequence[Row]) -> dict[str, Any]:
     if rates:
         together = rates.get(TOGETHER, rates[ALONE])
         found["ranks_per_host_link"] = max(round(rates[ALONE] / together), 1)
-        # a rank's part of a shared link is then what it had when all copied at once
+        # So a rank's share of a shared link is the rate it had when all copied at once.
         found["host_bytes_per_s"] = together * found["ranks_per_host_link"]
     return found
 
 
 def links_table(rows: Sequence[Row]) -> list[list[object]]:
-    """For `console.print_table` with LINK_COLUMNS."""
+    """Cells for `console.print_table` with LINK_COLUMNS."""
     return [
         [
             row["link"] + (f", {row['who']}" if "who" in row else ""),
@@ -198,7 +198,7 @@ def _touched(num_bytes: int) -> Tensor:
 
 
 def _nothing() -> None:
-    """What the others do while one rank copies."""
+    """The idle ranks' call while one rank copies."""
 
 
 def main() -> None:

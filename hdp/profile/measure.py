@@ -1,24 +1,24 @@
-"""What `hdp profile` measures: this machine with this model, until a cost model can be fitted.
+"""The measurements of `hdp profile`: everything needed to fit a cost model for this machine.
 
 Five measurements, a few minutes in all:
 
-  1. kernels       attention of one layer by length, degree and block; merges (kernels.py)
+  1. kernels       one layer's attention by length, degree and block; merges (kernels.py)
   2. links         P2P, all-reduce, host link, alone and shared (links.py)
-  3. model         seconds and bytes of a token without attention, forward's part (model.py)
-  4. microbatches  real training steps of one microbatch: one long sequence, several, many short
+  3. model         seconds and bytes per token without attention, forward's share (model.py)
+  4. microbatches  real training steps of one microbatch: one long sequence, several, or many short
                    ones, on one rank and on rings of 2, 4, ... ranks
-  5. the step      what is outside of microbatches (gathering parameters, reducing gradients, the
+  5. the step      time outside microbatches (gathering parameters, reducing gradients, the
                    optimizer) becomes `reduce_s`
 
 1 and 2 also run alone: `python -m hdp.profile.kernels`, `torchrun ... -m hdp.profile.links`.
 
-Times are fitted to 4 (scheduler/costs/fit.py), with the links of 2 as they were measured: what the
-planner wants to know is how long a training step takes. On one rank there is no ring to fit, and
-its coefficients come from 1. Some microbatches are not fitted but only predicted: their errors say
-how good the model is.
+The cost model is fitted to the times of 4 (scheduler/costs/fit.py), with the links of 2 as
+measured, because the planner needs to predict training steps. On one rank there is no ring to fit,
+so the ring's coefficients come from 1. Some microbatches are held out of the fit and only
+predicted: their errors tell how good the model is.
 
-The JSON is a cost model with a `report`: provenance, the source of each field, every measured row
-with what the model says of it (report.py). picture.py draws it.
+The JSON is a cost model with a `report`: provenance, the source of each field, and every measured
+row next to the model's prediction (report.py). picture.py draws it.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ from .report import Measured, Shape, fit_all, heads_of, show_and_save
 def profile(
     config: TrainConfig, *, out: str, plot: str | None, repeats: int, link_bytes: int | None
 ) -> None:
-    """Measure, fit, and on rank 0 print, save to `out` and draw to `plot`. Collective.
+    """Measure and fit; on rank 0 print, save to `out` and draw to `plot`. Collective.
 
-    repeats: how often each thing is measured (the median counts); link_bytes: the largest message,
-    None: by device. Raises ValueError for a model or lengths that do not fit.
+    repeats: number of times each measurement is taken (the median is used). link_bytes: size of the
+    largest message; None: by device. Raises ValueError for a model or lengths that do not fit.
     """
     if config.device != "cuda":
         torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def profile(
 
 
 def measure(run: Run, *, repeats: int, link_bytes: int | None = None) -> Measured:
-    """Collective. Microbatches are measured in turn, so that noise hits all shapes alike."""
+    """Take all measurements. Collective. Shapes take turns, so noise affects all of them alike."""
     began, capacity = time.perf_counter(), run.config.max_tokens_per_rank
     run.say("measuring attention and merges")
     degrees = sorted({1, 2, 4, 8, *degrees_of(run.mesh.hdp_size)})
@@ -84,7 +84,7 @@ def measure(run: Run, *, repeats: int, link_bytes: int | None = None) -> Measure
     for turn in range(repeats + 1):
         for shape, step in steps.items():
             row = measure_step(run, step)
-            if turn:  # the first one warms up
+            if turn:  # the first turn is a warm-up
                 rows[shape].append(row)
     middle = {
         shape: (median(a for a, _ in mine), median(b for _, b in mine))
@@ -101,15 +101,15 @@ def measure(run: Run, *, repeats: int, link_bytes: int | None = None) -> Measure
 
 
 def degrees_of(num_ranks: int) -> list[int]:
-    """1, 2, 4, ... and all ranks."""
+    """Ring degrees to measure: 1, 2, 4, ... and all ranks."""
     powers = [1 << n for n in range(num_ranks.bit_length()) if 1 << n <= num_ranks]
     return sorted({*powers, num_ranks})
 
 
 def shapes(capacity: int, num_ranks: int) -> tuple[list[Shape], list[Shape]]:
-    """(shapes to fit, shapes to predict): fractions of what the ranks of a ring hold.
+    """(shapes to fit, shapes to predict): fractions of a ring's capacity.
 
-    None is a power of two: kernels are special there, and lengths of data are not.
+    None is a power of two: kernels behave specially there, and real lengths are rarely that.
     """
     fitted, held_out = [], []
     for d in degrees_of(num_ranks):
@@ -121,7 +121,7 @@ def shapes(capacity: int, num_ranks: int) -> tuple[list[Shape], list[Shape]]:
             (d, (room * 8 // 33,) * 4),
             (d, (room * 2 // 33,) * 16),
         ]
-        if d == 1:  # nobody cuts such short ones
+        if d == 1:  # sequences this short are never split
             fitted.append((d, (room // 66,) * 64))
         held_out += [
             (d, (room * 3 // 4,)),
@@ -134,7 +134,7 @@ def shapes(capacity: int, num_ranks: int) -> tuple[list[Shape], list[Shape]]:
 
 
 def measure_step(run: Run, step: StepBatch) -> tuple[float, float]:
-    """(seconds of the microbatch, seconds of the step around it); mean over ranks."""
+    """(seconds of the microbatch, seconds of the rest of the step), mean over ranks."""
     began = time.perf_counter()
     train_step(run.context, step)
     step_s = time.perf_counter() - began
@@ -148,9 +148,9 @@ def measure_step(run: Run, step: StepBatch) -> tuple[float, float]:
 
 
 def make_step(run: Run, shape: Shape) -> StepBatch:
-    """The shape on every ring of its degree that the ranks have room for, so that all are busy.
+    """A step with this shape on every ring of its degree that fits, so that all ranks are busy.
 
-    Ranks that are left over run its first sequence's share alone.
+    Leftover ranks each run one rank's share of the sequences alone.
     """
     degree, lengths = shape
     size, rank = run.mesh.hdp_size, run.mesh.hdp_rank

@@ -1,15 +1,15 @@
-"""The model without its attention: seconds and bytes of a token, and forward's part of the time.
+"""Measure the model without attention: seconds and bytes per token, and forward's share of time.
 
-Microbatches of many very short sequences have next to no attention, so their time is a line over
-their tokens: `fixed_s` + `linear_s` * tokens. It runs on the model as it trains: sharded, with or
-without activation checkpointing, all ranks at once.
+Microbatches of many very short sequences have almost no attention, so their time is linear in
+tokens: `fixed_s` + `linear_s` * tokens. The model runs as in training: sharded, with or without
+activation checkpointing, on all ranks at once.
 
     linear     seconds of forward, and of forward + backward, by tokens
     saved      bytes that autograd keeps from forward to backward: each storage once, parameters
-               not at all (torch's hooks for saved tensors; works on every device)
-    temporary  bytes beyond these at the highest point of a step, where the device counts (CUDA)
+               not at all (torch's saved-tensor hooks; works on every device)
+    temporary  further bytes at a step's peak, where the device reports memory (CUDA)
 
-The last two are slopes over tokens, so what does not grow with them falls out.
+The last two are slopes over tokens, so constant parts drop out.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ SHORT = 16  # tokens of the short sequences
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCosts:
-    """What the rows say. Seconds are forward + backward of one rank."""
+    """Coefficients fitted to the rows. Seconds are forward + backward of one rank."""
 
     linear_s: float
     fixed_s: float
     forward_share: float
     activation_bytes_per_token: float
-    temporary_bytes_per_token: float | None  # None: the device does not count
+    temporary_bytes_per_token: float | None  # None: the device does not report memory
 
 
 def measure_model(run: Run, most_tokens: int, *, repeats: int) -> list[Row]:
-    """Rows of short sequences, and one of a single long one. Collective."""
+    """Measure rows of short sequences, and one row of a single long sequence. Collective."""
     sizes = [n for shift in (4, 2, 1, 0) if (n := most_tokens >> shift) >= SHORT]
     loads = [(n // SHORT * SHORT, SHORT) for n in sizes] + [(most_tokens, most_tokens)]
     return [_measure(run, tokens, seqlen, repeats) for tokens, seqlen in loads]
 
 
 def model_costs(rows: Sequence[Row]) -> ModelCosts:
-    """Lines through the rows. Raises ValueError if time does not grow with the tokens."""
+    """Fit lines to the rows. Raises ValueError if time does not grow with the number of tokens."""
     short = [row for row in rows if row["seqlen"] == SHORT]
     tokens = [row["tokens"] for row in short]
     fixed_s, rate = fit_line(tokens, [row["seconds"] for row in short])
@@ -77,15 +77,15 @@ def model_costs(rows: Sequence[Row]) -> ModelCosts:
 
 @contextmanager
 def counting_saved(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[Callable[[], int]]:
-    """Counts what autograd saves inside of the block; yields a function that says how many bytes.
+    """Count what autograd saves inside the block; yields a function that returns the bytes so far.
 
-    Each storage once, whole, however many functions saved views of it; not the model's parameters.
-    Inputs of `layers` count too: under activation checkpointing nothing else of a layer is kept,
-    and no hook sees it.
+    Each storage counts once, in full, no matter how many functions saved views of it; parameters
+    do not count. Inputs of `layers` do: under activation checkpointing they are all that is kept of
+    a layer, and saved-tensor hooks do not see them.
     """
     owned = {_storage(x) for x in [*model.parameters(), *model.buffers()]}
     seen: dict[int, int] = {}
-    kept = []  # a freed storage's address could come again
+    kept = []  # keeps storages alive: the address of a freed one could be reused
 
     def note(tensor: Tensor) -> Tensor:
         if _storage(tensor) not in owned and not isinstance(tensor, nn.Parameter):
@@ -124,7 +124,7 @@ def _measure(run: Run, tokens: int, seqlen: int, repeats: int) -> Row:
     unshard_all(model)
     set_microbatch(model, reduce=False)
     model.train()
-    forward().backward()  # gradients exist from now on: they are not part of a token's bytes
+    forward().backward()  # allocates gradients, so they do not count as bytes per token
     saved, peak = _bytes(model, forward, device)
 
     def seconds(call: Callable[[], object]) -> float:
@@ -146,7 +146,7 @@ def _measure(run: Run, tokens: int, seqlen: int, repeats: int) -> Row:
 def _bytes(
     model: Any, forward: Callable[[], Tensor], device: torch.device
 ) -> tuple[int, int | None]:
-    """(saved from forward to backward, highest above the start)."""
+    """(bytes saved from forward to backward, peak bytes above the start)."""
     with counting_saved(model, list(model.layers)) as count:
         loss = forward()
         saved = count()

@@ -1,13 +1,13 @@
-"""The report of a measured cost model as a picture: what the model says, and how far it is off.
+"""Draw the report of a measured cost model: its predictions and their errors.
 
     hdp profile --redraw cost.json --plot cost.png
 
-    top left      microbatches of one long sequence: measured (dots) on the model's lines
-    top right     attention of one layer alone: speed by shard, relative to the fastest
+    top left      microbatches of one long sequence: measured (dots) and predicted (lines)
+    top right     one layer's attention alone: speed by shard size, relative to the fastest
     bottom left   error of every microbatch: filled dots were fitted, hollow ones only predicted
     bottom right  links: rate by message size
 
-Parts that were not measured are left out: without other ranks there is no P2P.
+Panels without measurements are left out: a single rank has no P2P, for example.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hdp.scheduler import CostModel
 from hdp.scheduler.render.figure import FORMATS, figure_class
 from hdp.scheduler.render.text import tokens_text
 
-GOAL = 0.08  # the error that a prediction should stay below
+GOAL = 0.08  # predictions should have errors below this
 ATTENTION_FIELDS = ("quadratic_s", "small_shard_tokens", "linear_s", "ring_step_s")
 
 _INK, _SOFT, _GRID, _BAND = "#202124", "#5f6368", "#e8eaed", "#e6f4ea"
@@ -30,16 +30,16 @@ _COLORS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#7a4b94", "#3f9b57", "#e
 
 
 def check_drawable(path: str | Path) -> None:
-    """Raises ValueError if there is no drawing to `path`: its suffix, or no matplotlib."""
+    """Raise ValueError if `path` cannot be drawn: unknown suffix, or matplotlib is missing."""
     if Path(path).suffix.lower() not in FORMATS:
         raise ValueError(f"cannot draw to {path}: use one of {', '.join(FORMATS)}")
     figure_class()
 
 
 def draw_profile(cost: CostModel, report: dict[str, Any], path: str | Path) -> None:
-    """Draw `report`, as hdp/profile/report.py writes it, to `path` (.png, .svg or .pdf).
+    """Draw a `report` written by hdp/profile/report.py to `path` (.png, .svg or .pdf).
 
-    Raises ValueError for another kind of file, or for a report with nothing to draw.
+    Raises ValueError for any other suffix, or a report with nothing to draw.
     """
     check_drawable(path)
     steps = report.get("microbatches", [])
@@ -55,7 +55,9 @@ def draw_profile(cost: CostModel, report: dict[str, Any], path: str | Path) -> N
     if links:
         parts.append(lambda axes: _draw_links(axes, links))
     if not parts:
-        raise ValueError("this cost model's report has no measurements to draw")
+        raise ValueError(
+            f"cost model {cost.name!r} has no measurements to draw: use a file from `hdp profile`"
+        )
     rows = -(-len(parts) // 2)
     figure = figure_class()(figsize=(11, 0.95 + 3.7 * rows), dpi=160, facecolor="white")
     figure.text(0.065, 1 - 0.16 / figure.get_figheight(), cost.name, ha="left", va="top",
@@ -83,20 +85,20 @@ def draw_profile(cost: CostModel, report: dict[str, Any], path: str | Path) -> N
     figure.savefig(path)
 
 
-# ---- the parts ----
+# ---- panels ----
 
 
 def _draw_times(axes: Any, cost: CostModel, steps: Sequence[dict[str, Any]]) -> None:
     long = [row for row in steps if len(row["lengths"]) == 1]
-    for degree, colour in _by_degree(long):
+    for degree, color in _by_degree(long):
         mine = [row for row in long if row["degree"] == degree]
         lengths = np.array([row["lengths"][0] for row in mine], dtype=float)
         x = np.geomspace(lengths.min() * 0.85, lengths.max() * 1.18, 60)
         model = cost.piece_s(x, degree, mine[0]["across_nodes"]) + cost.fixed_s
-        axes.plot(x, model, color=colour, linewidth=1.3, label=_ranks(degree))
+        axes.plot(x, model, color=color, linewidth=1.3, label=_ranks(degree))
         for fitted in (True, False):
             _dots(axes, [(r["lengths"][0], r["measured_s"]) for r in mine if r["fitted"] == fitted],
-                  colour, fitted)  # fmt: skip
+                  color, fitted)  # fmt: skip
     axes.set(xscale="log", yscale="log")
     _tokens_axis(axes)
     axes.set_title("one long sequence: seconds of its microbatch", loc="left")
@@ -105,19 +107,19 @@ def _draw_times(axes: Any, cost: CostModel, steps: Sequence[dict[str, Any]]) -> 
 
 
 def _draw_attention(axes: Any, report: dict[str, Any], attention: Sequence[dict[str, Any]]) -> None:
-    """Work per second: tokens^2 / degree over seconds; 1 is what the model says of long shards."""
+    """Work per second, tokens^2 / degree / seconds; 1 is the model's limit for long shards."""
     known = {name: report["attention_of_one_layer"][name] for name in ATTENTION_FIELDS}
     model = CostModel.from_coefficients(**known)
-    for degree, colour in _by_degree(attention):
+    for degree, color in _by_degree(attention):
         mine = [row for row in attention if row["degree"] == degree]
         shard = np.array([row["seqlen"] / degree for row in mine])
         seconds = np.array([row["seconds"] for row in mine])
         best_s = model.quadratic_s * degree
-        axes.plot(shard, best_s * shard**2 / seconds, "o", color=colour, markersize=6,
+        axes.plot(shard, best_s * shard**2 / seconds, "o", color=color, markersize=6,
                   label=_ranks(degree), zorder=3)  # fmt: skip
         x = np.geomspace(shard.min() * 0.85, shard.max() * 1.18, 60)
         seconds = model.compute_s(x * degree, degree)
-        axes.plot(x, best_s * x**2 / seconds, color=colour, linewidth=1.3)
+        axes.plot(x, best_s * x**2 / seconds, color=color, linewidth=1.3)
     axes.set(xscale="log", ylim=(0, None))
     _tokens_axis(axes)
     axes.set_title("attention of one layer, forward + backward: relative speed", loc="left")
@@ -128,10 +130,10 @@ def _draw_attention(axes: Any, report: dict[str, Any], attention: Sequence[dict[
 def _draw_errors(axes: Any, steps: Sequence[dict[str, Any]]) -> None:
     axes.axhspan(-100 * GOAL, 100 * GOAL, color=_BAND, linewidth=0, zorder=0)
     axes.axhline(0, color=_SOFT, linewidth=0.8, zorder=1)
-    for degree, colour in _by_degree(steps):
+    for degree, color in _by_degree(steps):
         for fitted in (True, False):
             mine = [row for row in steps if row["degree"] == degree and row["fitted"] == fitted]
-            _dots(axes, [(max(r["lengths"]), 100 * r["error"]) for r in mine], colour, fitted)
+            _dots(axes, [(max(r["lengths"]), 100 * r["error"]) for r in mine], color, fitted)
     worst = max(100 * GOAL * 1.5, *(100 * abs(row["error"]) * 1.4 for row in steps))
     axes.set(xscale="log", ylim=(-worst, worst))
     _tokens_axis(axes)
@@ -145,10 +147,10 @@ def _draw_errors(axes: Any, steps: Sequence[dict[str, Any]]) -> None:
 def _draw_links(axes: Any, links: Sequence[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(_link_name(row) for row in links))
     most = max(row["bytes"] for row in links)
-    for name, colour in zip(names, _COLORS * len(names), strict=False):
+    for name, color in zip(names, _COLORS * len(names), strict=False):
         mine = [row for row in links if _link_name(row) == name]
         rates = [row["bytes_per_s"] / 1e9 for row in mine]
-        axes.plot([row["bytes"] for row in mine], rates, "o-", color=colour, markersize=4,
+        axes.plot([row["bytes"] for row in mine], rates, "o-", color=color, markersize=4,
                   linewidth=1.3)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(None, most * 60))
     _label_ends(axes, links, names, most)
@@ -160,26 +162,26 @@ def _draw_links(axes: Any, links: Sequence[dict[str, Any]]) -> None:
 
 
 def _label_ends(axes: Any, links: Sequence[dict[str, Any]], names: list[str], most: int) -> None:
-    """Names beside the last points, pushed apart where they would overlap (log scale)."""
+    """Write names next to the last points, pushed apart where they would overlap (log scale)."""
     ends = []
-    for name, colour in zip(names, _COLORS * len(names), strict=False):
+    for name, color in zip(names, _COLORS * len(names), strict=False):
         last = [row for row in links if _link_name(row) == name][-1]
-        ends.append((np.log10(last["bytes_per_s"] / 1e9), name, colour))
+        ends.append((np.log10(last["bytes_per_s"] / 1e9), name, color))
     ends.sort()
     rates = [np.log10(row["bytes_per_s"] / 1e9) for row in links]
     gap = max((max(rates) - min(rates)) / 16, 1e-3)
     places = np.array([rate for rate, _, _ in ends])
-    for _ in range(100):  # neighbours that are too close push each other apart
+    for _ in range(100):  # neighbors that are too close push each other apart
         lack = np.maximum(gap - np.diff(places), 0) / 2
         places[:-1] -= lack
         places[1:] += lack
     low, high = axes.get_ylim()
     axes.set_ylim(low, max(high, 10 ** (places[-1] + gap)))
-    for place, (_, name, colour) in zip(places, ends, strict=True):
-        axes.text(most * 1.5, 10**place, name, color=colour, fontsize=8, va="center")
+    for place, (_, name, color) in zip(places, ends, strict=True):
+        axes.text(most * 1.5, 10**place, name, color=color, fontsize=8, va="center")
 
 
-# ---- what they share ----
+# ---- shared helpers ----
 
 
 def _by_degree(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
@@ -190,12 +192,12 @@ def _by_degree(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
 def _dots(
     axes: Any,
     points: Sequence[tuple[float, float]],
-    colour: str,
+    color: str,
     filled: bool,
     label: str | None = None,
 ) -> None:
     axes.plot([x for x, _ in points], [y for _, y in points], "o", markersize=6, label=label,
-              markerfacecolor=colour if filled else "white", markeredgecolor=colour,
+              markerfacecolor=color if filled else "white", markeredgecolor=color,
               markeredgewidth=1.4, zorder=3, linestyle="none")  # fmt: skip
 
 
@@ -208,7 +210,7 @@ def _tokens_axis(axes: Any) -> None:
 
 
 def _log_axis(axes: Any) -> None:
-    """1, 2 and 5 of each decade where there are few, else its 1: no 6 x 10^-1."""
+    """Tick at 1, 2 and 5 of each decade if that gives few ticks, else at 1; no 6 x 10^-1."""
     low, high = axes.get_ylim()
     decades = [10.0**n for n in range(-9, 10)]
     ticks = [m * ten for ten in decades for m in (1, 2, 5) if low <= m * ten <= high]

@@ -1,4 +1,4 @@
-"""Which code measured something: a commit in a checkout, the version where hdp is installed."""
+"""Which code produced a measurement: the commit of a checkout, or the version of an install."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hdp import __version__
 def commit() -> str | None:
     """The checkout's commit, with "-dirty" if it has changes; None outside a checkout of hdp.
 
-    An installed hdp may lie inside a repository of its user, whose commit says nothing: only one
-    that tracks this file counts.
+    An installed hdp may lie inside a user's own repository, whose commit means nothing here, so
+    only a repository that tracks this file counts.
     """
     if _git("ls-files", Path(__file__).name) is None:
         return None
@@ -20,13 +20,13 @@ def commit() -> str | None:
 
 
 def code_version() -> str:
-    """For the header of a table: "commit 1a2b3c4", or "hdp 0.1.0" outside a checkout."""
+    """A label for table headers: "commit 1a2b3c4", or "hdp 0.1.0" outside a checkout."""
     known = commit()
     return f"commit {known}" if known else f"hdp {__version__}"
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints; None if that is nothing, or git fails or is missing."""
+    """Output of git; None if it is empty, or git fails or is missing."""
     try:
         done = subprocess.run(
             ["git", *arguments],

@@ -1,11 +1,11 @@
-"""From measurements to a cost model with a report: the fit, the provenance, the tables, the file.
+"""Turn measurements into a cost model with a report: the fit, provenance, tables, and the file.
 
-measure.py measures and calls this. The report is JSON in the file of the cost model:
+measure.py takes the measurements and calls this. The report is JSON in the cost model's file:
 
     provenance       machine, versions, commit (of a checkout), date, command, model
     sources          where each field of the cost model comes from
-    errors           mean and largest: fitted and only predicted microbatches, whole steps
-    microbatches     each with measured and predicted seconds
+    errors           mean and largest: fitted microbatches, predicted ones, whole predicted steps
+    microbatches     measured and predicted seconds of each
     kernels, links, model   rows of kernels.py, links.py, model.py
 """
 
@@ -40,12 +40,12 @@ Shape = tuple[int, tuple[int, ...]]  # (degree, lengths of the whole sequences)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Everything that was measured, the same on all ranks."""
+    """All measurements, the same on all ranks."""
 
     kernels: list[dict[str, Any]]
     links: list[dict[str, Any]]
     model: list[dict[str, Any]]
-    fitted: dict[Shape, tuple[float, float]]  # (seconds of the microbatch, of the step around it)
+    fitted: dict[Shape, tuple[float, float]]  # seconds of (the microbatch, the rest of the step)
     held_out: dict[Shape, tuple[float, float]]
     wall_s: float
 
@@ -57,7 +57,7 @@ def heads_of(run: Run, repeats: int) -> Heads:
         heads=shape["num_heads"],
         kv_heads=shape["num_kv_heads"],
         head_dim=shape["head_dim"],
-        dtype=torch.bfloat16 if cuda else torch.float32,  # as TrainConfig.dtype "auto"
+        dtype=torch.bfloat16 if cuda else torch.float32,  # like TrainConfig.dtype "auto"
         device=run.mesh.device,
         repeats=repeats,
         group=run.mesh.hdp_group,
@@ -68,7 +68,7 @@ def heads_of(run: Run, repeats: int) -> Heads:
 
 
 def fit_all(run: Run, measured: Measured) -> Fit:
-    """Fields that were measured directly first, then the times of microbatches beside them."""
+    """Set the directly measured fields, then fit the others to the microbatches' times."""
     mesh = run.mesh
     layer = attention_fit(measured.kernels)
     model = model_costs(measured.model)
@@ -104,13 +104,13 @@ def observation(run: Run, shape: Shape, seconds: float) -> Observation:
 
 
 def sources(run: Run, measured: Measured) -> dict[str, str]:
-    """Where each field comes from, in words."""
+    """Where each field of the cost model comes from, as text."""
     names = {row["link"] for row in measured.links}
     on_rings = run.mesh.hdp_size > 1
     cuda = run.mesh.device.type == "cuda"
     ring = "microbatches on rings" if on_rings else "attention alone, without transfers"
     host = "pinned copies" if cuda else "memory copies, no device"
-    estimate = "NOT measured: an estimate"
+    estimate = "NOT measured: estimated"
     inside, across = INSIDE in names, ACROSS in names
     return {
         "quadratic_s": "measured: microbatches",
@@ -119,24 +119,24 @@ def sources(run: Run, measured: Measured) -> dict[str, str]:
         "small_shard_tokens": f"measured: {ring}",
         "ring_step_s": f"measured: {ring}",
         "forward_share": "measured: forward alone, median",
-        "reduce_s": "measured: steps less their microbatch, median",
+        "reduce_s": "measured: steps minus their microbatch, median",
         "intra_node_bytes_per_s": "measured: P2P inside a node" if inside else estimate,
         "inter_node_bytes_per_s": "measured: P2P across nodes" if across else estimate,
         "host_bytes_per_s": f"measured: {host}, both ways at once, all ranks of a node",
-        "ranks_per_host_link": f"measured: {host}, one rank against all",
-        "host_memory_bytes": "measured: 90 % of what is free, by ranks of the node",
-        "activation_bytes_per_token": "measured: storages that autograd saves",
-        "temporary_bytes_per_token": "measured: peak less what is saved" if cuda else "arithmetic",
-        "kv_bytes_per_token": "arithmetic: keys, values, their gradients",
-        "num_layers": "the model",
+        "ranks_per_host_link": f"measured: {host}, one rank vs. all",
+        "host_memory_bytes": "measured: 90% of free memory / ranks on the node",
+        "activation_bytes_per_token": "measured: storages saved by autograd",
+        "temporary_bytes_per_token": "measured: peak minus saved bytes" if cuda else "computed",
+        "kv_bytes_per_token": "computed: keys, values and their gradients",
+        "num_layers": "the model's config",
     }
 
 
-# ---- showing ----
+# ---- reporting ----
 
 
 def microbatch_rows(run: Run, measured: Measured, cost: CostModel) -> list[dict[str, Any]]:
-    """Measured beside predicted, JSON-ready; `step_*` is the whole step, with `reduce_s`."""
+    """Measured and predicted times, JSON-ready; `step_*` is the whole step, with `reduce_s`."""
     rows = []
     for fitted, part in ((True, measured.fitted), (False, measured.held_out)):
         for shape, (inside_s, outside_s) in part.items():
@@ -160,7 +160,7 @@ def microbatch_rows(run: Run, measured: Measured, cost: CostModel) -> list[dict[
 
 
 def make_report(run: Run, measured: Measured, cost: CostModel) -> dict[str, Any]:
-    """What goes into the file beside the coefficients."""
+    """The report that is saved with the coefficients."""
     attention = attention_fit(measured.kernels)
     model = model_costs(measured.model)
     rows = microbatch_rows(run, measured, cost)
@@ -212,7 +212,7 @@ def provenance(run: Run, measured: Measured) -> dict[str, Any]:
 
 
 def show_and_save(run: Run, measured: Measured, fit: Fit, *, out: str, plot: str | None) -> None:
-    """Tables, the file, the picture."""
+    """Print the tables, write the cost model, draw the picture."""
     cost = fit.cost
     report = make_report(run, measured, cost)
     links, kernels = links_table(report["links"]), report["kernels"]
@@ -241,7 +241,7 @@ def show_and_save(run: Run, measured: Measured, fit: Fit, *, out: str, plot: str
 
 
 def verdict(report: dict[str, Any], cost: CostModel) -> str:
-    """Is the model good enough, and do the parts agree with the whole?"""
+    """Text that tells whether errors are within the goal and the parts agree with the whole."""
     errors, parts = report["errors"], report["attention_of_one_layer"]
     good = "within" if errors["predicted_steps"]["largest"] <= GOAL else "NOT within"
     linear = report["without_attention"]["linear_s"]

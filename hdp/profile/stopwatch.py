@@ -1,4 +1,4 @@
-"""Seconds of a call, alone or on all ranks at once: what the measuring tools have in common."""
+"""Time a call, alone or on all ranks at once; shared by all measuring tools."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from hdp.attention.clock import Clock
 
-_ENOUGH_S = 2e-3  # shorter calls are repeated until they take so long together
+_ENOUGH_S = 2e-3  # shorter calls are repeated until they add up to this
 
 
 def median_s(
@@ -20,10 +20,10 @@ def median_s(
     repeats: int,
     group: dist.ProcessGroup | None = None,
 ) -> float:
-    """Median seconds of `call()`, after one to warm up and one to see how often to repeat it.
+    """Median seconds of `call()`, after one warm-up call and one to choose the repeat count.
 
-    On a GPU by events on the current stream. group: all its ranks call this together; each repeat
-    starts on all of them at once, and the slowest one counts.
+    On a GPU, timed by events on the current stream. group: all its ranks call this together; each
+    repeat starts on all of them at once, and the slowest rank counts.
     """
     clock = Clock(device)
 

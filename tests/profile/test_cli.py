@@ -1,4 +1,4 @@
-"""`hdp profile`: what it refuses, before it measures anything."""
+"""`hdp profile` rejects bad input before measuring anything."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hdp.scheduler import CostModel
     ("flags", "message"),
     [
         (["--plot", "cost.gif"], "cannot draw to cost.gif: use one of .png"),
-        (["--plot", "missing/cost.png"], "--plot missing/cost.png: there is no folder"),
-        (["--out", "missing/cost.json"], "--out missing/cost.json: there is no folder"),
-        (["--max-tokens-per-rank", "64"], "--max-tokens-per-rank 64: sequences down to 1/66"),
+        (["--plot", "missing/cost.png"], "--plot missing/cost.png: folder "),
+        (["--out", "missing/cost.json"], "--out missing/cost.json: folder "),
+        (["--max-tokens-per-rank", "64"], "--max-tokens-per-rank 64 is too small"),
         (["--redraw", "cost.json"], "--redraw cost.json needs --plot"),
         (["--redraw", "nothing.json", "--plot", "a.png"], "no cost model in nothing.json"),
         (["--redraw", "cost.json", "--plot", "a.png"], "no measurements"),
@@ -39,7 +39,7 @@ def test_bad_input_is_a_message(
     assert message in captured
     monkeypatch.setenv("RANK", "1")
     assert main(["profile", *flags]) == 2
-    assert not capsys.readouterr().err, "rank 0 says it for all"
+    assert not capsys.readouterr().err, "only rank 0 prints"
 
 
 def test_bad_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,9 +50,9 @@ def test_bad_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
         assert flags[0] in capsys.readouterr().err
 
 
-def test_a_machine_without_torch_is_told(
+def test_missing_torch_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("hdp.profile.cli.find_spec", lambda name: None)
     assert main(["profile", "--out", str(tmp_path / "cost.json")]) == 2
-    assert "measuring needs torch: pip install 'hdp[hf]'" in capsys.readouterr().err
+    assert "measuring requires torch: pip install 'hdp[hf]'" in capsys.readouterr().err

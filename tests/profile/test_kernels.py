@@ -1,4 +1,4 @@
-"""Attention alone: every kind of row is measured, and what is fitted to them is right."""
+"""Attention alone: every kind of row is measured, and the fit recovers the coefficients."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def test_attention_alone_is_fitted() -> None:
     fit = kernels.attention_fit(rows)
     for field in ATTENTION_FIELDS:
         assert getattr(fit.cost, field) == pytest.approx(getattr(true, field), rel=1e-6)
-    told = kernels.with_predictions(rows, fit)
-    assert max(abs(row["error"]) for row in told[:-1]) < 1e-9
-    assert "error" not in told[-1]
-    assert len(kernels.kernels_table(told)) == 10
+    predicted = kernels.with_predictions(rows, fit)
+    assert max(abs(row["error"]) for row in predicted[:-1]) < 1e-9
+    assert "error" not in predicted[-1]
+    assert len(kernels.kernels_table(predicted)) == 10
     flat = [{**row, "seconds": 1.0} for row in kernels.rings(rows) if row["degree"] == 8]
     assert kernels.attention_fit(flat) is None, "shards too short to tell"
     assert kernels.with_predictions(flat, None) == flat

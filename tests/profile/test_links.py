@@ -21,7 +21,7 @@ def links_of_two_ranks(rank: int, world_size: int, ranks_per_node: int) -> list[
 @pytest.mark.parametrize("ranks_per_node", [1, 2])
 def test_links_of_two_ranks(ranks_per_node: int) -> None:
     rows, other = run_ranks(links_of_two_ranks, 2, ranks_per_node)
-    assert rows == other, "ranks disagree: the slowest one counts on all"
+    assert rows == other, "ranks disagree, but the slowest one counts on all"
     hop = links.INSIDE if ranks_per_node == 2 else links.ACROSS
     names = {row["link"] for row in rows}
     assert names == {hop, links.REDUCE, links.HOST_OUT, links.HOST_BACK, links.HOST_BOTH}
@@ -47,7 +47,7 @@ def test_links_become_coefficients() -> None:
     assert "inter_node_bytes_per_s" not in found
     assert found["ranks_per_host_link"] == 4
     share = found["host_bytes_per_s"] / found["ranks_per_host_link"]
-    assert share == pytest.approx(1.3e10), "a rank's part is what it had when all copied"
+    assert share == pytest.approx(1.3e10), "a rank's share is the rate it had when all copied"
     assert links.coefficients([]) == {}
 
 
@@ -62,7 +62,7 @@ def test_host_copies_arrive() -> None:
 
 
 def test_host_copies_run_both_ways_at_once_and_are_waited_for() -> None:
-    """On the offload engine's simulated device: no access is out of order, and time says so."""
+    """On the offload engine's simulated device: no races, and the time of one direction."""
     size = 1 << 12
     streams = TwinStreams(bytes_per_s=float(size))
     host = links.HostCopies(torch.device("cpu"), size, streams)

@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _check_report(cost: CostModel, report: dict) -> None:
-    """Residuals are those of the saved coefficients, and each field says where it comes from."""
+    """Check that residuals match the saved coefficients and that each field names its source."""
     assert cost.reduce_s > 0
     assert cost.intra_node_bytes_per_s < math.inf, "links were measured"
-    # four layers of norms, projections and an MLP in fp32: a few KB per token and layer
+    # four layers of norms, projections and an MLP in fp32: a few KB per token per layer
     assert 4 * 2e3 < cost.activation_bytes_per_token < 4 * 5e4
     assert set(report["sources"]) == {f.name for f in fields(CostModel)} - {"name"}
     assert report["provenance"]["ranks"] == 2

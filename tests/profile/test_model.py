@@ -1,4 +1,4 @@
-"""The model without attention: what autograd saves is counted, and costs are slopes of the rows."""
+"""The model without attention: saved bytes are counted, and costs are slopes of the rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture of a profile, from a report or from the file that holds it."""
+"""The picture of a profile, drawn from a report or from the file that contains it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A figure names the commit of the checkout that it was measured in, and of no other repository."""
+"""A measurement names the commit of the checkout it was taken in, never another repository's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """As if the module lay here."""
+    """Make the module appear to live in tmp_path."""
     copy = tmp_path / "provenance.py"
     copy.write_text("1")
     monkeypatch.setattr(provenance, "__file__", str(copy))
@@ -37,7 +37,7 @@ def test_no_repository(file: Path) -> None:
 
 
 def test_the_repository_of_a_user(file: Path) -> None:
-    """hdp is installed in an environment inside of it, and git ignores or does not know that."""
+    """hdp is installed in an environment inside it that git ignores or does not track."""
     git(file.parent, "init", "-q")
     (file.parent / "script.py").write_text("2")
     git(file.parent, "add", "script.py")
