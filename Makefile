@@ -1,14 +1,14 @@
-# Each target sets up what it needs in $(VENV), once; a change of pyproject.toml or the constraints sets it up again.
+# Each target sets up $(VENV) as needed, once; changes to pyproject.toml or the constraints trigger a new set-up.
 #
-#   make sft                     fine-tune a small model on mixed-length text over 4 processes (or all GPUs)
-#   make test                    the tests, in under 10 minutes on 2 quiet cores
-#   make test-all                those and the slow ones: compilers, whole jobs
-#   make lint                    ruff and mypy
-#   make examples                every other program of examples/, to its end
+#   make sft                     fine-tune a small model on mixed-length text with 4 processes (or on all GPUs)
+#   make test                    run the fast tests, under 10 minutes on 2 idle cores
+#   make test-all                run all tests, including slow ones: compilers, whole jobs
+#   make lint                    run ruff and mypy
+#   make examples                run every other program in examples/ to completion
 #   make sft STEPS=20 ARGS="--policy static --cp-size 4"
 #
-# torch is the build that pip finds first: on Linux the CUDA one, several GB, which runs on a CPU too. For the CPU build,
-# or one for another CUDA, name its index from pytorch.org's install page; for the newest packages, no constraints:
+# By default pip picks the torch build: on Linux the CUDA one, several GB, which also runs on a CPU. For the CPU build or
+# another CUDA version, pass its index from pytorch.org's install page; for the newest packages, drop the constraints:
 #   make sft TORCH_INDEX=https://...
 #   make sft CONSTRAINTS=
 
@@ -27,7 +27,7 @@ BIN := $(VENV)/bin
 TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node $(NPROC)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIN := $(addprefix -c ,$(CONSTRAINTS))
-# One thread per process: ranks share the cores (torchrun's own default, made explicit).
+# One thread per process, because ranks share the cores (torchrun's default, made explicit).
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help sft examples test test-all lint format clean
@@ -39,7 +39,7 @@ help:
 sft: $(VENV)/.ready-hf
 	$(TORCHRUN) examples/sft.py --steps $(STEPS) $(ARGS)
 
-# Each takes no flags and about a minute on a CPU; the others have a target of their own.
+# Each takes no flags and about a minute on a CPU; sft.py has its own target.
 examples: $(VENV)/.ready-hf
 	@set -e; for file in $(filter-out examples/sft.py,$(sort $(wildcard examples/*.py))); do \
 	  echo "$(TORCHRUN) $$file"; $(TORCHRUN) $$file; done
@@ -79,11 +79,11 @@ endif
 	$(PIP) install -q $(PIN) --no-build-isolation -e '.[hf]'
 	@touch $@
 
-# The stamp is last: an interrupted set-up starts again.
+# The stamp comes last, so that an interrupted set-up starts over.
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "hdp needs Python 3.10 or later; PYTHON=$(PYTHON) is '$$($(PYTHON) --version 2>&1)'." >&2; \
-	  echo "Name another one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	  echo "Choose another one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q $(PIN) --upgrade setuptools
 	@touch $@

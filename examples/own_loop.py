@@ -1,10 +1,10 @@
-"""A training loop of your own: your data, your model, your optimizer, HDP's step.
+"""Write your own training loop: your data, model and optimizer, HDP's training step.
 
     torchrun --standalone --nproc-per-node 4 examples/own_loop.py
 
-The data here are the sources of this Python's standard library, one byte a token. What makes it
-hybrid data parallel are four calls: `plan` gives each sequence its ranks, `make_step` takes this
-rank's part, `train_step` runs it, and `shard` made the model ready for that.
+The data here is the source code of Python's standard library, one byte per token. Four calls make
+it hybrid data parallel: `shard` distributes the model, `plan` assigns ranks to each sequence,
+`make_step` packs this rank's share, and `train_step` runs it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NUM_STEPS, SEQUENCES_PER_STEP, MAX_LENGTH = 8, 24, 8192
 
 
 def read_samples() -> hdp.SampleList:
-    """Whole files, from a hundred bytes to MAX_LENGTH."""
+    """Files of 100 to MAX_LENGTH bytes; longer ones are truncated."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     texts = [np.frombuffer(file.read_bytes()[:MAX_LENGTH], dtype=np.uint8) for file in files]
     return hdp.SampleList([hdp.Sample(input_ids=text) for text in texts if len(text) > 100])
@@ -47,9 +47,9 @@ def main() -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         context = hdp.StepContext.create(mesh, model, optimizer, grad_clip=1.0)
         cost = estimate_cost(shape, device_type=mesh.device.type, bytes_per_element=4)
-        order = np.random.default_rng(0)  # the same on all ranks: each plans for itself
+        rng = np.random.default_rng(0)  # same seed on all ranks, so all compute the same plan
         for number in range(1, NUM_STEPS + 1):
-            ids = order.choice(len(data), SEQUENCES_PER_STEP, replace=False)
+            ids = rng.choice(len(data), SEQUENCES_PER_STEP, replace=False)
             plan = hdp.plan(
                 data.seqlens[ids],
                 hdp_size=mesh.hdp_size,
@@ -61,7 +61,9 @@ def main() -> None:
             result = hdp.train_step(context, step)
             if mesh.hdp_rank == 0:
                 rings = np.bincount(plan.degrees)[1:].tolist()
-                print(f"step {number}  loss {result.loss:.3f}  sequences on 1, 2, .. ranks {rings}")
+                print(
+                    f"step {number}  loss {result.loss:.3f}  sequences on 1, 2, ... ranks {rings}"
+                )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`make` says what it would do, and does it with the interpreter, index and pins it was given."""
+"""`make` runs the right commands, with the interpreter, index and pins it was given."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """Just what the environment depends on, and no environment."""
+    """Only the files that the environment depends on, without an environment."""
     for name in ("Makefile", "pyproject.toml", "setup.py", "constraints/cpu.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -28,7 +28,7 @@ def checkout(tmp_path: Path) -> Path:
 def make(
     checkout: Path, *arguments: str, path: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run make without the variables of a make that runs this test, and without a GPU."""
+    """Run make without a GPU, and without variables inherited from a make that runs this test."""
     drop = ("MAKE", "MFLAGS", "TORCH_INDEX", "CONSTRAINTS", "VENV", "PYTHON", "STEPS", "NPROC")
     drop += ("TEST_ARGS", "ARGS")
     env = {key: value for key, value in os.environ.items() if not key.startswith(drop)}
@@ -84,7 +84,7 @@ def test_every_example_runs_and_one_that_fails_ends_it(checkout: Path) -> None:
 
 
 def test_sft_fits_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`make sft` starts as many ranks as there are GPUs: the demo's longest text fits on one."""
+    """`make sft` starts one rank per GPU; the demo's longest text fits on any number of ranks."""
     config_class = runpy.run_path(str(ROOT / "examples" / "sft.py"))["SFTConfig"]
     for ranks, tokens in ((1, 8192), (2, 4096), (3, 2731), (4, 2048), (8, 2048)):
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
