@@ -1,22 +1,22 @@
-"""Attention on the HDP path beside the best kernel called directly, in one run.
+"""Compare attention on the HDP path with the best kernel called directly, in one run.
 
     python tools/bench_attention.py                     # a GPU: the table of docs/benchmarks.md
     python tools/bench_attention.py --only 128K --repeats 5 --json out.json
-    OMP_NUM_THREADS=1 python tools/bench_attention.py --device cpu   # small sizes: does it run?
+    OMP_NUM_THREADS=1 python tools/bench_attention.py --device cpu   # small sizes, as a smoke test
 
 Three kinds of workload, causal, bf16:
 
     one rank    whole sequences through ring_attn_varlen_func, a ring of one
-    ring of 8   the blocks of one rank of 8 in ring order with their merges, against 1/8 of the
-                whole sequence in one call; peers are emulated (tools/emulated_ring.py), transfers
-                take no time
+    ring of 8   the blocks of one rank of 8 in ring order with their merges, compared with 1/8 of
+                the whole sequence in one call; peers are emulated (tools/emulated_ring.py), and
+                transfers take no time
     packed      many sequences in one call
 
-`direct` rows call what is installed by its public function, dense and varlen; the best of them is
-what the ratio is to: 1.00 is as fast as anything here, above 1 is faster. TFLOP/s count 4 S^2 H D /
-2 forward and 3.5 times that forward + backward, a ring's rank 1/8 of it. Medians of device events
-after warm-up, variants in turn, random data, the L2 cache flushed before each call. Results are
-compared before they are timed.
+`direct` rows call the public functions of installed libraries, dense and varlen. Ratios are
+relative to the best of these: 1.00 matches the fastest library, above 1 beats it. TFLOP/s count 4
+S^2 H D / 2 for forward and 3.5 times that for forward + backward; one rank of a ring counts 1/8.
+Times are medians of device events after warm-up, with variants taking turns, random data, and the
+L2 cache flushed before each call. Results are checked against each other before timing.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from emulated_ring import EmulatedComm, Sequence, ring_layout
 from peer_attention import Attend, direct_attention
 
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
-LARGEST_ERROR = 1e-2  # relative, of bf16 results against each other
+LARGEST_ERROR = 1e-2  # relative, between bf16 results
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Sequences, heads, and what the kernel chosen by itself shall reach on them."""
+    """Sequences, heads, and the goal for the default kernel."""
 
     name: str
     seqlens: tuple[int, ...]
@@ -71,7 +71,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One way to compute a workload; `share`: the part of its time that is one rank's."""
+    """One way to compute a workload; `share`: the fraction of its time that counts for one rank."""
 
     name: str
     attend: Attend
@@ -97,7 +97,7 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One variant's measurement; seconds of one rank."""
+    """One variant's measurement, in seconds per rank."""
 
     workload: str
     variant: str
@@ -111,7 +111,7 @@ class Row:
 
 
 def workloads(device: str) -> list[Workload]:
-    """Those of the project's goals; on a CPU the same shapes, small."""
+    """The workloads for which the project has goals; on a CPU, scaled-down versions."""
     if device == "cpu":
         small = {"heads": 4, "kv_heads": 2, "head_dim": 32}
         return [
@@ -142,7 +142,7 @@ def workloads(device: str) -> list[Workload]:
 
 
 def _ragged(total: int, typical: int) -> tuple[int, ...]:
-    """Lengths of a log-normal shape that add up to `total`, the same at every run."""
+    """Log-normal lengths that add up to `total`, the same in every run."""
     generator = torch.Generator().manual_seed(0)
     lengths: list[int] = []
     while (left := total - sum(lengths)) > 0:
@@ -155,7 +155,7 @@ def _ragged(total: int, typical: int) -> tuple[int, ...]:
 
 
 def variants(load: Workload, device: torch.device, ring_rank: int, names: list[str]) -> list:
-    """Ours first, then each library by itself; `names`: block kernels beside the chosen one."""
+    """Ours first, then each library alone; `names`: block kernels to time besides the default."""
     torch.manual_seed(0)
     whole = Sequence.random(sum(load.seqlens), load.heads, load.kv_heads, load.head_dim, device)
     tensors = {"q": whole.q, "k": whole.k, "v": whole.v, "dout": whole.dout}
@@ -193,7 +193,7 @@ def _through_ring(name, layout, comm, kernel, tensors: dict[str, Tensor]) -> Var
 
 
 def bench(load: Workload, args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """All variants of a workload that run: those that fail are named and left out."""
+    """Time all working variants of a workload; failing ones are reported and left out."""
     names = [] if device.type == "cpu" else args.kernels
     usable = []
     for variant in variants(load, device, args.ring_rank, names):
@@ -224,7 +224,7 @@ def bench(load: Workload, args: argparse.Namespace, device: torch.device) -> lis
 
 
 def check(load: Workload, usable: list[Variant], ring_rank: int) -> None:
-    """Our out and dq are those of the first direct variant; AssertionError where they are not."""
+    """Assert that every variant's out and dq match those of the first direct variant."""
     reference = next(v for v in usable if v.is_direct).run(backward=True)[:2]
     for variant in usable:
         for name, got, want in zip(
@@ -240,7 +240,7 @@ def check(load: Workload, usable: list[Variant], ring_rank: int) -> None:
 def time_all(
     usable: list[Variant], backward: bool, repeats: int, device: torch.device
 ) -> dict[str, float]:
-    """Median seconds of one rank by variant; variants in turn, so that noise hits all alike."""
+    """Median seconds per rank by variant; variants take turns, so noise affects all alike."""
     seconds: dict[str, list[float]] = {v.name: [] for v in usable}
     flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, device=device)
     for repeat in range(-2, repeats):
@@ -287,7 +287,7 @@ def report(rows: list[Row], device: torch.device) -> None:
 
 
 def header(device: torch.device) -> str:
-    """Hardware, software and commit of a table."""
+    """The table title: hardware, software and commit."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return (
         f"{where}, torch {torch.__version__}, merges by {ops.describe(device.type)[0]}, "
@@ -303,9 +303,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--ring-rank", type=int, default=3, help="which rank of 8 is emulated")
     parser.add_argument(
-        "--kernels", nargs="*", default=[], help="block kernels beside the one that is chosen"
+        "--kernels", nargs="*", default=[], help="block kernels to time besides the default one"
     )
-    parser.add_argument("--json", type=Path, help="write the rows here, too")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
@@ -318,10 +318,10 @@ def main(argv: list[str] | None = None) -> int:
     report(rows, device)
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    chosen = [row for row in rows if row.goal and row.both_ratio < row.goal]
-    for row in chosen:
+    missed = [row for row in rows if row.goal and row.both_ratio < row.goal]
+    for row in missed:
         console.note(f"{row.workload}, {row.variant}: {row.both_ratio:.3f}, goal {row.goal}")
-    return 1 if args.check and chosen else 0
+    return 1 if args.check and missed else 0
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""The ops of csrc/ beside plain torch and beside the memory's own speed, in one run.
+"""Compare the ops of csrc/ with plain torch and with memory bandwidth, in one run.
 
     OMP_NUM_THREADS=1 python tools/bench_ops.py           # CPU
     python tools/bench_ops.py --device cuda --compile     # a GPU: sizes of a 128K-token sequence
     python tools/bench_ops.py --markdown --only merge
 
-Every op here moves bytes and computes little, so its floor is the fewest bytes that it must move
-(each input read once, each output written once) over what a large copy reaches on this machine.
-`of copy` is that floor over the measured time: 100 % is as fast as a copy that no cache holds (on a
-CPU a cache holds the small cases, and they beat it). `index` is how rows were picked before there
-were ops: a tensor of row numbers on the device.
+All ops here are memory-bound, so their minimum time is the bytes they must move (each input read
+once, each output written once) divided by the bandwidth of a large copy on this machine. `of copy`
+is that minimum over the measured time: 100% matches a copy too large for any cache (on a CPU, small
+cases fit in a cache and exceed it). `index` picks rows as one would without these ops, by a tensor
+of row numbers on the device.
 
-Medians; inputs random; variants in turn; what an op overwrites is restored before each repetition,
-outside of the measured time. Before it is timed, each variant's result is compared with the first.
-On a CPU with one thread the clock is that thread's.
+Times are medians over random inputs, with variants taking turns. Tensors that an op overwrites are
+restored before each repetition, outside the measured time. Each variant's result is checked against
+the first variant's before timing. On a CPU with one thread, that thread's CPU time is measured.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ WARM_UP = 3  # repetitions that do not count
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One op on one input; `variants` maps a name to what is timed."""
+    """One op on one input; `variants` maps names to the functions to time."""
 
     name: str
     shape: str
-    num_bytes: int  # that must move; 0: bound by something else
+    num_bytes: int  # minimum to move; 0: not memory-bound
     variants: dict[str, Run]
     reset: Run = field(default=lambda: None)  # before each repetition, not timed
 
@@ -68,7 +68,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(environment(device))
     bytes_per_s = copy_speed(device, args.repeats)
-    print(f"a large copy: {bytes_per_s / 1e9:,.1f} GB/s, read and written counted\n")
+    print(f"a large copy: {bytes_per_s / 1e9:,.1f} GB/s, counting reads and writes\n")
     columns = ["op", "shape", "variant", "ms", "GB/s", "of copy", "speed-up"]
     rows = []
     for case in cases(device, args.compile):
@@ -78,9 +78,9 @@ def main() -> None:
 
 
 def measure(case: Case, device: torch.device, bytes_per_s: float, repeats: int) -> list[list[str]]:
-    """A line per variant; speed-up over the first."""
+    """One row per variant; speed-up is over the first."""
     taken: dict[str, list[float]] = {name: [] for name in case.variants}
-    for _ in range(repeats + WARM_UP):  # in turn, so that noise of the machine hits all alike
+    for _ in range(repeats + WARM_UP):  # in turn, so noise affects all alike
         for name, run in case.variants.items():
             case.reset()
             taken[name].append(seconds(run, device))
@@ -99,7 +99,7 @@ def measure(case: Case, device: torch.device, bytes_per_s: float, repeats: int) 
     ]
 
 
-# ---- what is timed ----
+# ---- cases ----
 
 
 def cases(device: torch.device, compiled: bool) -> Iterator[Case]:
@@ -117,7 +117,7 @@ def cases(device: torch.device, compiled: bool) -> Iterator[Case]:
 
 
 def late_halves(rows: int, num_spans: int) -> list[tuple[int, int]]:
-    """The late chunk of each of `num_spans` packed sequences, as a ring step takes them."""
+    """The late chunk of each of `num_spans` packed sequences, as used in a ring step."""
     size = rows // num_spans
     return [(i * size + size // 2, (i + 1) * size) for i in range(num_spans)]
 
@@ -175,7 +175,7 @@ def merge_case(
 def rows_cases(device: torch.device, rows: int, heads: int, dim: int) -> Iterator[Case]:
     """16 spans of queries (dim 0), of keys and values (dim 1), and gradients added to fp32.
 
-    Gradients of one span as well: torch's own addition of bf16 to fp32 is not vectorized.
+    Gradients also with a single span, because torch's addition of bf16 to fp32 is not vectorized.
     """
     spans = late_halves(rows, 16)
     index = torch.cat([torch.arange(*span) for span in spans]).to(device)
@@ -269,7 +269,7 @@ def cross_entropy_cases(
 
 
 def loss_case(device: torch.device, tokens: int, hidden_size: int, vocab: int) -> Case:
-    """logprobs.py forward and backward, matmuls included, with csrc and as if it were absent."""
+    """logprobs.py forward and backward, including matmuls, with and without csrc."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     hidden, weight = (
         torch.randn(n, hidden_size, device=device).div_(hidden_size**0.25).to(dtype)
@@ -305,7 +305,7 @@ def seconds(run: Run, device: torch.device) -> float:
         stop.record()
         stop.synchronize()
         return start.elapsed_time(stop) / 1e3
-    # One thread's own time where there is one: other work on the machine does not count.
+    # With a single thread, its CPU time: other work on the machine does not count.
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     began = clock()
     run()
@@ -313,7 +313,7 @@ def seconds(run: Run, device: torch.device) -> float:
 
 
 def copy_speed(device: torch.device, repeats: int) -> float:
-    """Bytes read and written per second by a copy that no cache holds."""
+    """Bytes read and written per second by a copy too large for any cache."""
     size = (2 << 30) if device.type == "cuda" else (256 << 20)
     x = torch.empty(size, dtype=torch.uint8, device=device).random_()
     y = torch.empty_like(x)
@@ -322,7 +322,7 @@ def copy_speed(device: torch.device, repeats: int) -> float:
 
 
 def check(variants: dict[str, Run], result: Callable[[Run], Tensor], tolerance: float) -> None:
-    """Every variant computes what the first does."""
+    """Assert that every variant computes the same as the first."""
     results = {name: result(run) for name, run in variants.items()}
     want = next(iter(results.values()))
     for name, got in results.items():

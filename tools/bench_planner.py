@@ -1,25 +1,26 @@
-"""Planners side by side: same lengths, same cost model, one core.
+"""Compare planners on the same lengths and cost model, on one core.
 
-    python tools/bench_planner.py                      # quality and seconds to plan, all rows
+    python tools/bench_planner.py                      # quality and planning time, all rows
     python tools/bench_planner.py --scale --plot scale.png
     python tools/bench_planner.py --communication      # the same with exposed P2P, nodes of 8
-    python tools/bench_planner.py --pp-size 4          # 1F1B, beside the paper's PP-balance
+    python tools/bench_planner.py --pp-size 4          # 1F1B, compared with the paper's PP-balance
 
-Quality is a plan's step time over the lower bound that no plan can beat (total work / ranks, the
-longest sequence's best time; compute only unless --communication). The cost is that of FlexSP's 7B
-GPT: 5.128e-6 L^2 + 0.184 L ms, divided by the degree. How each planner's result is timed:
+Quality is a plan's step time divided by a lower bound that no plan can beat (total work / ranks,
+and the longest sequence's best time; compute only unless --communication). The cost model is that
+of FlexSP's 7B GPT: 5.128e-6 L^2 + 0.184 L ms, divided by the degree. Step times of each planner
+assume:
 
-* ours, the paper's, static, greedy   ring partners wait for each other, nothing else does
+* ours, the paper's, static, greedy   ranks wait only for their ring partners
 * megatron                            its own rule: a barrier over all ranks after each group
 * groups (our adapter for Megatron)   a group starts when its ranks are free
-* verl, trl                           static CP rings that each run their share one after the other
+* verl, trl                           static CP rings, each running its share sequentially
 
-Seconds to plan are the least of several runs, wall time and process CPU time: on a machine that
-others use the second is what a core of one's own would need.
+Planning time is the minimum of several runs, both wall time and process CPU time; on a shared
+machine, the latter is what a dedicated core would need.
 
-Peers are taken from where they are installed (`pip install megatron-core verl trl`, also with
---no-deps): only their planner's file is loaded, with stand-ins for imports that it does not use for
-planning. Whatever is missing is left out with a line that says so.
+Peers are used if installed (`pip install megatron-core verl trl`, --no-deps is enough): only the
+file with their planner is loaded, with stubs for imports that planning does not use. Missing peers
+are skipped with a message.
 """
 
 from __future__ import annotations
@@ -58,29 +59,29 @@ WITH_COMMUNICATION = replace(
 )
 SCALE_RANKS = (64, 256, 1024, 4096, 12288)
 SEQUENCES_PER_RANK = 8
-PEER_MAX_RANKS = 1024  # beyond it the Python peers take minutes to hours
+PEER_MAX_RANKS = 1024  # above this, the Python peers take minutes to hours
 
 
 # ---- quality ----
 
 
 def timed(make: Callable[[], Any], repeats: int, limit_s: float = 5.0) -> tuple[Any, float, float]:
-    """(what it makes, least wall seconds, least CPU seconds) of `repeats` runs, fewer if long."""
+    """(result, least wall seconds, least CPU seconds) of `repeats` runs, or fewer if slow."""
     wall_s, cpu_s = [], []
     for _ in range(repeats):
         started, used = time.perf_counter(), time.process_time()
-        made = make()
+        result = make()
         wall_s.append(time.perf_counter() - started)
         cpu_s.append(time.process_time() - used)
         if sum(cpu_s) > limit_s:
             break
-    return made, min(wall_s), min(cpu_s)
+    return result, min(wall_s), min(cpu_s)
 
 
 def measure(planner: Planner, case: Case, repeats: int) -> dict[str, float]:
     make, step_s = planner
-    made, wall_s, cpu_s = timed(lambda: make(case), repeats)
-    return {"step_s": step_s(case, made), "planning_s": wall_s, "planning_cpu_s": cpu_s}
+    result, wall_s, cpu_s = timed(lambda: make(case), repeats)
+    return {"step_s": step_s(case, result), "planning_s": wall_s, "planning_cpu_s": cpu_s}
 
 
 def compare(
@@ -113,24 +114,24 @@ def compare(
     return results
 
 
-def quality_table(results: dict, what: str) -> list[list[str]]:
+def quality_table(results: dict, quantity: str) -> list[list[str]]:
     names = list(dict.fromkeys(n for row in results.values() for n in row["planners"]))
     titles = {
         "ratio": "step time / bound",
         "planning_s": "planning, wall",
         "planning_cpu_s": "planning, CPU",
     }
-    table = [[titles[what], *names]]
+    table = [[titles[quantity], *names]]
     for label, row in results.items():
         cells = [label]
         for name in names:
             value = row["planners"].get(name)
             if value is None:
                 cells.append("-")
-            elif what == "ratio":
+            elif quantity == "ratio":
                 cells.append(f"{value['ratio']:.3f}")
             else:
-                cells.append(seconds_text(value[what]))
+                cells.append(seconds_text(value[quantity]))
         table.append(cells)
     return table
 
@@ -139,7 +140,7 @@ def quality_table(results: dict, what: str) -> list[list[str]]:
 
 
 def scale(repeats: int) -> list[dict[str, Any]]:
-    """Planning time and peak memory of `hdp`, each size in a process of its own."""
+    """Planning time and peak memory of `hdp`, each size in its own process."""
     rows = []
     for ranks in SCALE_RANKS:
         command = [sys.executable, __file__, "--one-scale", str(ranks), "--repeats", str(repeats)]
@@ -195,14 +196,14 @@ def scale_table(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def draw_scale(rows: list[dict[str, Any]], path: str) -> None:
-    """Planning time over ranks, log-log, beside a line of slope 1."""
+    """Plot planning time over ranks, log-log, with a line of slope 1 for comparison."""
     from matplotlib.figure import Figure
 
     ranks = np.array([row["ranks"] for row in rows], dtype=float)
     taken = np.array([row["planning_cpu_s"] for row in rows]) * 1e3
     figure = Figure(figsize=(6.4, 4.0), dpi=160)
     axes = figure.add_axes((0.12, 0.15, 0.84, 0.75))
-    axes.loglog(ranks, taken, "o-", color="#00798c", label="hdp.scheduler.step_plan, one core")
+    axes.loglog(ranks, taken, "o-", color="#00798c", label="hdp.scheduler.plan, one core")
     middle = len(ranks) // 2
     axes.loglog(ranks, taken[middle] * ranks / ranks[middle], "--", color="#9aa0a6", label="linear")
     axes.set_xlabel(f"ranks ({SEQUENCES_PER_RANK} sequences per rank)")
@@ -216,7 +217,7 @@ def draw_scale(rows: list[dict[str, Any]], path: str) -> None:
     figure.savefig(path)
 
 
-# ---- the run ----
+# ---- command line ----
 
 
 def environment(script: str = "tools/bench_planner.py") -> str:
@@ -228,14 +229,14 @@ def environment(script: str = "tools/bench_planner.py") -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", help="only rows whose label contains this")
+    parser.add_argument("--rows", help="run only rows whose label contains this")
     parser.add_argument("--communication", action="store_true", help="exposed P2P, nodes of 8")
     parser.add_argument("--pp-size", type=int, default=1, help="pipeline stages")
     parser.add_argument("--scale", action="store_true", help="planning time by number of ranks")
-    parser.add_argument("--plot", help="with --scale: write the plot here")
+    parser.add_argument("--plot", help="with --scale: write the plot to this file")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    parser.add_argument("--json", help="write the numbers here")
+    parser.add_argument("--json", help="write the numbers to this file")
     parser.add_argument("--one-scale", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one_scale:
@@ -256,7 +257,7 @@ def main() -> int:
         sets = [r for r in BENCHMARK_SETS if not arguments.rows or arguments.rows in r.label]
         if not sets:
             labels = ", ".join(r.label for r in BENCHMARK_SETS)
-            raise SystemExit(f"no row's label contains {arguments.rows!r}: {labels}")
+            raise SystemExit(f"no label contains --rows {arguments.rows!r}; labels: {labels}")
         node = NODE if arguments.communication else None
         if arguments.pp_size > 1:
             sets = [r for r in sets if r.hdp_size <= PEER_MAX_RANKS]

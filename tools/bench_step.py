@@ -1,19 +1,19 @@
-"""Training steps under HDP and under static context parallelism: same batches, same run.
+"""Compare training steps under HDP and static context parallelism: same batches, same run.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tools/bench_step.py
 
-Each batch has one long document and short ones beside it. A static mesh has two ways to deal with
-them: all sequences on one rank each (static:1), where the rank with the long one is late, or all on
-several (static:2), where the short ones communicate for nothing. All policies train each batch in
-turn, the order rotating from batch to batch, so that noise of the machine hits all alike. Every
-column is of each policy's medians over the batches: tokens/s is median tokens by median seconds,
-speed-up the first policy's median seconds by this one's, so that the two always agree. On a CPU use
-2 ranks of one thread each on two cores: more ranks share the cores, and the time that one waits
-goes to the others.
+Each batch has one long document and several short ones. A static mesh can handle them in two ways:
+every sequence on one rank (static:1), where the others wait for the rank with the long one, or
+every sequence on several ranks (static:2), where short ones communicate needlessly. All policies
+train each batch in turn, in an order that rotates from batch to batch, so noise affects all alike.
+All columns are each policy's medians over the batches: tokens/s is median tokens over median
+seconds, and speed-up is the first policy's median seconds over this one's, so the two always agree.
+On a CPU, use 2 ranks with one thread each on two cores: with more ranks than cores, the time one
+rank waits goes to the others.
 
-Learning rate 0: every policy sees the same weights, and their losses must agree.
+The learning rate is practically 0, so that every policy sees the same weights; losses must agree.
 
-With `--lengths 32768 131072` it measures something else, full steps of one sequence per rank, by
+With `--lengths 32768 131072` it runs a different benchmark, full steps of one sequence per rank, by
 length: MFU, memory, and a fitted prediction (step_lengths.py).
 """
 
@@ -43,7 +43,7 @@ from hdp.training.step import train_step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OneLongEach:
-    """A sampler: batch i is the i-th long document and the short ones that fit beside it."""
+    """A sampler: batch i is the i-th long document plus as many short ones as fit."""
 
     seqlens: np.ndarray
     batch_tokens: int
@@ -56,8 +56,9 @@ class OneLongEach:
         short = order[self.seqlens[order] <= self.short_tokens]
         if not len(long) or not len(short):
             raise SystemExit(
-                f"{len(long)} documents of at least {self.long_tokens} tokens and {len(short)} of "
-                f"at most {self.short_tokens}: change --long-tokens and --short-tokens"
+                f"found {len(long)} documents of at least {self.long_tokens} tokens and "
+                f"{len(short)} of at most {self.short_tokens}, need one of each: change "
+                "--long-tokens or --short-tokens"
             )
         first = long[position[1] % len(long)]
         start = position[1] * 97 % len(short)
@@ -69,7 +70,7 @@ class OneLongEach:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One policy on one batch."""
+    """Measurements of one policy on one batch."""
 
     step_s: float
     predicted_s: float
@@ -85,16 +86,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--policies",
         default="static:1,static:2,hdp",
-        help="in order; static:K has K ranks per sequence; ratios are to the first",
+        help="policies in order; static:K uses K ranks per sequence; ratios are to the first",
     )
     parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("--long-tokens", type=int, default=4096, help="the long document")
-    parser.add_argument("--short-tokens", type=int, default=512, help="the longest short one")
+    parser.add_argument("--long-tokens", type=int, default=4096, help="length of the long document")
+    parser.add_argument(
+        "--short-tokens", type=int, default=512, help="maximum length of short ones"
+    )
     parser.add_argument("--batch-tokens", type=int, default=12288)
     parser.add_argument("--max-tokens-per-rank", type=int, default=4096)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", default="stdlib")
-    parser.add_argument("--cost", help="cost model: a file of `hdp profile`, or a preset")
+    parser.add_argument("--cost", help="cost model: a file from `hdp profile`, or a preset")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args()
 
@@ -111,7 +114,7 @@ def main() -> None:
         batch_tokens=args.batch_tokens,
         cost=args.cost,
         device=args.device,
-        lr=1e-30,  # the smallest that TrainConfig takes: weights stay what they are
+        lr=1e-30,  # must be positive; weights do not change
         weight_decay=0.0,
     )
     device = None if args.device == "auto" else args.device
@@ -123,7 +126,7 @@ def main() -> None:
 
 
 def bench(run: Run, args: argparse.Namespace) -> dict[str, list[Row]]:
-    """All policies on all batches, after one batch of warm-up each."""
+    """Run all policies on all batches, after one warm-up batch each."""
     sampler = OneLongEach(
         seqlens=run.dataset.seqlens,
         batch_tokens=args.batch_tokens,
@@ -159,7 +162,7 @@ def bench(run: Run, args: argparse.Namespace) -> dict[str, list[Row]]:
 
 
 def measure(run: Run, observer: Observer, step: StepBatch) -> Row:
-    """One step: forward, backward, reduction, optimizer."""
+    """Measure one step: forward, backward, reduction, optimizer."""
     began = time.perf_counter()
     result = train_step(run.context, step)
     step_s = time.perf_counter() - began
@@ -179,7 +182,7 @@ COLUMNS = ("policy", "tokens/s", "step s", "plan s", "bubble", "plan", "MB sent"
 
 
 def medians_table(rows: dict[str, list[Row]]) -> list[list[str]]:
-    """A line per policy under COLUMNS, all of its medians; speed-up is over the first policy."""
+    """One row per policy with COLUMNS from its medians; speed-up is over the first policy."""
     middle = {policy: medians(mine) for policy, mine in rows.items()}
     first = next(iter(middle.values()))
     return [
@@ -198,7 +201,7 @@ def medians_table(rows: dict[str, list[Row]]) -> list[list[str]]:
 
 
 def medians(rows: Sequence[Row]) -> Row:
-    """Field by field."""
+    """The median of each field."""
     names = [field.name for field in dataclasses.fields(Row)]
     return Row(**{name: median(getattr(row, name) for row in rows) for name in names})
 
@@ -227,5 +230,5 @@ if __name__ == "__main__":
     else:
         try:
             main()
-        except ValueError as error:  # lengths, data or a model that do not fit
+        except ValueError as error:  # invalid lengths, data or model
             raise SystemExit(f"bench_step: {error}") from None

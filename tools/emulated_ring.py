@@ -1,13 +1,13 @@
-"""One rank of a ring on one device: the blocks of the others are at hand, so no peer is needed.
+"""Emulate one rank of a ring on one device: the other ranks' blocks are local, no peers needed.
 
-The runtime's own code runs (`ring_attn_varlen_func`), with a communicator that hands out what the
+The runtime's own code runs (`ring_attn_varlen_func`), with a communicator that returns what the
 other ranks would send: their keys and values, and zeros for the gradients that travel with them.
-`out` and `dq` are those of a real ring; `dk` and `dv` have this rank's part only.
+`out` and `dq` match a real ring; `dk` and `dv` contain only this rank's part.
 
 Two kinds of transfer:
-* at once (default): for the time of the kernels and merges alone
-* on a stream of its own (`copies=True`, CUDA): a device copy that starts when what was queued
-  before it is done and that `wait()` makes the current stream wait for, as NCCL does
+* instantaneous (default): to time only kernels and merges
+* on a separate stream (`copies=True`, CUDA): a device copy that starts after previously queued
+  work, and for which `wait()` blocks the current stream, as with NCCL
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hdp.scheduler.zigzag import rank_chunks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequence:
-    """One whole causal sequence: q, dout (seqlen, num_heads, head_dim), k, v with their heads."""
+    """A whole causal sequence: q, dout (seqlen, num_heads, head_dim); k, v with num_kv_heads."""
 
     q: Tensor
     k: Tensor
@@ -42,7 +42,7 @@ class Sequence:
         return cls(q=draw(heads), k=draw(kv_heads), v=draw(kv_heads), dout=draw(heads))
 
     def rows(self, ring_size: int, position: int) -> Tensor:
-        """Token numbers of a ring position, in its row order."""
+        """Token indices of a ring position, in its row order."""
         chunks = rank_chunks(len(self.q), ring_size, position)
         return torch.cat([torch.arange(*chunk, device=self.q.device) for chunk in chunks])
 
@@ -53,7 +53,7 @@ class Sequence:
 
 
 class EmulatedComm(RingComm):
-    """What `layout.ring_rank` would exchange with the other positions of its ring."""
+    """Provides what `layout.ring_rank` would receive from the other positions of its ring."""
 
     def __init__(self, sequence: Sequence, layout: RingLayout, *, copies: bool = False) -> None:
         device = sequence.q.device
@@ -65,26 +65,26 @@ class EmulatedComm(RingComm):
             self._blocks.append(torch.stack((k, v)))
         self._grads = torch.zeros_like(
             max(self._blocks, key=Tensor.numel), dtype=torch.float32
-        )  # arriving gradients: added to, never read
+        )  # incoming gradients: added to, never read
         self._hops = 0
         self._stream = torch.cuda.Stream(device) if copies else None
 
     def shift(
         self, tensor: Tensor, ring: tuple[int, ...], ring_rank: int, recv_shape: torch.Size | tuple
     ) -> Arrival:
-        """The next block of the ring, keys and values in bf16, gradients in fp32."""
+        """The ring's next block: keys and values in bf16, or gradients in fp32."""
         if tensor.dtype == torch.float32:
             source = self._grads[:, : recv_shape[1]]
         else:
             self._hops = self._hops % (len(ring) - 1) + 1
             source = self._blocks[(ring_rank - self._hops) % len(ring)]
-        assert source.shape == tuple(recv_shape), f"{source.shape} arrives, {recv_shape} expected"
+        assert source.shape == tuple(recv_shape), f"received {source.shape}, expected {recv_shape}"
         if self._stream is None:
             return Arrival(self, lambda: [source], None)
         return self._copied([(tensor.new_empty(recv_shape), source)])
 
     def swap(self, sends: Peers, receives: Peers) -> Arrival:
-        """Keys and values of all others into the receivers' tensors (gathered rings)."""
+        """Copy the others' keys and values into the receive tensors (gathered rings)."""
         pairs = []
         for i, (tensor, peer) in enumerate(receives):
             if tensor.dtype == torch.float32:

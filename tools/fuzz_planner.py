@@ -1,12 +1,12 @@
-"""Fuzz the planner: random batches on random clusters; no crash, no invalid plan, none far off.
+"""Fuzz the planner with random batches on random clusters: no crashes, no invalid or poor plans.
 
     python tools/fuzz_planner.py --cases 100000
 
-Each case draws lengths (several shapes, one outlier or none), a cluster (any size, nodes or none),
-a cost model (from free communication to nothing but communication), and sometimes units, offload,
-pipeline stages or equal counts; then it plans with `hdp`, validates the plan, checks that the
-simulator ends when the planner says, and that without pipeline stages the plan is below `--limit`
-times the lower bound. Cases are seeded by their number: `--first N --cases 1` repeats one.
+Each case draws lengths (several distributions, with or without an outlier), a cluster (any size,
+with or without nodes), a cost model (from free communication to communication only), and sometimes
+units, offload, pipeline stages or equal counts. It then plans with `hdp`, validates the plan, and
+checks that the predicted time is not below the lower bound and, without pipeline stages, at most
+`--limit` times that bound. Cases are seeded by their number: `--first N --cases 1` repeats case N.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ def draw_lengths(rng: np.random.Generator, count: int, most: int) -> np.ndarray:
 
 
 def draw_cost(rng: np.random.Generator) -> CostModel:
-    """Coefficients over several orders of magnitude, each term absent now and then."""
+    """Coefficients over several orders of magnitude, with terms randomly absent."""
 
-    def some(low: float, high: float, share: float = 0.6) -> float:
+    def maybe(low: float, high: float, share: float = 0.6) -> float:
         return (
             float(np.exp(rng.uniform(np.log(low), np.log(high)))) if rng.random() < share else 0.0
         )
 
     intra = float(np.exp(rng.uniform(np.log(1e9), np.log(1e12))))
     return CostModel.from_coefficients(
-        quadratic_s=some(1e-10, 1e-7, 0.9),
-        linear_s=some(1e-6, 1e-3, 0.9) or 1e-5,
-        fixed_s=some(1e-4, 1.0),
-        small_shard_tokens=some(10, 5000),
-        ring_step_s=some(1e-5, 1e-1, 0.4),
-        kv_bytes_per_token=some(1e3, 1e6),
+        quadratic_s=maybe(1e-10, 1e-7, 0.9),
+        linear_s=maybe(1e-6, 1e-3, 0.9) or 1e-5,
+        fixed_s=maybe(1e-4, 1.0),
+        small_shard_tokens=maybe(10, 5000),
+        ring_step_s=maybe(1e-5, 1e-1, 0.4),
+        kv_bytes_per_token=maybe(1e3, 1e6),
         intra_node_bytes_per_s=intra,
         inter_node_bytes_per_s=intra * float(rng.uniform(0.05, 1.0)),
-        activation_bytes_per_token=some(1e4, 1e7),
-        temporary_bytes_per_token=some(1e3, 1e6),
+        activation_bytes_per_token=maybe(1e4, 1e7),
+        temporary_bytes_per_token=maybe(1e3, 1e6),
         num_layers=int(rng.integers(1, 80)),
-        host_bytes_per_s=some(1e9, 1e11),
+        host_bytes_per_s=maybe(1e9, 1e11),
         ranks_per_host_link=int(rng.integers(1, 5)),
-        reduce_s=some(1e-3, 1.0, 0.2),
+        reduce_s=maybe(1e-3, 1.0, 0.2),
     )
 
 
@@ -100,13 +100,15 @@ def draw_case(number: int) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def run_case(number: int) -> tuple[float, StepPlan]:
-    """(finishing time over the lower bound, plan). Raises what is wrong."""
+    """(predicted time over the lower bound, plan). Raises if the plan is wrong."""
     lengths, arguments = draw_case(number)
-    made = plan(lengths, **arguments).validate()
-    assert made.predicted_s > 0, f"predicted {made.predicted_s} s"
-    bound_s = made.lower_bound_s
-    assert made.predicted_s >= bound_s * (1 - 1e-6), f"{made.predicted_s} s is below {bound_s} s"
-    return made.predicted_s / bound_s, made
+    drawn = plan(lengths, **arguments).validate()
+    assert drawn.predicted_s > 0, f"predicted {drawn.predicted_s} s"
+    bound_s = drawn.lower_bound_s
+    assert drawn.predicted_s >= bound_s * (1 - 1e-6), (
+        f"predicted {drawn.predicted_s} s is below the lower bound of {bound_s} s"
+    )
+    return drawn.predicted_s / bound_s, drawn
 
 
 def main() -> int:
@@ -124,12 +126,12 @@ def main() -> int:
             print(f"{number - arguments.first} cases, {failures} failures, worst {worst:.3f}",
                   flush=True)  # fmt: skip
         try:
-            ratio, made = run_case(number)
+            ratio, step_plan = run_case(number)
         except Exception as error:
             failures += 1
             print(f"case {number}: {type(error).__name__}: {error}", flush=True)
             continue
-        if made.pp_size == 1:
+        if step_plan.pp_size == 1:
             ratios.append(ratio)
             if ratio > arguments.limit:
                 failures += 1

@@ -1,7 +1,8 @@
 """ByteScale's published figures (arXiv 2502.21231), for reproduce_paper.py.
 
-Speed-ups over its static baseline were read off Figures 17 and 20; models are its Table 1. tp, pp
-and the exact number of GPUs of the last panel ("more than 12K") are chosen, see reproduce_paper.py.
+Speed-ups over its static baseline are read off Figures 17 and 20; models are from its Table 1. tp,
+pp and the exact number of GPUs in the last panel ("more than 12K") are our choice; see
+reproduce_paper.py.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from dataclasses import dataclass
 
 CONTEXTS = (2**18, 2**19, 2**20, 2**21)
 DATASETS = ("github-like", "byted-like")
-# Fig. 20, the same for 7B, 2M, Byted; cumulative.
+# Fig. 20: cumulative speed-ups for 7B, 2M, Byted.
 ABLATION = {"dynamic communication": 1.59, "selective offload": 2.01, "balance": 3.69}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A row of the paper's Table 1 and what is chosen for it. MLP widths are the models' own."""
+    """A row of the paper's Table 1 plus our choices. MLP widths are those of the real models."""
 
     layers: int
     hidden: int

@@ -1,7 +1,7 @@
-"""Attention as libraries offer it to their users: what tools/bench_attention.py compares with.
+"""Other libraries' public attention functions, the baselines of tools/bench_attention.py.
 
-Each takes q (total_tokens, num_heads, head_dim), k and v with their heads, and returns out like q,
-differentiable. What is not installed is left out.
+Each takes q (total_tokens, num_heads, head_dim), k and v (total_tokens, num_kv_heads, head_dim) and
+returns a differentiable out with the shape of q. Libraries that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def direct_attention(seqlens: tuple[int, ...], device: torch.device) -> dict[str, Attend]:
-    """Causal attention of packed sequences by each library that is here and fits, by name."""
+    """Causal attention over packed sequences, by name, for each applicable installed library."""
     segments = Segments(seqlens, seqlens, causal=True)
     size = len(seqlens)
     found: dict[str, Attend] = {}
@@ -47,7 +47,7 @@ def direct_attention(seqlens: tuple[int, ...], device: torch.device) -> dict[str
         found[f"{name} varlen"] = varlen
     if size > 1 and device.type == "cuda":
         found["torch flash varlen"] = _torch_varlen(segments, device)
-    if not found:  # ragged, and no library that packs: one call per sequence
+    if not found:  # ragged, and no library supports packing: one call per sequence
         found["torch, a call each"] = _each(seqlens)
     return found
 
@@ -80,7 +80,7 @@ def _torch_varlen(segments: Segments, device: torch.device) -> Attend:
         offsets = segments.cu_tensors(device)
         longest = (segments.max_seqlen_q, segments.max_seqlen_k)
         out = varlen_attn(q, k, v, *offsets, *longest, window_size=(-1, 0), **grouped)
-        assert isinstance(out, Tensor)  # a tuple only if asked for
+        assert isinstance(out, Tensor)  # a tuple only on request
         return out
 
     return attend
@@ -99,7 +99,7 @@ def _each(seqlens: tuple[int, ...]) -> Attend:
 
 
 def _libraries(device: torch.device) -> dict:
-    """flash-attn releases that import here."""
+    """The flash-attn releases that can be imported."""
     found = {}
     if device.type == "cuda":
         for name, module in (

@@ -1,7 +1,7 @@
-"""Planners for bench_planner.py: ours, simple ones, and peers where they are installed.
+"""Planners for bench_planner.py: ours, simple baselines, and peers if installed.
 
-Of a peer only the file with its planner is loaded, with stand-ins for imports that it does not use
-for planning; nothing of it is changed. How each result is timed is said in bench_planner.py.
+Only the file with a peer's planner is loaded, unmodified, with stubs for imports that planning does
+not use. bench_planner.py explains how each result is timed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A row: what every planner is given."""
+    """One benchmark row: the input of every planner."""
 
     seqlens: np.ndarray
     hdp_size: int
@@ -49,11 +49,11 @@ class Case:
 PIPELINE_POLICIES = ("hdp", "static", "bytescale-naive", "bytescale-pp")
 POLICIES_SHOWN = ("hdp", "static", "bytescale-naive", "bytescale-dp")
 
-# A planner makes something from a case (this is what is timed) and says how long its step takes.
+# A planner is a pair: one function plans a case (this is timed), the other computes the step time.
 Planner = tuple[Callable[[Case], Any], Callable[[Case, Any], float]]
 
 
-# ---- ours, and simple ones ----
+# ---- ours, and simple baselines ----
 
 
 def _policy(name: str) -> Planner:
@@ -68,13 +68,15 @@ def _policy(name: str) -> Planner:
             pp_size=case.pp_size,
         )
 
-    return make, lambda case, made: made.predicted_s
+    return make, lambda case, step_plan: step_plan.predicted_s
 
 
 def _greedy(case: Case) -> float:
-    """Ranks by work and by memory, longest first, to the least loaded ranks: finishing time.
+    """Finishing time of a greedy schedule: longest first, onto the least loaded ranks.
 
-    No microbatches, no topology, memory of one sequence at a time: a sketch, not a planner."""
+    Degrees follow from work and memory. Not a full planner: it ignores microbatches and topology,
+    and considers memory one sequence at a time.
+    """
     need = -(-case.seqlens // case.max_tokens_per_rank)
     alone_s = case.piece_s(case.seqlens, 1)
     target_s = float(alone_s.sum()) / case.hdp_size
@@ -116,8 +118,8 @@ def _groups_s(case: Case, groups: Any) -> float:
 # ---- peers ----
 
 
-def _load(package: str, path: str, stand_ins: tuple[str, ...]) -> ModuleType:
-    """One file of an installed package, without importing the package."""
+def _load(package: str, path: str, stubs: tuple[str, ...]) -> ModuleType:
+    """Load one file of an installed package without importing the package."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise Skipped(f"{package} is not installed")
@@ -125,7 +127,7 @@ def _load(package: str, path: str, stand_ins: tuple[str, ...]) -> ModuleType:
     file = next((folder / path for folder in folders if (folder / path).is_file()), None)
     if file is None:
         raise Skipped(f"{package} has no {path} in this version")
-    with _stand_ins(stand_ins):
+    with _stubs(stubs):
         module_spec = importlib.util.spec_from_file_location(f"peer_{package}", file)
         assert module_spec is not None and module_spec.loader is not None
         module = importlib.util.module_from_spec(module_spec)
@@ -137,8 +139,8 @@ def _load(package: str, path: str, stand_ins: tuple[str, ...]) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _stand_ins(names: tuple[str, ...]) -> Iterator[None]:
-    """Empty modules in place of imports, for as long as a file is loaded."""
+def _stubs(names: tuple[str, ...]) -> Iterator[None]:
+    """Replace imports with empty modules while a file is loaded."""
 
     class Empty(ModuleType):
         def __getattr__(self, name: str) -> Any:
@@ -203,7 +205,7 @@ def _trl() -> Planner:
     import pyarrow
 
     def make(case: Case) -> Any:
-        # Rows of one repeated sequence number: the packer moves rows, and so do we.
+        # Each row repeats its sequence number, so the packed rows tell which sequences they hold.
         offsets = np.concatenate([[0], np.cumsum(case.seqlens)]).astype(np.int32)
         values = np.repeat(np.arange(len(case.seqlens), dtype=np.int32), case.seqlens)
         rows = pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(values))
@@ -212,7 +214,7 @@ def _trl() -> Planner:
         packed = module._pack_bfd(pyarrow.table({"input_ids": rows}), length)
         bins = [np.unique(row) for row in packed["input_ids"].to_numpy(zero_copy_only=False)]
         parts: list[list[int]] = [[] for _ in range(case.hdp_size // cp_size)]
-        for i, members in enumerate(bins):  # a data loader deals them in order
+        for i, members in enumerate(bins):  # as a data loader deals them out
             parts[i % len(parts)] += members.tolist()
         return parts
 
@@ -225,7 +227,7 @@ def _static_rings_s(case: Case, parts: Any) -> float:
 
 
 def planners(pp_size: int = 1) -> tuple[dict[str, Planner], list[str]]:
-    """All that are there, and a line for each that is not. With pipelines: those that plan them."""
+    """(planners by name, a message for each missing one). With pipeline stages, only ours."""
     if pp_size > 1:
         return {name: _policy(name) for name in PIPELINE_POLICIES}, []
     same: Callable[[Case, Any], float] = lambda case, step_s: step_s  # noqa: E731

@@ -1,35 +1,37 @@
-"""ByteScale's Figure 17, ablation and case study in the simulator: paper, simulation, our policy.
+"""Reproduce ByteScale's Figure 17, ablation and case study in the simulator, with our policy added.
 
     python tools/reproduce_paper.py                            # everything, about ten minutes
     python tools/reproduce_paper.py --panel 7B --batches 4     # two panels, seconds
     python tools/reproduce_paper.py --plot fig17.png --json fig17.json
 
-What comes from the paper (arXiv 2502.21231): time per layer and length (Fig. 6a: attention
-9.15e-9 s^2 + 1.33e-4 s + 0.10 ms, MLP 2.25e-4 s ms for s tokens), shares of tokens per length
-(Fig. 4), 32M tokens per step, models (Table 1), numbers of GPUs, the speed-ups (Fig. 17, 20).
+Taken from the paper (arXiv 2502.21231): time per layer by length (Fig. 6a: attention 9.15e-9 s^2 +
+1.33e-4 s + 0.10 ms, MLP 2.25e-4 s ms for s tokens), shares of tokens by length (Fig. 4), 32M tokens
+per step, models (Table 1), numbers of GPUs, and the speed-ups (Fig. 17, 20).
 
-What it does not state is chosen once, for all panels:
+What the paper does not state is chosen once for all panels:
 
 * C = 8K tokens per rank (a 312K sequence is on 39 ranks in its Fig. 18). tp x pp: 7B 2 x 1, 13B
   4 x 1, 30B 8 x 1, the others 8 x 2: 512 HDP ranks, and 768 for 8x22B on 12,288 GPUs.
-* SLOWDOWN 4.4: Fig. 18a's times per layer, attention and MLP alike, are 4.3 to 4.7x Fig. 6a's.
+* SLOWDOWN 4.4: Fig. 18a's times per layer, for both attention and MLP, are 4.3 to 4.7x Fig. 6a's.
 * A ring step's transfer of 8K tokens' KV takes 1.45 ms in forward (Fig. 18a: 1.4 to 1.6 ms) and
-  twice that in backward, where gradients of KV travel too. Bytes scale with KV heads per GPU. Each
-  step costs another 0.3 ms (Fig. 18a's extra kernel), whatever the model.
+  twice that in backward, where KV gradients travel too. Bytes scale with KV heads per GPU. Each
+  step costs another 0.3 ms (Fig. 18a's extra kernel), independent of the model.
 * Backward takes 2.15x forward (Fig. 18: 19 s and 41 s).
-* A step spends 12 s outside microbatches (optimizer, gradients, data): about what the balanced
-  GitHub bars keep when their attention is taken out.
-* Work per layer scales with hidden size (attention) and weights (the rest) over tp; MoE by its
-  active experts; every layer of a stage counts.
-* Documents longer than the context are split. Byted's last bar is (1M, 2M], an octave like all.
-* Host link: forward hides a ratio of 0.5 at 64K tokens (Fig. 21), 42 KB per token and layer.
-* The baseline packs documents first fit in the order of the data and deals packs in turn; naive HDP
-  emits long documents before packs (Algorithm 1's order). Both balanced policies are as in
-  scheduler/policies/bytescale.py. Offload is off except in the ablation's rows: Eq. 3 as printed
-  gives a 2M sequence 16 ranks, on which it alone takes longer than the paper's whole step.
+* A step spends 12 s outside microbatches (optimizer, gradients, data): roughly what remains of the
+  balanced GitHub bars after subtracting attention.
+* Work per layer scales with hidden size (attention) and with weights (the rest), divided by tp; MoE
+  counts active experts; every layer of a stage counts.
+* Documents longer than the context are split. Byted's last bar is (1M, 2M], an octave like the
+  others.
+* Host link: forward hides a ratio of 0.5 at 64K tokens (Fig. 21), 42 KB per token per layer.
+* The baseline packs documents first-fit in data order and deals packs out in turn; naive HDP emits
+  long documents before packs (Algorithm 1's order). Both balanced policies are those of
+  scheduler/policies/bytescale.py. Offload is off except in the ablation's offload rows: Eq. 3 as
+  printed gives a 2M sequence 16 ranks, where it alone takes longer than the paper's whole step.
 
-A speed-up is a mean of step times over batches over another: throughput over many steps. Batches
-are stratified draws (each bucket has its exact share), so few of them stand for the paper's 200.
+A speed-up is the ratio of mean step times over batches, that is, of throughput over many steps.
+Batches are stratified draws (each bucket has its exact share), so a few are enough to represent the
+paper's 200.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ POLICY_NAMES = ("static", "naive", "balance", "ours")
 
 
 def cost_of(model: Model) -> CostModel:
-    """Seconds of a stage's layers, forward + backward, from Fig. 6a (measured on the 7B model)."""
+    """Cost of a stage's layers, forward + backward, from Fig. 6a (measured on the 7B model)."""
     seven = MODELS["7B"]
 
     def weights(m: Model) -> float:
@@ -89,7 +91,7 @@ def cost_of(model: Model) -> CostModel:
         activation_bytes_per_token=kept_bytes,
         name="ByteScale Fig. 6a",
     )
-    # The host link that hides half of a 64K sequence's activations behind forward.
+    # A host link fast enough to move half of a 64K sequence's activations during forward.
     forward_s = float(cost.compute_s(65536, 1)) * cost.forward_share
     moved = 0.5 * 65536 * kept_bytes * (layers - 2) / layers
     return replace(cost, host_bytes_per_s=moved / forward_s)
@@ -99,7 +101,7 @@ def cost_of(model: Model) -> CostModel:
 
 
 def batches(dataset: str, context: int, count: int, seed: int = 0) -> list[np.ndarray]:
-    """`count` batches of 32M tokens, documents over the context split, in the order of the data."""
+    """`count` batches of 32M tokens in data order, with documents over the context split."""
     sampler = WORKLOADS[dataset].sample
     assert isinstance(sampler, Buckets)
     sampler = replace(sampler, last_at_edge=False)
@@ -111,7 +113,7 @@ def batches(dataset: str, context: int, count: int, seed: int = 0) -> list[np.nd
 
 
 def stratified(sampler: Buckets, num_tokens: float, rng: np.random.Generator) -> np.ndarray:
-    """Lengths with each bucket's exact share of samples, evenly spread inside it, shuffled."""
+    """Shuffled lengths: each bucket has its exact share of samples, evenly spread inside it."""
     shares, means = sampler.sample_share(), sampler.means()
     num = num_tokens / float((shares * means).sum())
     parts = []
@@ -125,7 +127,7 @@ def stratified(sampler: Buckets, num_tokens: float, rng: np.random.Generator) ->
 
 
 def baseline(seqlens: np.ndarray, cp_size: int, model: Model) -> StepPlan:
-    """Static DP x CP with packs filled first fit in the order of the data and dealt in turn."""
+    """Static DP x CP with packs filled first-fit in data order and dealt out in turn."""
     rooms: list[int] = []
     packs: list[list[int]] = []
     for seq, shard in enumerate((-(-seqlens // cp_size)).tolist()):
@@ -184,7 +186,7 @@ def step_s(
 ) -> float:
     """Mean step time of a policy over batches, seconds."""
     plans = (make_plan(name, seqlens, context, model, cost, offload) for seqlens in drawn)
-    return float(np.mean([finish_s(made, cost) for made in plans])) + OUTSIDE_S
+    return float(np.mean([finish_s(each, cost) for each in plans])) + OUTSIDE_S
 
 
 # ---- Figure 17 ----
@@ -253,7 +255,7 @@ def ablation(count: int) -> list[list[str]]:
 
 
 def case_study(count: int) -> list[list[str]]:
-    """Busy time per rank of one batch: the one with the longest sequence, as in the paper."""
+    """Busy time per rank for the batch with the longest sequence, as in the paper."""
     model, cost, context = MODELS["7B"], cost_of(MODELS["7B"]), CONTEXTS[-1]
     seqlens = max(batches("byted-like", context, count), key=lambda batch: int(batch.max()))
     head = ["case study: one batch", "step", "busy min", "busy max", "busy std", "bubble", "paper"]
@@ -261,7 +263,7 @@ def case_study(count: int) -> list[list[str]]:
     paper = {"static": "8m40", "naive": "4m32 (60..279, std 68)", "balance": "2m37", "ours": "-"}
     for name in POLICY_NAMES:
         timeline = simulate(make_plan(name, seqlens, context, model, cost, False), cost)
-        # The paper's "valid time" counts communication that a rank is in the middle of.
+        # The paper's "valid time" includes a rank's ongoing communication.
         busy = timeline.busy_s + timeline.seconds("comm")
         table.append(
             [
@@ -281,7 +283,7 @@ def case_study(count: int) -> list[list[str]]:
 
 
 def draw(rows: list[dict[str, Any]], path: str) -> None:
-    """Figure 17: per panel and context the paper's speed-ups, the simulated ones, our policy's."""
+    """Draw Figure 17: speed-ups of the paper, the simulation and our policy by panel."""
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((row["model"], row["dataset"]) for row in rows))
@@ -299,9 +301,9 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     for ax, panel in zip(axes, panels, strict=False):
         mine = [row for row in rows if (row["model"], row["dataset"]) == panel]
         x = np.arange(len(mine))
-        for i, (label, colour, value) in enumerate(bars):
+        for i, (label, color, value) in enumerate(bars):
             heights = [value(row) for row in mine]
-            ax.bar(x + (i - 2) * 0.17, heights, 0.16, color=colour, label=label)
+            ax.bar(x + (i - 2) * 0.17, heights, 0.16, color=color, label=label)
         ax.axhline(1.0, color="#9aa0a6", linewidth=0.8, linestyle="--")
         ax.set_title(f"{panel[0]} {panel[1].split('-')[0]}", fontsize=10, loc="left")
         ax.set_xticks(x, [f"{row['context'] // 1024}K" for row in mine], fontsize=8)
@@ -321,7 +323,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """How far the simulation is from the paper, in words."""
+    """Text that tells how far the simulation is from the paper."""
     lines = []
     for name in ("naive", "balance"):
         off = np.array([row["speedup"][name] / row["paper"][name] - 1 for row in rows])
@@ -338,8 +340,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--panel", action="append", choices=list(MODELS), help="repeatable")
     parser.add_argument("--batches", type=int, default=8, help="batches of 32M tokens per point")
-    parser.add_argument("--plot", help="write Figure 17 here")
-    parser.add_argument("--json", help="write the numbers here")
+    parser.add_argument("--plot", help="write Figure 17 to this file")
+    parser.add_argument("--json", help="write the numbers to this file")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     arguments = parser.parse_args()
     show = markdown if arguments.markdown else align

@@ -1,17 +1,18 @@
-"""Full training steps of one long sequence per rank: MFU, memory, and what the cost model says.
+"""Measure full training steps of one long sequence per rank: MFU, memory, cost model's error.
 
     python tools/bench_step.py --lengths 32768 131072
     torchrun --standalone --nproc-per-node 8 tools/bench_step.py --lengths 32768 131072
 
-A step is what training does: gather, forward, backward, reduce, clip, AdamW. The model is shaped
-like LLaMA-3-8B, with as many layers as memory holds (`--layers`); random weights, random tokens.
-All flags of `hdp train` may follow: `--activation-checkpointing`, `--compile`, `--cost FILE`, ...
+A step is a real training step: gather, forward, backward, reduce, clip, AdamW. The model has the
+shape of LLaMA-3-8B with as many layers as memory holds (`--layers`), random weights and random
+tokens. All flags of `hdp train` are accepted: `--activation-checkpointing`, `--compile`, `--cost
+FILE`, ...
 
-MFU counts the FLOPs that the model needs (hdp/training/metrics.py), beside two peaks: the data
-sheet's (or `--peak-tflops`) and the largest matrix product that this device does, measured first.
+MFU counts the FLOPs that the model needs (hdp/training/metrics.py), relative to two peaks: the data
+sheet's (or `--peak-tflops`), and the fastest matrix product on this device, measured first.
 
-The prediction is made by a cost model that is fitted here to steps of other lengths
-(`--fit-lengths`), so none of the lengths in the table was seen; its error is the last column.
+The prediction comes from a cost model fitted to steps of other lengths (`--fit-lengths`), so it has
+not seen the lengths in the table; the last column is its error.
 """
 
 from __future__ import annotations
@@ -59,14 +60,14 @@ LLAMA_8B: dict[str, Any] = {
     "rope_theta": 500000.0,
     "tie_word_embeddings": False,
 }
-# A weight in fp32, its gradient, AdamW's two averages, and the weight in bf16.
+# An fp32 weight, its gradient, AdamW's two averages, and the bf16 weight.
 _BYTES_PER_WEIGHT = 4 + 4 + 8 + 2
-_MEMORY_SHARE = 0.9  # of the device's, for what is counted here
+_MEMORY_SHARE = 0.9  # of the device's memory, for what is counted here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """Steps of one length: medians."""
+    """Medians over the steps of one length."""
 
     seqlen: int
     step_s: float
@@ -78,9 +79,9 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     """(our flags, those of `hdp train`)."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="tokens per rank")
-    parser.add_argument("--fit-lengths", type=int, nargs="*", help="default: around the lengths")
+    parser.add_argument("--fit-lengths", type=int, nargs="*", help="default: around --lengths")
     parser.add_argument("--layers", type=int, help="default: as many as memory holds, 32 at most")
-    parser.add_argument("--shape", default="{}", help="JSON: changes to the model's config")
+    parser.add_argument("--shape", default="{}", help="model config overrides, as JSON")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="write the rows to this file")
     return parser.parse_known_args()
@@ -89,7 +90,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
 def main() -> None:
     args, train_flags = parse_args()
     if args.shape == "{}" and not torch.cuda.is_available():
-        raise SystemExit("bench_step.py --lengths: an 8B model needs a GPU; --shape makes it small")
+        raise SystemExit("--lengths: an 8B model needs a GPU; pass --shape for a smaller model")
     args.fit_lengths = args.fit_lengths or lengths_around(args.lengths)
     longest = max(args.lengths + args.fit_lengths)
     flags = ["--data", "stdlib", "--tokenizer", "bytes", "--random-init", "--lr", "1e-30"]
@@ -114,11 +115,11 @@ def main() -> None:
         run.close()
 
 
-# ---- what is run ----
+# ---- measuring ----
 
 
 def lengths_around(lengths: Sequence[int]) -> list[int]:
-    """To fit: a quarter and half of the shortest, half and three quarters of the longest."""
+    """Lengths to fit: 1/4 and 1/2 of the shortest length, 1/2 and 3/4 of the longest."""
     low, high = min(lengths), max(lengths)
     around = {low // 4, low // 2, high // 2, high * 3 // 4}
     return sorted(around - set(lengths))
@@ -127,9 +128,9 @@ def lengths_around(lengths: Sequence[int]) -> list[int]:
 def layers_that_fit(
     shape: dict[str, Any], memory_bytes: int, tokens: int, num_ranks: int, *, recompute: bool
 ) -> int:
-    """Layers of a training step of `tokens` per rank, 1 to the shape's own number.
+    """Number of layers that fit when training on `tokens` per rank, from 1 to the shape's own.
 
-    recompute: with activation checkpointing: only inputs of layers are kept.
+    recompute: with activation checkpointing, which keeps only the inputs of layers.
     """
     hidden, inner, vocab = (
         shape[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
@@ -150,7 +151,7 @@ def layers_that_fit(
     bytes_per_weight = sharded / num_ranks + 2
     kept = tokens * one_layer.activation_bytes_per_token
     layer = weights * bytes_per_weight + (tokens * hidden * 2 if recompute else kept)
-    # Embedding and head, the head's gradient in fp32 and two chunks of logits; one layer's inside.
+    # Embedding and head, the head's fp32 gradient, two chunks of logits, and one layer's interior.
     fixed = 2 * vocab * hidden * bytes_per_weight + 4 * vocab * hidden + (1 << 30)
     fixed += tokens * one_layer.temporary_bytes_per_token + (kept if recompute else 0)
     fits = int((_MEMORY_SHARE * memory_bytes - fixed) // layer)
@@ -158,14 +159,14 @@ def layers_that_fit(
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Of the device; on a CPU, where nothing is measured in earnest, a little."""
+    """Memory of the device; on a CPU, which is only for smoke tests, a small constant."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return 4 << 30
 
 
 def write_config(shape: dict[str, Any]) -> Path:
-    """A folder with the config, the same for all ranks of a node."""
+    """Write the config to a folder shared by all ranks of a node; returns the folder."""
     text = json.dumps(shape)
     folder = (
         Path(tempfile.gettempdir())
@@ -180,7 +181,7 @@ def write_config(shape: dict[str, Any]) -> Path:
 
 
 def make_step(run: Run, seqlen: int) -> StepBatch:
-    """A sequence of random tokens for each rank; with `--offload-gib` as the planner deals them."""
+    """One random sequence per rank; with `--offload-gib`, placed by the planner."""
     size, rank = run.mesh.hdp_size, run.mesh.hdp_rank
     if run.offload:
         plan = run.plan(np.full(size, seqlen))
@@ -204,7 +205,7 @@ def make_step(run: Run, seqlen: int) -> StepBatch:
 
 
 def measure(run: Run, seqlen: int, repeats: int) -> Row:
-    """Collective. Two steps warm up: kernels are compiled, the optimizer gets its state."""
+    """Measure one length, after two warm-up steps to compile and allocate state. Collective."""
     device, step, observer = run.mesh.device, make_step(run, seqlen), Observer(run)
     for _ in range(2):
         train_step(run.context, step)
@@ -225,7 +226,7 @@ def measure(run: Run, seqlen: int, repeats: int) -> Row:
 
 
 def matmul_flops_per_s(device: torch.device, size: int) -> float:
-    """The best of 20 square products, in bf16 on a GPU: the ceiling of anything else."""
+    """The best of 20 square matrix products, in bf16 on a GPU: a ceiling for everything else."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     clock, seconds = Clock(device), []
@@ -241,13 +242,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# ---- what is said ----
+# ---- reporting ----
 
 
 def predict(
     base: CostModel, measured_s: dict[int, float], lengths: Sequence[int]
 ) -> dict[int, float | None]:
-    """Seconds of steps of `lengths`, from those of other lengths; None: those cannot be fitted."""
+    """Predict step seconds for `lengths` from those of other lengths; None if the fit fails."""
     observations = [Observation(pieces=((n, 1),), seconds=s) for n, s in measured_s.items()]
     try:
         cost = fit_cost(observations, base, name="steps of other lengths").cost
@@ -260,7 +261,7 @@ def predict(
 def report(
     run: Run, shape: dict[str, Any], args: argparse.Namespace, rows: dict[int, Row], peak: float
 ) -> None:
-    """The table, and the JSON if asked for."""
+    """Print the table, and write the JSON if requested."""
     observations = [Observation(pieces=((n, 1),), seconds=rows[n].step_s) for n in args.fit_lengths]
     cost = fit_cost(observations, run.cost, name="steps of other lengths").cost
     table, records = [], []

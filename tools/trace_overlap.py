@@ -1,4 +1,4 @@
-"""Do keys and values travel while attention computes? A trace, and the share that is hidden.
+"""Trace a ring and measure the share of key and value transfers hidden behind attention.
 
     torchrun --standalone --nproc-per-node 8 tools/trace_overlap.py     # a ring over GPUs, NCCL
     python tools/trace_overlap.py                                       # one GPU, peers emulated
@@ -7,13 +7,13 @@
 One forward and backward of ring attention under torch's profiler, after warm-up. Writes a Chrome
 trace (`--out`, open it in Perfetto) and prints, for rank 0:
 
-    transfers     device time in which a transfer runs
-    beside        of it, time in which an attention or other compute kernel runs as well
-    before first  compute that ran before the first transfer was over: the first block does not wait
+    transfers     device time during which a transfer runs
+    overlapped    the part of it during which a compute kernel also runs
+    before first  compute time before the first transfer ended: the first block does not wait
 
-On one GPU a device copy on a stream of its own takes the place of NCCL, with the same rules: it
-starts when what was queued before it is done, and `wait()` holds up the stream, not the host
-(tools/emulated_ring.py). It shares the memory's bandwidth with the kernels, as NVLink does not.
+On one GPU, a device copy on a separate stream stands in for NCCL, with the same rules: it starts
+after previously queued work, and `wait()` blocks the stream, not the host (tools/emulated_ring.py).
+Unlike NVLink, it shares memory bandwidth with the kernels.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ Interval = tuple[float, float]  # start, end, microseconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap:
-    """What a trace shows; microseconds of device time."""
+    """Overlap found in a trace, in microseconds of device time."""
 
     transfers_us: float
-    beside_us: float  # transfers while something computes
-    before_first_us: float  # compute before the first transfer has ended
+    overlapped_us: float  # transfers while a compute kernel runs
+    before_first_us: float  # compute before the first transfer ends
 
     @property
     def hidden(self) -> float:
-        """Share of the transfers that ran beside compute."""
-        return self.beside_us / self.transfers_us if self.transfers_us else 0.0
+        """Share of the transfers that overlapped with compute."""
+        return self.overlapped_us / self.transfers_us if self.transfers_us else 0.0
 
 
 def read_trace(trace: dict[str, Any]) -> Overlap:
@@ -63,13 +63,13 @@ def read_trace(trace: dict[str, Any]) -> Overlap:
     first_end = min((_interval(e)[1] for e in transfers), default=0.0)
     return Overlap(
         transfers_us=length(moving),
-        beside_us=length(common(moving, busy)),
+        overlapped_us=length(common(moving, busy)),
         before_first_us=length(common(busy, [(float("-inf"), first_end)])),
     )
 
 
 def split(events: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(transfers, compute): NCCL's kernels, or what runs beside the busiest stream; and kernels."""
+    """(transfers, compute): NCCL kernels, or all work outside the busiest stream; other kernels."""
     transfers = [e for e in events if "nccl" in e["name"].lower()]
     kernels = [e for e in events if e["cat"] == "kernel" and e not in transfers]
     if transfers:
@@ -88,7 +88,7 @@ def _interval(event: dict[str, Any]) -> Interval:
 
 
 def union(intervals: Sequence[Interval] | Any) -> list[Interval]:
-    """The same points as sorted, disjoint intervals."""
+    """The union of intervals, as sorted, disjoint intervals."""
     merged: list[Interval] = []
     for start, end in sorted(intervals):
         if merged and start <= merged[-1][1]:
@@ -99,7 +99,7 @@ def union(intervals: Sequence[Interval] | Any) -> list[Interval]:
 
 
 def common(first: list[Interval], second: list[Interval]) -> list[Interval]:
-    """Points in both; each argument sorted and disjoint."""
+    """The intersection of two lists of sorted, disjoint intervals."""
     pairs = ((max(a, c), min(b, d)) for a, b in first for c, d in second)
     return [(start, end) for start, end in pairs if start < end]
 
@@ -153,12 +153,14 @@ def profiled(step: Callable[[], None], path: Path, device: torch.device) -> dict
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=128 << 10, help="of the whole sequence")
+    parser.add_argument(
+        "--tokens", type=int, default=128 << 10, help="length of the whole sequence"
+    )
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--ring-size", type=int, default=8, help="where peers are emulated")
-    parser.add_argument("--ring-rank", type=int, default=3, help="the one that is emulated")
+    parser.add_argument("--ring-size", type=int, default=8, help="with emulated peers")
+    parser.add_argument("--ring-rank", type=int, default=3, help="which rank to run")
     parser.add_argument("--gathered", action="store_true", help="gather mode (gather.py)")
     parser.add_argument("--out", type=Path, default=Path("overlap.json"))
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -181,9 +183,9 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(asdict(overlap) | {"hidden": overlap.hidden}))
     elif rank == 0:
         print(
-            f"transfers {overlap.transfers_us / 1e3:.2f} ms, beside compute "
-            f"{overlap.beside_us / 1e3:.2f} ms = {overlap.hidden:.1%}, compute before the first "
-            f"transfer was over {overlap.before_first_us / 1e3:.2f} ms; {args.out.stem}.*.json"
+            f"transfers {overlap.transfers_us / 1e3:.2f} ms, overlapped with compute "
+            f"{overlap.overlapped_us / 1e3:.2f} ms = {overlap.hidden:.1%}, compute before the end "
+            f"of the first transfer {overlap.before_first_us / 1e3:.2f} ms; {args.out.stem}.*.json"
         )
     if world > 1:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""docs/api.md is what the code says, and what it leaves to `help()` is said there."""
+"""docs/api.md matches the code, and docstrings cover what it leaves to `help()`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ COMMAND = "python tools/api_docs.py"
 
 
 def public(kind: Any) -> dict[str, Any]:
-    """Every public function, or class, by its full name."""
+    """Every public function or class, by its full name."""
     modules = [import_module(package) for package in PACKAGES]
     things = {f"{m.__name__}.{name}": getattr(m, name) for m in modules for name in m.__all__}
     return {name: thing for name, thing in things.items() if kind(thing)}
 
 
-def test_document_is_what_the_code_says() -> None:
-    made, written = api_docs().splitlines(), DOCUMENT.read_text().splitlines()
+def test_document_matches_the_code() -> None:
+    generated, written = api_docs().splitlines(), DOCUMENT.read_text().splitlines()
     wrong = [
         f"line {number}: {DOCUMENT.name} has {old!r}, the code says {new!r}"
-        for number, (old, new) in enumerate(zip(written, made, strict=False), 1)
+        for number, (old, new) in enumerate(zip(written, generated, strict=False), 1)
         if old != new
     ]
-    assert made == written, "\n".join([f"docs/api.md is old, run: {COMMAND}", *wrong[:3]])
+    assert generated == written, "\n".join([f"docs/api.md is outdated: run {COMMAND}", *wrong[:3]])
 
 
 def test_every_public_name_has_a_heading() -> None:
@@ -60,7 +60,7 @@ def test_docstrings_name_every_argument() -> None:
 
 
 def test_what_can_be_called_is_documented() -> None:
-    """Public methods and properties have a docstring: in the document each has a text."""
+    """Public methods and properties have a docstring, so each has a description in the document."""
     bare = [
         line.strip("* `")
         for name, thing in public(inspect.isclass).items()

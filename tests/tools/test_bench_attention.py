@@ -1,4 +1,4 @@
-"""tools/bench_attention.py runs: small on a CPU, and with libraries that are not really there."""
+"""tools/bench_attention.py runs: at small sizes on a CPU, and with fake libraries."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_wrong_result_is_not_timed() -> None:
 
 
 def test_libraries_are_called_dense_and_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By keywords that flash_attn_func and flash_attn_varlen_func have in all three releases."""
+    """Uses only keywords that all three releases of flash_attn_func and its varlen form accept."""
     peers = tool("peer_attention")
     calls = []
 

@@ -1,4 +1,4 @@
-"""tools/bench_step.py: one statistic in all columns, and the whole of it at a tiny size."""
+"""tools/bench_step.py: one statistic in all columns, and a complete run at a tiny size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tool() -> ModuleType:
 
 
 def test_every_column_is_of_the_medians(tool: ModuleType) -> None:
-    """With outliers the median of ratios says 1.25x here, and the tokens/s say half as fast."""
+    """With these outliers the median of ratios is 1.25x, though tokens/s show half the speed."""
 
     def rows(*step_s: float) -> list:
         same = {"predicted_s": 1.0, "planned_bubble": 0.25, "loss": 2.0}

@@ -1,5 +1,4 @@
-"""tools/bench_step.py --lengths: the model that fits, and the whole of it at a size that measures
-nothing."""
+"""tools/bench_step.py --lengths: which model fits in memory, and a complete run at a tiny size."""
 
 from __future__ import annotations
 
@@ -36,13 +35,13 @@ def tool():
 
 
 def test_layers_that_fit_are_those_of_the_measured_memory(tool):
-    """gpu.md: three LLaMA-7B-shaped layers keep 63.8 GB at 128K tokens; an H200 has 139 GiB."""
+    """docs/gpu.md: three LLaMA-7B-like layers keep 63.8 GB at 128K tokens; an H200 has 139 GiB."""
     shape, h200 = tool.LLAMA_8B, 139 << 30
     long = tool.layers_that_fit(shape, h200, 131072, 1, recompute=False)
     short = tool.layers_that_fit(shape, h200, 32768, 1, recompute=False)
-    again = tool.layers_that_fit(shape, h200, 131072, 1, recompute=True)
+    recomputed = tool.layers_that_fit(shape, h200, 131072, 1, recompute=True)
     assert 2 <= long <= 4
-    assert long < again and long < short <= 14
+    assert long < recomputed and long < short <= 14
     assert tool.layers_that_fit(shape, h200, 32768, 64, recompute=True) == 32
     assert tool.layers_that_fit(shape, 1 << 30, 131072, 1, recompute=False) == 1
 
@@ -84,7 +83,7 @@ def test_one_command_measures_steps_by_length(tmp_path):
     rows = {row["tokens"]: row for row in content["rows"]}
     assert set(rows) == {64, 256} and "256" in done.stdout
     for tokens, row in rows.items():
-        # By hand: weights of two layers and the head, and causal attention.
+        # By hand: the weights of two layers and the head, plus causal attention.
         layer = 32 * (2 * 32 + 2 * 16 + 3 * 64)
         flops = 6 * (2 * layer * tokens + 300 * 32 * (tokens - 1)) + 6 * 2 * 32 * tokens**2
         assert row["flops_per_s"] * row["step_s"] == pytest.approx(flops, rel=0.01)

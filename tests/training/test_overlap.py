@@ -152,7 +152,7 @@ def kernel(name: str, stream: int, start: float, end: float, cat: str = "kernel"
 
 
 @pytest.mark.parametrize(
-    ("events", "transfers", "beside", "before_first"),
+    ("events", "transfers", "overlapped", "before_first"),
     [
         ([], 0, 0, 0),
         (
@@ -178,11 +178,11 @@ def kernel(name: str, stream: int, start: float, end: float, cat: str = "kernel"
     ],
     ids=["empty", "nccl", "emulated"],
 )
-def test_overlap_is_read_off_a_trace(events, transfers, beside, before_first) -> None:
+def test_overlap_is_read_off_a_trace(events, transfers, overlapped, before_first) -> None:
     found = tool("trace_overlap").read_trace({"traceEvents": events})
-    assert (found.transfers_us, found.beside_us) == (transfers, beside)
+    assert (found.transfers_us, found.overlapped_us) == (transfers, overlapped)
     assert found.before_first_us == before_first
-    assert found.hidden == (beside / transfers if transfers else 0)
+    assert found.hidden == (overlapped / transfers if transfers else 0)
 
 
 def test_the_tool_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +238,7 @@ def test_gpu_first_block_does_not_wait_for_keys(gathered: bool) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_transfers_run_beside_compute_in_a_trace(tmp_path: Path) -> None:
+def test_gpu_transfers_overlap_with_compute_in_a_trace(tmp_path: Path) -> None:
     command = [sys.executable, str(TOOLS / "trace_overlap.py"), "--json", "--tokens", "65536"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "t.json")],
@@ -253,7 +253,7 @@ def test_gpu_transfers_run_beside_compute_in_a_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_nccl_transfers_run_beside_compute(tmp_path: Path) -> None:
+def test_gpu_nccl_transfers_overlap_with_compute(tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
