@@ -1,7 +1,7 @@
-"""What every test relies on.
+"""Setup shared by all tests.
 
-One thread per process, GPU tests that skip themselves, the same hypothesis examples in every run,
-and a limit for each test that grows with the load of the machine.
+One thread per process, GPU tests skipped without a GPU, the same hypothesis examples in every run,
+and a time limit for each test that grows with the load of the machine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 from tests.patience import patience  # noqa: E402
 
-# "ci" draws the same examples on every run: a red test stays red until it is fixed. To search more:
+# "ci" draws the same examples on every run, so a failing test keeps failing. To search further:
 #   HYPOTHESIS_PROFILE=explore pytest tests/scheduler
 _RELAXED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", derandomize=True, database=None, **_RELAXED)
@@ -44,9 +44,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> object:
-    """pytest-timeout's limit, from pyproject.toml or a mark, as patience for this test.
+    """Scale pytest-timeout's limit, from pyproject.toml or a mark, by `patience`.
 
-    Limits inside a test are shorter: they say which process hung, and in which line.
+    Limits inside tests are shorter, because they report which process hung, and where.
     """
     mark = item.get_closest_marker("timeout")
     seconds = float(mark.args[0] if mark else item.config.getini("timeout") or 0)

@@ -1,13 +1,13 @@
-"""patience: how long a test waits for something that may hang, on this machine, as loaded as it is.
+"""patience: how long a test waits for something that may hang, given the machine's current load.
 
-A limit in a test tells work from a hang; it does not judge speed. So every limit goes through here:
+A limit in a test exists to detect hangs, not to judge speed, so every limit goes through here:
 
     subprocess.run(command, timeout=patience(60))
     wait_for(lambda: path.exists())
 
-On a quiet machine `patience(60)` is 60. It grows with what slows everything down: more processes
-than CPUs (the load average), and CPUs that are slow or that others use unseen (how long Python
-takes to start). HDP_TEST_PATIENCE=5 sets the factor by hand, for a debugger or an emulator.
+On a quiet machine `patience(60)` is 60. It grows when the machine is slow: with more processes than
+CPUs (the load average), and with CPUs that are slow or shared invisibly (how long Python takes to
+start). HDP_TEST_PATIENCE=5 sets the factor by hand, for a debugger or an emulator.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from collections.abc import Callable
 from itertools import pairwise
 
 QUICK_START_S = 0.1  # an idle core starts Python in a fifth of this
-MOST = 10.0  # a hang is found at last
+MOST = 10.0  # upper bound, so that a hang is always detected
 
 
 def patience(seconds: float) -> float:
-    """`seconds` of a quiet machine in seconds of this one, now; never fewer."""
+    """Scale `seconds` on a quiet machine to this machine's current load; never less."""
     given = os.environ.get("HDP_TEST_PATIENCE")
     return seconds * (float(given) if given else min(MOST, max(1.0, _load(), _slowness())))
 
@@ -46,7 +46,7 @@ def _load() -> float:
 
 @functools.cache
 def _slowness() -> float:
-    """How much longer than QUICK_START_S an empty Python takes, measured once per process."""
+    """Python's start-up time relative to QUICK_START_S, measured once per process."""
     times = [time.perf_counter()]
     for _ in range(3):
         subprocess.run([sys.executable, "-S", "-c", "pass"], check=True)

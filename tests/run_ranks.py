@@ -1,17 +1,17 @@
 """run_ranks: run one function on several gloo ranks, one process each, and collect the results.
 
-    def check(rank, world_size, seqlen):          # a module-level function: it travels by name
+    def check(rank, world_size, seqlen):          # module-level, because it is pickled by name
         x = torch.full((seqlen,), float(rank))
         dist.all_reduce(x)
         return x
 
     results = run_ranks(check, 4, 10)             # [result of rank 0, ..., result of rank 3]
 
-The default process group is up when `fn` starts and every process has one thread. Failures teach:
-a rank that raises is reported with its number and its traceback; a rank that dies, with its signal;
-ranks that hang are killed at the timeout and the report shows the Python stack in which each hung.
+The default process group is initialized when `fn` starts, and every process has one thread. On
+failure, a rank that raises is reported with its number and traceback, and a rank that dies with its
+signal; ranks that hang are killed at the timeout and reported with their Python stacks.
 
-Processes come from a fork server that has imported torch once: a run costs tenths of a second.
+Processes come from a fork server that imports torch once, so a run costs tenths of a second.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ import torch.distributed as dist
 
 from tests.patience import patience
 
-GRACE_S = 5.0  # after a first failure the other ranks get this long to report what it did to them
+GRACE_S = 5.0  # after a first failure, the other ranks get this long to report their own
 
-# One thread per rank, set before the fork server loads its numeric libraries; and the checkout that
-# is tested, not the one that happens to be installed.
+# One thread per rank, set before the fork server loads numeric libraries; and the checkout under
+# test, not an installed hdp.
 _ROOT = str(Path(__file__).resolve().parent.parent)
 _ENVIRON = {
     "OMP_NUM_THREADS": "1",
@@ -48,12 +48,12 @@ _ENVIRON = {
     "PYTHONPATH": os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")])),
 }
 
-# Imported once, by the fork server, which saves each rank half a second of CPU; a module that is
-# not installed is skipped.
+# Imported once by the fork server, which saves each rank half a second of CPU; modules that are not
+# installed are skipped.
 _PRELOAD = [
     "hypothesis",
     "pytest",
-    "hdp.training.loop",  # and through it torch and most of hdp
+    "hdp.training.loop",  # imports torch and most of hdp
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
@@ -74,12 +74,13 @@ def run_ranks(
     """Run `fn(rank, world_size, *args)` on `world_size` gloo ranks; return the results by rank.
 
     Args:
-        fn: a module-level function; `args` and results must pickle (tensors are copied).
-        timeout_s: seconds for the whole run, process start included; more on a loaded machine
-            (tests/patience.py).
+        fn: a module-level function; `args` and results must be picklable (tensors are copied).
+        timeout_s: limit in seconds for the whole run, including process start; scaled up on a
+            loaded machine (tests/patience.py).
 
     Raises:
-        RankError: a rank raised, died or hung; the message has its number and traceback or stack.
+        RankError: a rank raised, died or hung; the message has its number and its traceback or
+            stack.
     """
     timeout_s, grace_s = patience(timeout_s), patience(GRACE_S)
     with tempfile.TemporaryDirectory(prefix="run_ranks_") as directory:
@@ -97,7 +98,7 @@ def run_ranks(
                     daemon=True,
                 )
                 process.start()
-                send.close()  # ours; end-of-file on `receive` now means that the rank is gone
+                send.close()  # our copy: from now on, EOF on `receive` means the rank is gone
                 processes.append(process)
                 pipes.append(receive)
         try:
@@ -137,7 +138,7 @@ def _collect(fn, processes, pipes, directory: Path, timeout_s: float, grace_s: f
     for rank in waiting:
         processes[rank].kill()
     if failures or hung:
-        # Waiting for a rank that failed is a consequence; with no failure it is the finding.
+        # After a failure, waiting ranks are only a consequence; without one, they are the bug.
         reports = [f"rank {rank} failed: {text}" for rank, text in failures.items()]
         verb = "was left waiting in" if failures else f"hung for {timeout_s:g} s in"
         reports += [f"rank {rank} {verb}:\n{text}" for rank, text in hung.items()]
@@ -148,7 +149,7 @@ def _collect(fn, processes, pipes, directory: Path, timeout_s: float, grace_s: f
 
 
 def _rank_main(rank, world_size, port, directory, timeout_s, send, payload) -> None:
-    stacks = open(Path(directory) / f"stack{rank}", "w")  # noqa: SIM115 - lives as long as the process
+    stacks = open(Path(directory) / f"stack{rank}", "w")  # noqa: SIM115 - open as long as the process
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     torch.set_num_threads(1)
     os.environ.update(
@@ -176,7 +177,7 @@ def _rank_main(rank, world_size, port, directory, timeout_s, send, payload) -> N
     send.send_bytes(message)
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):
-            dist.barrier()  # no rank closes its sockets while another one still reads from them
+            dist.barrier()  # do not close sockets that other ranks are still reading from
             dist.destroy_process_group()
     os._exit(0)
 
@@ -189,7 +190,7 @@ def _exit_reason(process) -> str:
 
 
 def _stack_of(process, rank: int, directory: Path) -> str:
-    """Python stack of a running rank, written by its own signal handler."""
+    """The Python stack of a running rank, dumped by its own signal handler."""
     path = directory / f"stack{rank}"
     with contextlib.suppress(ProcessLookupError):
         os.kill(process.pid, signal.SIGUSR1)

@@ -1,4 +1,4 @@
-"""The project's sources as data: files, modules, and what each imports."""
+"""The project's sources as data: files, modules and their imports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def sources(*folders: str) -> list[Path]:
-    """Python files, each once: `hdp/scheduler`, a link, counts as part of hdp."""
+    """Python files, each once; the symlink `hdp/scheduler` counts as part of hdp."""
     found = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     if "hdp" in folders and (ROOT / "hdp" / "scheduler").is_symlink():
         found += (ROOT / "hdp" / "scheduler").rglob("*.py")
@@ -50,7 +50,7 @@ def parse(path: Path) -> ast.Module:
 
 @functools.cache
 def imports(path: Path) -> tuple[tuple[str, bool], ...]:
-    """(absolute module, imported when the file is) of every import but those for types."""
+    """(absolute module, whether at import time) of every import except those for type checking."""
     return tuple(_imports(path))
 
 

@@ -1,4 +1,4 @@
-"""Wheel, sdist and editable install hold the whole package, and need no torch to plan."""
+"""Wheel, sdist and editable install contain the whole package and can plan without torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tracked kind of files: building writes beside them."""
+    """A copy of the sources, since building writes files next to them."""
     copy = tmp_path_factory.mktemp("source") / "hdp"
     junk = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "runs")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=junk)
@@ -36,7 +36,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with numpy and setuptools, lent by path, and no torch."""
+    """A virtual environment without torch; numpy and setuptools are symlinked into it."""
     import numpy
     import setuptools
 
@@ -94,7 +94,7 @@ def expected_version() -> str:
 
 
 def modules(under: Path) -> set[str]:
-    """Sources of the package as `hdp/...` paths; through the link, scheduler's too."""
+    """Sources of the package as `hdp/...` paths, including scheduler's through the link."""
     return {
         str(Path(folder, name).relative_to(under))
         for folder, _, names in os.walk(under / "hdp", followlinks=True)
@@ -121,7 +121,7 @@ def test_metadata() -> None:
 
 
 def test_constraints_pin_direct_dependencies() -> None:
-    """What the environments install first-hand is pinned, so CI changes only when the pins do."""
+    """Direct dependencies are pinned, so CI changes only when the pins do."""
     project = pyproject()["project"]
     extras = project["optional-dependencies"]
     wanted = {
@@ -169,7 +169,7 @@ def test_sdist_builds_the_same_package(source: Path, python: Path, tmp_path: Pat
 
 
 def test_editable_install(source: Path, python: Path, tmp_path: Path) -> None:
-    """Runs the sources, and puts no `scheduler`, `tools` or `tests` on the user's path."""
+    """Runs from the sources; `scheduler`, `tools` and `tests` cannot be imported on their own."""
     pip_install(python, "-e", source)
     check_works_without_torch(python, tmp_path)
     code = "import hdp, importlib.util as u; print(hdp.__file__, *map(u.find_spec, NAMES))"
