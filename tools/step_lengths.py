@@ -262,12 +262,12 @@ def report(
     run: Run, shape: dict[str, Any], args: argparse.Namespace, rows: dict[int, Row], peak: float
 ) -> None:
     """Print the table, and write the JSON if requested."""
-    observations = [Observation(pieces=((n, 1),), seconds=rows[n].step_s) for n in args.fit_lengths]
-    cost = fit_cost(observations, run.cost, name="steps of other lengths").cost
+    measured_s = {n: rows[n].step_s for n in args.fit_lengths}
+    predicted = predict(run.cost, measured_s, args.lengths)
     table, records = [], []
     for n in args.lengths:
         row = rows[n]
-        predicted_s = float(cost.piece_s(n, 1)) + cost.fixed_s
+        predicted_s = predicted[n]
         record = {
             "tokens": n,
             "step_s": row.step_s,
