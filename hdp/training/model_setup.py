@@ -83,10 +83,10 @@ def set_up_model(
 def open_cost(
     config: TrainConfig, mesh: HDPMesh, shape: dict[str, Any], dtype: torch.dtype
 ) -> CostModel:
-    """The cost model that every rank plans with: from its file, else from the model's shape.
+    """The cost model from `--cost`, else one estimated from the model's shape. Collective.
 
-    Collective. Raises ValueError on all ranks if any cannot read its file, or has another cost
-    model than rank 0: they would plan other steps.
+    Raises ValueError on all ranks if any rank cannot read its file, or if its cost model differs
+    from rank 0's, since the ranks would then plan different steps.
     """
 
     def read() -> CostModel:
@@ -99,7 +99,7 @@ def open_cost(
         asdict(cost),
         mesh.hdp_group,
         problem="ranks have different cost models",
-        remedy="copy one file to all nodes and give all of them --cost",
+        remedy="copy one file to all nodes and pass it to all of them with --cost",
     )
     return cost
 

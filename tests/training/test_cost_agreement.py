@@ -1,4 +1,4 @@
-"""Ranks that were given different cost models stop at set-up, whichever field differs."""
+"""Ranks with different cost models stop at set-up, whichever field differs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIELDS = [field.name for field in dataclasses.fields(CostModel)]
 
 
 def other(name: str) -> CostModel:
-    """COST with another value of one field."""
+    """COST with a different value for one field."""
     value = getattr(COST, name)
     changed = f"another {value}" if name == "name" else type(value)(value * 2)
     if name == "forward_share":
@@ -34,7 +34,7 @@ def other(name: str) -> CostModel:
 
 
 def _messages(rank: int, world: int, paths: list[list[str]]) -> list[str]:
-    """What open_cost says for each list of one file per rank; "" where it passes."""
+    """Error messages of open_cost for each list of files by rank; "" if it passes."""
     mesh = HDPMesh.create(device="cpu")
     shape = transformer_shape(tiny_model())
     messages = []
@@ -52,7 +52,7 @@ def _messages(rank: int, world: int, paths: list[list[str]]) -> list[str]:
 
 def _run(cases: list[list[str]]) -> list[str]:
     first, *others = run_ranks(_messages, len(cases[0]), cases)
-    assert all(messages == first for messages in others), "ranks say different things"
+    assert all(messages == first for messages in others), "ranks raise different messages"
     return first
 
 
@@ -76,7 +76,7 @@ def test_every_field_is_compared(tmp_path: Path) -> None:
 
 
 def test_infinite_and_missing(tmp_path: Path) -> None:
-    """No bandwidth given and one given; a file on some ranks only; no file at all on one."""
+    """Infinite bandwidth on one rank; a file on one rank only; a missing file on one rank."""
     one, free, gone = (str(tmp_path / f"{name}.json") for name in ("one", "free", "gone"))
     COST.save(one)
     dataclasses.replace(COST, intra_node_bytes_per_s=math.inf).save(free)
