@@ -44,7 +44,7 @@ class OffloadMemoryError(HDPError, MemoryError):
     """A forward needed more host memory than its pool allows. Says how much, and what fits."""
 
 
-class FreedError(HDPError, RuntimeError):
+class OffloadFreedError(HDPError, RuntimeError):
     """Backward needs an offloaded tensor that was freed, or whose engine was closed."""
 
 

@@ -69,7 +69,7 @@ class StepContext:
     grad_clip: float = 0.0  # maximum global gradient norm; 0: no clipping
     overlap_reduce: bool = False  # reduce during the last backward if the plan allows it
     watchdog: Watchdog = field(default_factory=Watchdog.off)
-    # Wraps each forward; called with the microbatch's layout and offload ratio. A PerMicrobatchOffload.
+    # Wraps each forward, given the microbatch's layout and offload ratio: a PerMicrobatchOffload.
     offload: Callable[[RingLayout, float], AbstractContextManager[Any]] = keep_everything
 
     @classmethod
