@@ -6,15 +6,16 @@ Times are integer ticks, so that sums do not depend on the order or the machine.
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, insort
 
 import numpy as np
+
+from hdp.scheduler.policies.packing import best_fit
 
 # Rounds of longest_first that place fewer jobs than this go through a heap instead.
 _FEW = 24
 _HEAP_RUN = 512
-# Parts of the mean load: what LPT may leave above it, and what best fit aims at.
-_ENOUGH, _GOAL = 8192, 16384
+# Best fit aims at the mean load and this part of it.
+_SLACK = 4096
 
 
 def longest_first(load: np.ndarray, ticks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,24 +64,17 @@ def _by_heap(load: np.ndarray, ticks: np.ndarray, ranks: np.ndarray, at: int, st
 def fill(load: np.ndarray, ticks: np.ndarray) -> np.ndarray:
     """(num_jobs,) int64: the rank of each local job; arguments as in longest_first.
 
-    LPT alone leaves differences of the order of the smallest jobs. Where they matter, the last two
-    jobs per rank go by best fit instead: the longest first, to the fullest rank that stays below
-    the mean load and a little.
+    LPT leaves differences of the order of the smallest jobs. Where the fullest rank is above the
+    mean, the last two jobs per rank go by best fit instead, below the mean and a little, if all of
+    them fit.
     """
     ranks, ends = longest_first(load, ticks)
     num_ranks = len(load)
     goal = max((int(load.sum()) + int(ticks.sum())) // num_ranks, int(load.max()))
-    goal += goal // _GOAL
-    if int(ends.max()) <= goal + goal // _ENOUGH:
+    goal += goal // _SLACK
+    if int(ends.max()) <= goal:
         return ranks
     first = max(len(ticks) - 2 * num_ranks, 0)
-    fitted, low = longest_first(load, ticks[:first])
-    room = sorted(zip((goal - low).tolist(), range(num_ranks), strict=True))
-    chosen = []
-    for size in ticks[first:].tolist():
-        at = bisect_left(room, (size, -1))
-        left, rank = room.pop(min(at, len(room) - 1))  # the emptiest one where none fits
-        insort(room, (left - size, rank))
-        chosen.append(rank)
-    fullest = goal - room[0][0]
-    return np.concatenate([fitted, chosen]) if fullest < int(ends.max()) else ranks
+    head, low = longest_first(load, ticks[:first])
+    tail = best_fit(ticks[first:], goal, (goal - low).tolist())
+    return np.concatenate([head, tail]) if tail.max() < num_ranks else ranks

@@ -40,50 +40,27 @@ from .list_schedule import Limits, Schedule, build_plan, schedule_jobs
 from .lower_bound import needed_ticks, step_bound_s
 from .reorder import pipeline_orders, reversed_order
 
-# (head room, grain, coarse, even): local jobs longer than coarse * target are placed among the
-# rings; even degrees are those that divide the ranks well.
-_TRIES = (
-    (1.0, 1.0, 2.0, False),
-    (1.0, 1.0, 2.0, True),
-    (1.01, 1.0, 2.0, False),
-    (1.0, 1.0, 0.1, False),
-    (1.0, 1.0, 0.1, True),
-    (1.02, 1.0, 0.1, False),
-    (1.05, 1.0, 0.1, False),
-    (1.0, 0.5, 0.1, False),
-    (1.0, 0.5, 0.1, True),
-    (1.02, 0.5, 0.1, False),
-    (1.05, 0.5, 0.1, False),
-    (1.1, 1.0, 0.1, False),
-    (1.0, 0.34, 0.1, False),
-    (1.02, 0.34, 0.1, False),
-    (1.05, 0.34, 0.1, False),
-    (1.0, 0.25, 0.1, False),
-    (1.0, 0.25, 0.1, True),
-    (1.05, 0.25, 0.1, False),
-    (1.1, 0.5, 0.1, False),
-    (1.2, 1.0, 0.1, False),
-    (1.0, 0.125, 0.1, False),
-    (1.05, 0.125, 0.1, True),
-    (1.0, 0.0, 0.02, False),
-    (1.08, 1.0, 0.1, False),
-    (1.06, 1.0, 0.1, False),
-    (1.06, 1.0, 0.1, True),
-    (1.07, 1.0, 0.1, False),
-    (1.04, 1.0, 0.1, False),
-    (1.04, 1.0, 0.1, True),
-    (1.03, 1.0, 0.1, False),
-    (1.3, 1.0, 0.1, False),
-    (1.4, 1.0, 0.1, False),
-    (1.6, 1.0, 0.1, False),
+# Restarts: (head room, grain, coarse, even). Local jobs longer than coarse * target are placed among
+# the rings; even degrees are those that divide the ranks well. First with as few rings as possible,
+# then with large local jobs among them, over a grid of head room and grain.
+_HEAD_ROOM = (1.0, 1.02, 1.05, 1.1, 1.3)
+_GRAIN = (1.0, 0.5, 0.25)
+_FEW_RINGS, _MANY_RINGS = 2.0, 0.1
+_RESTARTS = (
+    *((head_room, 1.0, _FEW_RINGS, even) for head_room in (1.0, 1.01) for even in (False, True)),
+    *(
+        (head_room, grain, _MANY_RINGS, even)
+        for even in (False, True)
+        for head_room in _HEAD_ROOM
+        for grain in _GRAIN
+    ),
 )
-
 
 # In batches of so many jobs riders are worth a look only if fixed_s is a part of the step.
 _LARGE = 32768
 # How many attempts may be looked at with riders, in batches of at most how many jobs over that
 # number; and how close to the bound a plan makes more of them needless.
-_FINALISTS, _FEW_JOBS, _CLOSE = 8, 8192, 1.002
+_FINALISTS, _FEW_JOBS, _CLOSE = 3, 8192, 1.002
 
 # Pipelines: limits that are tried; the share of the mean load that pipelines may add at the least
 # limit; and what the search may cost, in units of about 10 microseconds.
@@ -100,7 +77,7 @@ def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
     best: Schedule | None = None
     tried: list[Schedule] = []
     spent, entries = 0, _entries(degrees)
-    for head_room, grain, coarse, even in _TRIES:
+    for head_room, grain, coarse, even in _RESTARTS:
         target = int(bound * head_room)
         if best is not None and target >= best.end:
             continue
