@@ -40,8 +40,8 @@ from .list_schedule import Limits, Schedule, build_plan, schedule_jobs
 from .lower_bound import needed_ticks, step_bound_s
 from .reorder import pipeline_orders, reversed_order
 
-# Restarts: (head room, grain, coarse, even). Local jobs longer than coarse * target are placed like
-# rings; even degrees are those that divide the ranks well. First with as few rings as possible, then
+# Restarts: (head room, grain, coarse, even). Local jobs over coarse * target are placed like rings;
+# even degrees are those that divide the ranks well. First with as few rings as possible, then
 # with large local jobs among them, over a grid of head room and grain.
 _HEAD_ROOM = (1.0, 1.02, 1.05, 1.1, 1.3)
 _GRAIN = (1.0, 0.5, 0.25)
