@@ -56,7 +56,7 @@ def load_model(
     attn_backend: str | None = None,
     config_overrides: Mapping[str, Any] | None = None,
 ) -> CausalLM:
-    """The model saved in a folder or on the hub; arguments as for `build_model`.
+    """The model saved in a folder or on the hub; arguments as in `build_model`.
 
     Raises ValueError as `build_model` does, and for a checkpoint with missing weights.
     """
