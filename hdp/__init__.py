@@ -1,6 +1,6 @@
 """hdp: Hybrid Data Parallelism for training on mixed-length sequences.
 
-Importing this package, or `hdp.scheduler`, imports no torch: public names are loaded on first use.
+Importing this package or `hdp.scheduler` does not import torch: public names load on first use.
 docs/api.md lists them.
 """
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# What type checkers read. `x as x` is how a package says that a name is its own to export;
-# tests/test_public_api.py keeps this block and `_EXPORTS` the same.
+# For type checkers. `x as x` marks a name as re-exported; tests/test_public_api.py checks that
+# this block and `_EXPORTS` match.
 if TYPE_CHECKING:
     from hdp.attention.comm import RingComm as RingComm
     from hdp.attention.layout import RingLayout as RingLayout
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from hdp.training.step import forward_step as forward_step
     from hdp.training.step import train_step as train_step
 
-_EXPORTS = {  # module -> its public names; in the order of docs/api.md
+_EXPORTS = {  # module -> its public names, in the order of docs/api.md
     "hdp.scheduler": ("plan", "StepPlan", "CostModel"),
     "hdp.data.sample": ("Sample", "SampleList", "SampleSource"),
     "hdp.data.pack": ("PackedBatch", "pack_rank"),
@@ -86,7 +86,7 @@ _EXPORTS = {  # module -> its public names; in the order of docs/api.md
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
-if not TYPE_CHECKING:  # a type checker would take any name, hdp.plam too, for this one's Any
+if not TYPE_CHECKING:  # else type checkers would accept any name, even hdp.plam, as Any
     __all__ = ["__version__", *_MODULE_OF]
 
     def __getattr__(name: str) -> Any:

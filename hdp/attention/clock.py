@@ -1,7 +1,7 @@
-"""Clock: time stamps on the device's own time line, taken without stopping it.
+"""Clock: timestamps on the device's own timeline, taken without a synchronization.
 
-On a GPU the host runs ahead, so host time says nothing about when work ran: a mark is an event on
-the current stream, read after the step. On a CPU a mark is the host's time.
+On a GPU the host runs ahead, so host time does not show when work ran: a mark is an event on the
+current stream, read after the step. On a CPU a mark is the host's time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Clock:
         self._cuda = device.type == "cuda"
 
     def now(self) -> Mark:
-        """The moment at which the work queued so far is done."""
+        """A mark at the point where all work queued so far is done."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -1,21 +1,21 @@
-"""RingComm: keys and values travel between the ranks of a ring, on the one communicator of HDP.
+"""RingComm: exchange keys and values within a ring, over the one communicator of all HDP ranks.
 
 A ring is a tuple of ranks from the plan, not a process group: every transfer is a batch of sends
-and receives over the group that all HDP ranks share, so no communicator is made per ring (paper
-5.1: 5-10 GB of NCCL buffers otherwise) and any subset of ranks in any order can be one. With NCCL a
-batch is one grouped call on NCCL's own stream: it starts when what was queued before it is done,
-and runs beside what is queued after it; `wait()` holds up the stream, not the host
-(tools/trace_overlap.py shows it).
+and receives over the group that all HDP ranks share. No ring needs its own communicator (which
+would take 5-10 GB of NCCL buffers: paper, 5.1), and any ranks in any order can form a ring. With
+NCCL a batch is one grouped call on NCCL's own stream: it starts after the work queued before it and
+overlaps with the work queued after it; `wait()` blocks the stream, not the host
+(tools/trace_overlap.py shows this).
 
-    shift   one step round the ring: to the next position, from the previous
-    swap    several peers at once: what gather mode needs (hdp/attention/gather.py)
+    shift   one step around the ring: send to the next position, receive from the previous one
+    swap    exchange with several peers at once, for gather mode (hdp/attention/gather.py)
 
 Invariants:
-* The size of what arrives is known from the plan and never negotiated; gloo checks neither size nor
-  dtype, so `shift` does (`test_shift_checks_shape`).
-* Every rank posts a ring's transfers in the same order; between two ranks messages are first in,
-  first out, so no tags are needed.
-* All tensors of a transfer are held until `wait()` returns.
+* Receive sizes come from the plan and are never negotiated; gloo checks neither size nor dtype, so
+  `shift` does (`test_shift_checks_shape`).
+* All ranks post a ring's transfers in the same order, and messages between two ranks arrive in the
+  order sent, so no tags are needed.
+* A transfer keeps references to all its tensors until `wait()` returns.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from torch import Tensor
 
 from .clock import Clock, Mark
 
-Peers = Sequence[tuple[Tensor, int]]  # (contiguous tensor, rank of the HDP axis)
+Peers = Sequence[tuple[Tensor, int]]  # (contiguous tensor, rank on the HDP axis)
 
 
 @dataclass
 class CommStats:
-    """What a rank sent, and from when to when it waited for its ring."""
+    """Bytes that a rank sent, and the (start, end) of each wait for its ring."""
 
     bytes_sent: int = 0
     waits: list[tuple[Mark, Mark]] = field(default_factory=list)
 
 
 class Transfer:
-    """Sends and receives under way."""
+    """Sends and receives in flight."""
 
     def __init__(self, comm: RingComm, works: list, sends: Peers, receives: Peers) -> None:
         self._comm, self._works, self._sends, self._receives = comm, works, sends, receives
 
     def wait(self) -> list[Tensor]:
-        """The received tensors, in the order in which they were given."""
+        """Wait, then return the received tensors, in the order of `receives`."""
         start = self._comm.clock.now()
         for work in self._works:
             work.wait()
@@ -59,10 +59,10 @@ class Transfer:
 class RingComm:
     """Sends tensors between the ranks of a ring, on one communicator (ByteScale section 5.1).
 
-    `stats` grows until `take_stats` is called: a loop of one's own calls it every step.
+    `stats` grows until `take_stats` is called; call it once per step in your own training loop.
 
-    group: the HDP axis, the default group if None. device: where the tensors live. on_exchange is
-    called when a transfer has arrived: a sign of life for a watchdog.
+    group: the HDP axis; None: the default group. device: where the tensors live. on_exchange:
+    called after each completed transfer, as a heartbeat for a watchdog.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class RingComm:
         self.stats = CommStats()
 
     def take_stats(self) -> CommStats:
-        """What was collected since the last call."""
+        """The stats collected since the last call; resets them."""
         taken, self.stats = self.stats, CommStats()
         return taken
 
@@ -87,16 +87,18 @@ class RingComm:
     ) -> Transfer:
         """Start sending `tensor` to the next position and receiving `recv_shape` from the previous.
 
-        ring: ranks of the HDP axis in ring order; ring_rank: our position. What arrives has the
-        dtype and device of `tensor` and may be empty. Raises ValueError if `tensor` is not
-        contiguous or differs from `recv_shape` in more than the number of rows (the next to dim 0
-        of a (2, rows, heads, dim) block).
+        ring: HDP ranks in ring order; ring_rank: our position. The received tensor has the dtype
+        and device of `tensor` and may be empty. Raises ValueError if `tensor` is not contiguous, or
+        if its shape differs from `recv_shape` in any dim but 1, the rows of a
+        (2, rows, heads, dim) block.
         """
         if not tensor.is_contiguous():
-            raise ValueError(f"shift sends contiguous tensors, got strides {tensor.stride()}")
+            raise ValueError(f"shift needs a contiguous tensor, got strides {tensor.stride()}")
         expected, got = list(recv_shape), list(tensor.shape)
         if len(expected) != len(got) or expected[:1] + expected[2:] != got[:1] + got[2:]:
-            raise ValueError(f"ring {ring} sends {got} and expects {expected}: the plans differ")
+            raise ValueError(
+                f"ring {ring} sends {got} but expects {expected}: the ranks' plans differ"
+            )
         received = tensor.new_empty(recv_shape)
         size = len(ring)
         return self.swap(
@@ -104,9 +106,9 @@ class RingComm:
         )
 
     def swap(self, sends: Peers, receives: Peers) -> Transfer:
-        """Start all of these sends and receives as one batch; empty tensors do not travel.
+        """Start all sends and receives as one batch; empty tensors are skipped.
 
-        Every peer must give the counterparts, in the same order between any two ranks.
+        Each peer must post the matching calls, in the same order between any two ranks.
         """
         ops = []
         for kind, peers in ((dist.isend, sends), (dist.irecv, receives)):

@@ -1,22 +1,22 @@
 """Gather mode: small rings fetch all keys at once instead of one block per ring step.
 
-Going round, a ring of d ranks runs d attention calls and d - 1 merges. Where a shard has few rows,
-launches and half-filled GPUs cost more than the arithmetic. Gathered, it is three calls and two
-merges whatever d is:
+A ring of d ranks normally runs d attention calls and d - 1 merges. With few rows per shard,
+launches and half-filled GPUs cost more than the arithmetic. Gather mode runs three calls and two
+merges for any d:
 
-  1. every rank sends each other one the keys and values that it needs, in one batch
-  2. meanwhile: our own shard and the local sequences, one causal call, as on the ring
-  3. late queries against all gathered keys: a rectangle
-  4. early queries against the early chunks of the positions before ours: a rectangle, too
+  1. send every other rank the keys and values that it needs, in one batch
+  2. meanwhile, attend to our own shard and the local sequences: one causal call, as on the ring
+  3. late queries attend to all gathered keys: a rectangle
+  4. early queries attend to the early chunks of the positions before ours: also a rectangle
 
-Zigzag makes 3 and 4 plain (hdp/attention/layout.py): position k sees the early chunk of j < k with
-all its queries, and both chunks of j > k with its late ones. Keys are stored by position, so what 4
-needs is the first part of what 3 needs: nothing is copied. Backward fetches the keys again and
-sends each rank the gradients of its own, fp32, added up in ring order: the same on every run.
+Zigzag keeps 3 and 4 simple (hdp/attention/layout.py): at position k, all queries see the early
+chunk of each j < k, and the late queries see both chunks of each j > k. Keys are stored by
+position, so the keys of 4 are a prefix of those of 3 and nothing is copied. Backward fetches the
+keys again and sends each rank the fp32 gradients of its own, summed in ring order: deterministic.
 
-The price is memory (all keys of the sequence at once) and transfers that only step 2 hides, so this
-is for short sequences inside a node. The plan decides (`StepPlan.gathered`, by the rule and the
-price in scheduler/costs/), so all ranks run the same algorithm. The sums are those of the ring:
+The cost is memory (all keys of the sequence at once) and transfers that only step 2 hides, so this
+is for short sequences within a node. The plan decides (`StepPlan.gathered`, by the rule and cost
+in scheduler/costs/), so all ranks run the same algorithm. Results match the ring's:
 tests/attention/test_gather.py.
 """
 
@@ -37,7 +37,7 @@ from .layout import RingLayout, Segments
 
 @dataclass(frozen=True)
 class _Shares:
-    """Which rows of whom go where, for the one sequence of a ring."""
+    """Which rows each rank sends to each other rank, for the one sequence of a ring."""
 
     layout: RingLayout
 
@@ -50,22 +50,22 @@ class _Shares:
 
     @cached_property
     def early(self) -> int:
-        """Our early rows; the late ones follow them."""
+        """Number of our early rows; the late ones follow them."""
         return self.chunks[self.layout.ring_rank][0]
 
     @cached_property
     def others(self) -> list[int]:
-        """Ring positions but ours."""
+        """All ring positions except ours."""
         return [p for p in range(self.layout.ring_size) if p != self.layout.ring_rank]
 
     def needed(self, source: int, position: int) -> int:
-        """How many of the first rows of `source` the queries of `position` see."""
+        """How many leading rows of `source` the queries of `position` see."""
         early, late = self.chunks[source]
         return early if source < position else early + late
 
     @cached_property
     def key_spans(self) -> list[tuple[int, int]]:
-        """Where the keys of each of `others` lie among those that we gather."""
+        """The span of each of `others`' keys among the gathered keys."""
         spans, at = [], 0
         for source in self.others:
             rows = self.needed(source, self.layout.ring_rank)
@@ -79,7 +79,7 @@ class _Shares:
 
     @cached_property
     def blocks(self) -> list[tuple[slice, int, Segments]]:
-        """(our rows, how many of the first keys they see, the same for a kernel) of each call."""
+        """(our rows, how many leading keys they see, their Segments) of each kernel call."""
         rank, rows = self.layout.ring_rank, self.layout.num_ring_tokens
         early_keys = sum(stop - start for start, stop in self.key_spans[:rank])
         calls = [(slice(self.early, rows), self.num_keys), (slice(0, self.early), early_keys)]
@@ -99,7 +99,7 @@ def gather_forward(
     softmax_scale: float,
     kernel: BlockKernel,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of all rows; the numbers are those of the module docstring."""
+    """(out, lse) of all rows; the numbered steps are those of the module docstring."""
     shares, num_ring = _Shares(layout), layout.num_ring_tokens
     keys, values, transfer = _fetch(k[:num_ring], v[:num_ring], shares, comm)  # 1
     out, lse = forward_block(kernel, q, k, v, layout.first, softmax_scale)  # 2
@@ -147,14 +147,14 @@ def gather_backward(
         ):
             total.add_(grad)
     dq[:num_ring] = ring_dq
-    _bring_home(dkeys, dvalues, dk, dv, shares, comm)
+    _return_grads(dkeys, dvalues, dk, dv, shares, comm)
     return dq, dk, dv
 
 
 def _fetch(
     k: Tensor, v: Tensor, shares: _Shares, comm: RingComm
 ) -> tuple[Tensor, Tensor, Transfer]:
-    """Start gathering: (keys, values) are complete when the transfer is."""
+    """Start gathering: (keys, values) are complete once the transfer is."""
     ring, rank = shares.layout.ring, shares.layout.ring_rank
     k, v = k.contiguous(), v.contiguous()
     keys, values = (x.new_empty((shares.num_keys, *x.shape[1:])) for x in (k, v))
@@ -166,10 +166,10 @@ def _fetch(
     return keys, values, comm.swap(sends, receives)
 
 
-def _bring_home(
+def _return_grads(
     dkeys: Tensor, dvalues: Tensor, dk: Tensor, dv: Tensor, shares: _Shares, comm: RingComm
 ) -> None:
-    """Send each rank the gradients of its keys; add what the others have for ours to dk and dv."""
+    """Send each rank the gradients of its keys; add those received for ours to dk and dv."""
     ring, rank = shares.layout.ring, shares.layout.ring_rank
     sends, receives = [], []
     for position, (start, stop) in zip(shares.others, shares.key_spans, strict=True):

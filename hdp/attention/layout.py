@@ -1,22 +1,22 @@
-"""RingLayout: the index arithmetic of one rank's microbatch, done once, used by every layer.
+"""RingLayout: the index arithmetic of one rank's microbatch, computed once and used by every layer.
 
-A rank's tokens lie in one row: first its shards of the ring's sequences (each shard is an early and
-a late zigzag chunk, see scheduler/zigzag.py), then its local sequences.
+A rank's tokens are packed in one row: first its shards of the ring's sequences (each shard is an
+early and a late zigzag chunk, see scheduler/zigzag.py), then its local sequences.
 
     ring shard 0           ring shard 1           local 0   local 1
     [chunk k | 2d-1-k]     [chunk k | 2d-1-k]     [.....]   [...]
 
-Causal attention over a ring of d ranks falls into d blocks per rank, and zigzag makes all but the
-first of them rectangles (no mask at all):
+Causal attention over a ring of d ranks splits into d blocks per rank; with zigzag, all but the
+first are rectangles that need no mask:
 
 * first block: the rank's own queries and keys, causal. An early chunk precedes its late chunk, so a
-  shard is just a causal sequence, and the local sequences go along in the same varlen call.
+  shard is simply a causal sequence, and local sequences join it in the same varlen call.
 * step s = 1 .. d-1: the keys of ring position j = (k - s) mod d have arrived.
-  j < k: all queries see the early chunk of j (its late chunk lies behind ours);
-  j > k: only the late queries see anything, and they see both chunks of j.
+  j < k: all queries see the early chunk of j (its late chunk comes after ours);
+  j > k: only the late queries see any keys, and they see both chunks of j.
 
-Chunks may be empty (a sequence shorter than 2d); sequences without rows on either side of a block
-are left out of it, because kernels crash or return a wrong lse for them.
+Chunks may be empty (a sequence shorter than 2d). A sequence with no queries or no keys in a block
+is left out of it, because kernels crash or return a wrong lse for it.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segments:
-    """Which rows meet in one varlen kernel call: queries of entry i meet keys of entry i."""
+    """Segments of one varlen kernel call: queries of segment i attend to keys of segment i."""
 
     seqlens_q: tuple[int, ...]
     seqlens_k: tuple[int, ...]
-    causal: bool  # needs seqlens_q == seqlens_k: kernels differ in how they align unequal ones
+    causal: bool  # requires seqlens_q == seqlens_k: kernels align unequal lengths differently
     _on_device: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class Segments:
 
     @cached_property
     def uniform(self) -> bool:
-        """All segments have the same lengths: their rows are a dense batch."""
+        """Whether all segments have the same lengths, so that their rows form a dense batch."""
         return len(set(self.seqlens_q)) == len(set(self.seqlens_k)) == 1
 
     def cu_tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +81,7 @@ class Segments:
 
 
 class Rows:
-    """A set of row spans of a tensor: one span is a view, several are copied."""
+    """Spans of rows of a tensor: one span is taken as a view, several as a copy."""
 
     def __init__(self, spans: Iterable[tuple[int, int]]) -> None:
         self.spans: list[tuple[int, int]] = []
@@ -94,7 +94,7 @@ class Rows:
         self.num_rows = sum(stop - start for start, stop in self.spans)
 
     def take(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """The rows along `dim`: a view where the spans are one, else a copy."""
+        """The rows along `dim`: a view if there is only one span, else a copy."""
         if len(self.spans) == 1:
             start, stop = self.spans[0]
             return tensor.narrow(dim, start, stop - start)
@@ -107,9 +107,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class RingStep:
-    """One block after the first: which of our rows meet which rows of what has arrived."""
+    """One block after the first: which of our rows attend to which of the received rows."""
 
-    source: int  # ring position whose keys and values these are
+    source: int  # ring position that the keys and values come from
     q_rows: Rows  # among this rank's ring rows
     k_rows: Rows  # among the source's ring rows
     segments: Segments
@@ -117,15 +117,15 @@ class RingStep:
 
 @dataclass(frozen=True, kw_only=True)
 class RingLayout:
-    """Where the tokens of one (rank, microbatch) belong.
+    """Which tokens of which sequences one rank holds in a microbatch.
 
     A rank's rows are its zigzag shards of the ring's sequences (packed zigzag, ByteScale section 7,
     Fig. 14), then its local sequences. Chunks may be uneven or empty; nothing is padded.
 
-    ring           hdp ranks in ring order, () when everything is local
+    ring           HDP ranks in ring order; () if all sequences are local
     ring_rank      this rank's position in `ring`
     ring_seqlens   tokens of each whole sequence on the ring, in packing order
-    gathered       the ring's one sequence is gathered (gather.py) instead of going round (ring.py)
+    gathered       gather all keys of the ring's one sequence (gather.py), not ring steps (ring.py)
     local_seqlens  tokens of each sequence that only this rank holds
 
     Raises ValueError for a ring of one rank, a ring without sequences, and empty sequences.
@@ -140,22 +140,22 @@ class RingLayout:
     def __post_init__(self) -> None:
         if bool(self.ring_seqlens) != bool(self.ring) or len(self.ring) == 1:
             raise ValueError(
-                f"ring {self.ring} with ring_seqlens {self.ring_seqlens}: a ring has two or more "
-                "ranks and at least one sequence; put sequences of one rank into local_seqlens"
+                f"ring {self.ring} with ring_seqlens {self.ring_seqlens}: a ring needs two or more "
+                "ranks and at least one sequence; pass sequences of one rank as local_seqlens"
             )
         if self.ring and not 0 <= self.ring_rank < len(self.ring):
             raise ValueError(f"ring_rank {self.ring_rank} is not a position in ring {self.ring}")
         if self.gathered and len(self.ring_seqlens) != 1:
             raise ValueError(
-                f"gathered ring {self.ring} with ring_seqlens {self.ring_seqlens}: a ring that is "
-                "gathered has one sequence; let several go round (gathered=False)"
+                f"gathered ring {self.ring} with ring_seqlens {self.ring_seqlens}: a gathered ring "
+                "takes exactly one sequence; pass gathered=False for several"
             )
         if min(self.ring_seqlens + self.local_seqlens, default=1) < 1:
-            raise ValueError(f"sequences need a length of 1 or more, got {self}")
+            raise ValueError(f"each sequence needs a length of 1 or more, got {self}")
 
     @classmethod
     def from_microbatch(cls, microbatch: Microbatch, rank: int) -> RingLayout:
-        """The layout of one of rank `rank`'s microbatches of a plan."""
+        """The layout of a plan's microbatch on rank `rank`."""
         ring = microbatch.ring
         return cls(
             ring=ring,
@@ -167,26 +167,26 @@ class RingLayout:
 
     @property
     def ring_size(self) -> int:
-        """Ranks of the ring; 1 when everything is local."""
+        """Number of ranks in the ring; 1 if all sequences are local."""
         return max(1, len(self.ring))
 
     @cached_property
     def num_ring_tokens(self) -> int:
-        """Rows of this rank that belong to the ring; they come first."""
+        """This rank's rows of ring sequences; they come first."""
         return self.ring_tokens_at(self.ring_rank)
 
     @cached_property
     def total_tokens(self) -> int:
-        """Rows of this rank."""
+        """All rows of this rank."""
         return self.num_ring_tokens + sum(self.local_seqlens)
 
     def ring_tokens_at(self, position: int) -> int:
-        """Ring rows of ring position `position`: the size of the key block that it sends."""
+        """Ring rows at ring position `position`: the size of the key block that it sends."""
         return sum(map(sum, self._chunk_sizes(position)))
 
     @cached_property
     def first(self) -> Segments:
-        """The causal block of everything that this rank has from the start."""
+        """The first block: this rank's own rows, causal."""
         shards = (sum(sizes) for sizes in self._chunk_sizes(self.ring_rank))
         lengths = tuple(n for n in shards if n) + self.local_seqlens
         return Segments(lengths, lengths, causal=True)
@@ -198,7 +198,7 @@ class RingLayout:
         return tuple(self._step((self.ring_rank - s) % size) for s in range(1, size))
 
     def spans(self) -> list[tuple[int, int, int]]:
-        """(sequence's place in the microbatch, start, stop) of the tokens to load, in row order."""
+        """(sequence's index in the microbatch, start, stop) of the tokens to load, in row order."""
         result = []
         for i, seqlen in enumerate(self.ring_seqlens):
             for start, stop in rank_chunks(seqlen, self.ring_size, self.ring_rank):
@@ -207,7 +207,7 @@ class RingLayout:
         return result + [(offset + i, 0, n) for i, n in enumerate(self.local_seqlens)]
 
     def _chunk_sizes(self, position: int) -> list[tuple[int, int]]:
-        """(early, late) chunk sizes of each ring sequence on ring position `position`."""
+        """(early, late) chunk sizes of each ring sequence at ring position `position`."""
         chunks = (rank_chunks(n, self.ring_size, position) for n in self.ring_seqlens)
         return [(b - a, d - c) for (a, b), (c, d) in chunks]
 

@@ -1,19 +1,19 @@
 """Ring attention over packed, unevenly sharded sequences.
 
-`ring_attn_varlen_func` is the attention of every layer on the HDP path. A microbatch on one rank is
-a ring of length one: the loop below runs zero times, and nothing is a special case for the caller.
+Every layer on the HDP path calls `ring_attn_varlen_func`. A microbatch on one rank is a ring of
+size one: the loop below runs zero times, and callers need no special case.
 
-Forward (numbers are those in the code):
+Forward (the numbered steps are marked in the code):
   1. send our keys and values to the next rank of the ring
-  2. meanwhile attend to what is here: local sequences and our own shard, one causal varlen call
+  2. meanwhile attend to our own rows: local sequences and our shard, one causal varlen call
   3. for each block that arrives: send it on, attend to it, merge (out, lse)
-Backward walks the same blocks with the global (out, lse). The gradient of a key block travels with
-it, one step behind, gathers every rank's part and comes home after a full round. A ring that the
-plan has as gathered (`layout.gathered`) fetches all keys at once instead (hdp/attention/gather.py).
+Backward visits the same blocks with the global (out, lse). The gradient of a key block travels one
+step behind it, accumulates every rank's part, and returns to its owner after a full round. If the
+plan gathers a ring (`layout.gathered`), all keys are fetched at once (hdp/attention/gather.py).
 
-Merging two partial softmax results (peers.md: all rings do this, in fp32):
+Two partial softmax results are merged in fp32:
   out = out - sigmoid(block_lse - lse) * (out - block_out);  lse = log(exp(lse) + exp(block_lse))
-one fused kernel of csrc/ where it is built (hdp/ops/native.py).
+in one fused kernel from csrc/ if it is built (hdp/ops/native.py).
 """
 
 from __future__ import annotations
@@ -43,21 +43,23 @@ def ring_attn_varlen_func(
 ) -> Tensor:
     """Exact causal attention of the packed sequences that `layout` describes.
 
-    The ring attention of ByteScale section 7 (Fig. 14): keys and values go from rank to rank while
-    the block in hand is computed. Whoever has cu_seqlens and no plan takes
+    Ring attention as in ByteScale section 7 (Fig. 14): keys and values move from rank to rank
+    while the current block is computed. With cu_seqlens and no plan, use
     `zigzag_ring_attn_varlen_func`.
 
     q       (total_tokens, num_heads, head_dim), this rank's rows in the order of `layout`
     k, v    (total_tokens, num_kv_heads, head_dim), same dtype; num_kv_heads divides num_heads
-    layout  which rows belong to which sequence, and the ranks that hold the rest of them
-    comm    needed when layout.ring is not empty; all ranks of the ring call in the same order
+    layout  which rows belong to which sequence, and which ranks hold the rest
+    comm    required if layout.ring is not empty; all ranks of the ring call in the same order
     softmax_scale  None: head_dim ** -0.5
-    kernel  block kernel; chosen by device, dtype and head size if None
+    kernel  block kernel; None: chosen by device, dtype and head size
     Returns (total_tokens, num_heads, head_dim) in the dtype of q. Differentiable in q, k and v.
     Raises ValueError for inputs that do not fit the layout, and for causal=False.
     """
     if not causal:
-        raise ValueError("ring attention is causal; causal=False has no zigzag balance to keep")
+        raise ValueError(
+            "ring attention is causal only: causal=False is not supported; pass causal=True"
+        )
     _check_inputs(q, k, v, layout, comm)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
@@ -75,7 +77,7 @@ class _RingAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # out and lse are constants here: a second gradient would be wrong
+    @once_differentiable  # backward treats out and lse as constants: double backward would be wrong
     def backward(ctx, dout):
         dq, dk, dv = _backward(dout, *ctx.saved_tensors, *ctx.rest)
         return dq, dk, dv, None, None, None, None
@@ -133,7 +135,7 @@ def _backward(
     blocks = _Rotation(_stacked(k[:num_ring], v[:num_ring], k.dtype), layout, comm)
     dq, dk, dv = backward_block(kernel, dout, q, k, v, out, lse, layout.first, softmax_scale)
     ring_dq = dq[:num_ring].to(lse.dtype)
-    # the gradient of the block in hand: first our own, which leaves with the block itself
+    # Key gradients start with our own part and follow the key blocks around the ring.
     own_grads = _stacked(dk[:num_ring], dv[:num_ring], lse.dtype)
     grads = _Rotation(own_grads, layout, comm, round_trip=True)
     for step in layout.steps:
@@ -165,10 +167,11 @@ def _backward(
 
 
 class _Rotation:
-    """A (2, rows, heads, dim) block per ring position, travelling round the ring.
+    """Rotates one (2, rows, heads, dim) block per ring position around the ring.
 
-    The next block is under way while the caller works on the one in hand (double buffering).
-    `round_trip`: the blocks make the last hop home too (gradients), else they stop before it.
+    The next block is in flight while the caller works on the current one (double buffering).
+    `round_trip`: blocks also take the last hop, back to their owner (gradients); else they stop
+    one short of it.
     """
 
     def __init__(
@@ -181,7 +184,7 @@ class _Rotation:
         self.send(block)
 
     def send(self, block: Tensor) -> None:
-        """Start the next hop, if there is one, with `block`, the one that arrived last."""
+        """Start the next hop, if any, with `block`, the last one received."""
         if self._hop == self._num_hops:
             return
         self._hop += 1
@@ -191,8 +194,8 @@ class _Rotation:
         self._pending = self._comm.shift(block, layout.ring, layout.ring_rank, shape)
 
     def next(self, forward: bool = True) -> Tensor:
-        """The block that arrives now; `forward` sends it on at once, unchanged."""
-        assert self._pending is not None, "more blocks asked for than there are hops"
+        """Wait for the next block; `forward` sends it on at once, unchanged."""
+        assert self._pending is not None, f"next() called after the last of {self._num_hops} hops"
         (block,) = self._pending.wait()
         if forward:
             self.send(block)
@@ -216,15 +219,15 @@ def _check_inputs(
         )
     if not q.dim() == k.dim() == v.dim() == 3:
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: each is (total_tokens, "
-            "num_heads, head_dim), packed without a batch dimension"
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: each must be "
+            "(total_tokens, num_heads, head_dim), packed, without a batch dimension"
         )
     if k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: head sizes must be equal "
-            "and the heads of q a multiple of those of k"
+            "and num_heads of q a multiple of that of k"
         )
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; use one")
+        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; use one dtype")
     if layout.ring and comm is None:
         raise ValueError(f"a layout on ring {layout.ring} needs comm=RingComm(group)")

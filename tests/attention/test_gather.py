@@ -114,7 +114,7 @@ def _packed_ring(rank, world):
 
 def test_packed_zigzag_goes_round():
     assert run_ranks(_packed_ring, 3) == [2, 2, 2]
-    with pytest.raises(ValueError, match=r"\(20, 9\): a ring that is gathered has one"):
+    with pytest.raises(ValueError, match=r"\(20, 9\): a gathered ring takes exactly one"):
         RingLayout(ring=(0, 1, 2), ring_seqlens=(20, 9), gathered=True)
     with pytest.raises(ValueError, match="gathered"):
         RingLayout(local_seqlens=(9,), gathered=True)

@@ -154,7 +154,7 @@ def test_merge_is_exact_for_far_apart_lse():
 
 def _check_shift_checks_shape(rank, world):
     comm = RingComm()
-    with pytest.raises(ValueError, match="the plans differ"):
+    with pytest.raises(ValueError, match="the ranks' plans differ"):
         comm.shift(torch.zeros(2, 4, 2, 8), (0, 1), rank, (2, 4, 3, 8))
     with pytest.raises(ValueError, match="contiguous"):
         comm.shift(torch.zeros(4, 2, 2, 8).transpose(0, 1), (0, 1), rank, (2, 4, 2, 8))

@@ -159,14 +159,14 @@ def test_a_tensor_that_was_written_to_is_read_again():
 def test_inputs_that_do_not_fit_are_refused():
     x = torch.zeros(8, 2, DIM)
     for cu_seqlens, message in (
-        ([0, 5, 5, 8], r"cu_seqlens\[2\] is 5 after 5: they must rise; leave out empty"),
+        ([0, 5, 5, 8], r"cu_seqlens\[2\] is 5 after 5: entries must increase; drop empty"),
         ([0, 9, 8], r"cu_seqlens\[2\] is 8 after 9"),
-        ([1, 8], r"cu_seqlens \[1, 8\] must begin with 0"),
+        ([1, 8], r"cu_seqlens \[1, 8\] must start with 0"),
         ([0], "at least one sequence"),
         ([0, 8.0], "cu_seqlens must be integers"),
         (torch.tensor([0.0, 8.0]), r"cu_seqlens is \(2,\) torch.float32; it must be"),
         (torch.tensor([[0, 8]]), r"cu_seqlens is \(1, 2\)"),
-        ([0, 9], r"8, 8, 8 rows; rank 0 of 1 holds 9 of the 9 tokens: take x\[zigzag_rows\("),
+        ([0, 9], r"8, 8, 8 rows; rank 0 of 1 holds 9 of the 9 tokens: pass x\[zigzag_rows\("),
     ):
         with pytest.raises(ValueError, match=message):
             zigzag_ring_attn_varlen_func(x, x, x, cu_seqlens)

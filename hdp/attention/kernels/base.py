@@ -1,15 +1,15 @@
-"""What every block kernel is: its interface, what it needs, and the dense form of equal segments.
+"""Block kernels: the interface, its requirements, and the code that adapters share.
 
-Libraries differ in names and layouts, not in what they compute. `BlockKernel` is the one interface
-that hdp/attention/ring.py knows; `PackedKernel` does for all flash-attention libraries what they
-have in common, so that an adapter is two calls:
+Libraries differ in names and layouts, not in what they compute. `BlockKernel` is the only interface
+that hdp/attention/ring.py uses; `PackedKernel` holds the code common to all flash-attention
+libraries, so that an adapter is just two calls:
 
-* Equal segments (one long sequence is the plain case, 128 documents of 1K another) go out as a
-  dense batch, a view of the same rows: dense kernels look up no offsets, and some are persistent
-  only then. All others go out as one varlen call.
-* lse leaves every library in natural log as (num_heads, total_q) or (batch, num_heads, seqlen_q);
+* Segments of equal length (one long sequence, or 128 documents of 1K) run as a dense batch, a view
+  of the same rows: dense kernels look up no offsets, and some are persistent only when dense. All
+  other segments run as one varlen call.
+* Every library returns lse in natural log as (num_heads, total_q) or (batch, num_heads, seqlen_q);
   both become (num_heads, total_q).
-* A causal segment has equal lengths on both sides, so top-left and bottom-right alignment agree.
+* A causal segment has as many queries as keys, so top-left and bottom-right alignment agree.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """What a kernel must be able to do.
+    """What a kernel must support.
 
     capability: compute capability of the GPU, (9, 0) for Hopper; None on a CPU.
-    head_dim: elements per head; None: not known yet, any will do.
+    head_dim: elements per head; None: not known yet, any value is fine.
     """
 
     device_type: str
@@ -40,7 +40,7 @@ class Need:
 
 
 class BlockKernel(Protocol):
-    """One block of attention. Rows of q and k that no segment covers do not exist.
+    """One block of attention. Segments cover all rows of q and k.
 
     Shapes: q (total_q, num_heads, head_dim), k and v (total_k, num_kv_heads, head_dim), out like q,
     lse (num_heads, total_q) natural log in `lse_dtype`. num_heads is a multiple of num_kv_heads;
@@ -51,7 +51,7 @@ class BlockKernel(Protocol):
 
     @staticmethod
     def refusal(need: Need) -> str | None:
-        """Why this kernel cannot run here, and the remedy; None: it can."""
+        """Why this kernel cannot run here, with the remedy; None if it can."""
         ...
 
     def forward(
@@ -76,14 +76,14 @@ class BlockKernel(Protocol):
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Softmax statistics and merges: fp32, or fp64 for fp64 inputs."""
+    """The dtype of softmax statistics and merges: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def forward_block(
     kernel: BlockKernel, q: Tensor, k: Tensor, v: Tensor, segments: Segments, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`kernel.forward`; without any segment (a rank without rows) nothing runs."""
+    """`kernel.forward`, skipped if there are no segments (a rank without rows)."""
     if segments.seqlens_q:
         return kernel.forward(q, k, v, segments, softmax_scale)
     return torch.empty_like(q), q.new_empty((q.shape[1], 0), dtype=lse_dtype(q.dtype))
@@ -100,7 +100,7 @@ def backward_block(
     segments: Segments,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernel.backward`; without any segment nothing runs."""
+    """`kernel.backward`, skipped if there are no segments."""
     if segments.seqlens_q:
         return kernel.backward(dout, q, k, v, out, lse, segments, softmax_scale)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -109,9 +109,9 @@ def backward_block(
 def refuse_unless(
     need: Need, *, majors: tuple[int, ...], gpus: str, max_head_dim: int = 256
 ) -> str | None:
-    """The refusal of a half-precision CUDA kernel; None if device, dtype and head size fit.
+    """Why a half-precision CUDA kernel cannot run; None if device, dtype and head size fit.
 
-    majors: of the compute capabilities that it was built for; gpus: the same in words.
+    majors: major compute capabilities that it supports; gpus: the same in words.
     """
     if need.device_type != "cuda" or need.dtype not in HALF:
         dtype = str(need.dtype).removeprefix("torch.")
@@ -119,18 +119,18 @@ def refuse_unless(
     if need.capability is not None and need.capability[0] not in majors:
         return f"it runs on {gpus} GPUs, this one is sm_{need.capability[0]}{need.capability[1]}"
     if need.head_dim is not None and (need.head_dim % 8 or need.head_dim > max_head_dim):
-        return f"head_dim {need.head_dim} is not a multiple of 8 up to {max_head_dim}"
+        return f"head_dim {need.head_dim} is not a multiple of 8 in 8..{max_head_dim}"
     return None
 
 
 def deterministic() -> bool:
-    """Whether gradients must be bitwise reproducible: torch's own switch."""
+    """Whether gradients must be bitwise reproducible: torch's own setting."""
     return torch.are_deterministic_algorithms_enabled()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One library call: varlen with cu_seqlens (num_segments + 1,) int32, dense without."""
+    """Arguments of one call: varlen with cu_seqlens (num_segments + 1,) int32, dense without."""
 
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
@@ -141,9 +141,10 @@ class Call:
 
 
 class PackedKernel:
-    """A library with dense (b, s, h, d) and varlen (t, h, d) forms: an adapter gives the two calls.
+    """Base of adapters for libraries with dense (b, s, h, d) and varlen (t, h, d) forms.
 
-    dense: use the dense form where all segments are alike; False: always varlen (benchmarks).
+    An adapter implements `run_forward` and `run_backward`. dense: use the dense form if all
+    segments have equal lengths; False: always varlen (for benchmarks).
     """
 
     has_dense = True
@@ -152,13 +153,13 @@ class PackedKernel:
         self._dense = dense and self.has_dense
 
     def run_forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """(out like q, lse (h, t) of a varlen or (b, h, s) of a dense call)."""
+        """(out like q, lse): lse is (h, t) from a varlen call, (b, h, s) from a dense one."""
         raise NotImplementedError
 
     def run_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, dv); lse is contiguous, in the shape that `run_forward` gives it."""
+        """(dq, dk, dv); lse is contiguous, in the shape that `run_forward` returns."""
         raise NotImplementedError
 
     def forward(

@@ -1,7 +1,7 @@
 """torch's flash attention for CPU.
 
-One thread per process, please: two OpenMP threads on a busy core turn a call of 0.02 ms into 16 ms.
-A segment without rows would kill the process (SIGFPE); `Segments` has none.
+Use one thread per process: two OpenMP threads on a busy core turn a 0.02 ms call into 16 ms. An
+empty segment would kill the process (SIGFPE); `Segments` rejects them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class CPUFlashKernel:
     @staticmethod
     def refusal(need: Need) -> str | None:
         if need.device_type != "cpu":
-            return f"it runs on cpu, not on {need.device_type}"
+            return f"it runs on cpu, not {need.device_type}"
         return None
 
     def forward(

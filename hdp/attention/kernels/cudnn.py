@@ -1,13 +1,13 @@
-"""cuDNN's attention as torch calls it: fast on Hopper, but one execution graph per shape.
+"""cuDNN's attention as called by torch: fast on Hopper, but one execution graph per shape.
 
-A graph costs tens of milliseconds to build, on the host. torch caches the graphs of dense calls by
-shape and strides; those of varlen calls it builds at every call (torch up to 2.13 at least: github
-pytorch/pytorch pull request 191576 measures 42 ms a call). Hence only dense calls are used: a run
-of equal segments goes out as one batch, and a run of segments shorter than `MIN_SEQLEN`, which
-would not repay a graph, goes to torch-flash in one varlen call.
+Building a graph takes tens of milliseconds on the host. torch caches the graphs of dense calls by
+shape and strides, but rebuilds those of varlen calls every time (at least up to torch 2.13:
+pytorch/pytorch pull request 191576 measures 42 ms per call). So only dense calls are used: a run of
+equal segments goes out as one batch, and a run of segments shorter than `MIN_SEQLEN`, too short to
+amortize a graph, goes to torch-flash in one varlen call.
 
-Lengths that never repeat build a graph for each, and torch never drops one, so this back end is not
-chosen by itself: name it for training on few different lengths where flash-attn 4 cannot be
+Every new length builds a graph, and torch never evicts one, so this back end is never selected
+automatically: request it by name to train on a few distinct lengths where flash-attn 4 cannot be
 installed. lse is natural log, fp32, (batch, num_heads, seqlen_q, 1).
 """
 
@@ -23,7 +23,7 @@ from hdp.attention.layout import Segments
 from .base import Need, lse_dtype, refuse_unless
 from .torch_flash import TorchFlashKernel
 
-MIN_SEQLEN = 1024  # tokens; of queries and of keys
+MIN_SEQLEN = 1024  # tokens, of queries and of keys
 
 
 class CudnnKernel:
@@ -125,12 +125,12 @@ def _dense_backward(
 
 
 def _is_short(part: Segments) -> bool:
-    """Whether a run of `_parts` is one of short segments."""
+    """Whether `part`, from `_parts`, is a run of short segments."""
     return _kind((part.seqlens_q[0], part.seqlens_k[0])) is None
 
 
 def _parts(segments: Segments) -> Iterator[tuple[Segments, slice, slice]]:
-    """Runs of neighbouring segments that go out together, with their rows of q and of k."""
+    """Runs of adjacent segments that share a call, with their rows of q and k."""
     shapes = list(zip(segments.seqlens_q, segments.seqlens_k, strict=True))
     cu_q, cu_k = segments.cu_seqlens_q, segments.cu_seqlens_k
     start = 0
@@ -144,7 +144,7 @@ def _parts(segments: Segments) -> Iterator[tuple[Segments, slice, slice]]:
 
 
 def _kind(shape: tuple[int, int]) -> tuple[int, int] | None:
-    """Segments of one kind may share a call: all short ones, or long ones of one shape."""
+    """Segments of one kind share a call: None for short ones, the shape for long ones."""
     return None if min(shape) < MIN_SEQLEN else shape
 
 

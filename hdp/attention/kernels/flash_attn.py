@@ -1,17 +1,18 @@
 """flash-attn 2, 3 and 4 (github.com/Dao-AILab/flash-attention): three adapters of two calls each.
 
     flash-attn-2   pip install flash-attn (2.7 or later; compiles)      Ampere and newer
-    flash-attn-3   the repository's folder hopper/ (compiles)           Hopper
+    flash-attn-3   the repository's hopper/ folder (compiles)           Hopper
     flash-attn-4   pip install flash-attn-4 (nothing to compile)        Hopper, Blackwell
 
-The functions under the libraries' autograd classes are called, because a block's backward needs the
-out and lse of whole rows, which those classes do not take. Their signatures are asserted by
-tests/attention/test_foreign_kernels.py against snapshots of the releases. All three give lse in
-natural log, fp32, as (num_heads, total_q) from a varlen and (batch, num_heads, seqlen_q) from a
-dense call; take grouped KV heads; and align causal masks bottom-right.
+The adapters call the functions under the libraries' autograd classes, because a block's backward
+needs the out and lse of whole rows, which those classes do not accept.
+tests/attention/test_foreign_kernels.py checks their signatures against snapshots of the releases.
+All three return lse in natural log, fp32, as (num_heads, total_q) from a varlen call and
+(batch, num_heads, seqlen_q) from a dense one; accept grouped KV heads; and align causal masks
+bottom-right.
 
-flash-attn 4 compiles a kernel at its first call (3 s), and one more for each combination of dtype,
-head size, heads per KV head, causal, dense or varlen, and "fits one tile"; lengths do not count.
+flash-attn 4 compiles a kernel on its first call (3 s), then one for each combination of dtype, head
+size, heads per KV head, causal, dense or varlen, and "fits in one tile"; lengths do not matter.
 """
 
 from __future__ import annotations
@@ -105,10 +106,10 @@ class FlashAttn3Kernel(PackedKernel):
     @staticmethod
     def refusal(need: Need) -> str | None:
         misfit = refuse_unless(need, majors=(9,), gpus="Hopper")
-        remedy = "build the folder hopper/ of github.com/Dao-AILab/flash-attention"
+        remedy = "build the hopper/ folder of github.com/Dao-AILab/flash-attention"
         return misfit or _import_problem(_flash_attn_3, remedy)
 
-    # Releases differ in the names of what follows `causal`; up to it the order is the same.
+    # Releases name the parameters after `causal` differently; up to `causal` the order is stable.
 
     def run_forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         max_q, max_k = _max_seqlens(call)
@@ -162,7 +163,7 @@ class FlashAttn4Kernel(PackedKernel):
         if misfit is None and need.capability is not None and need.head_dim is not None:
             major = need.capability[0]
             if major > 9 and need.head_dim > 128 and need.head_dim != 256:
-                misfit = f"on sm_{major}x it takes head sizes up to 128, and 256"
+                misfit = f"on sm_{major}x it supports head sizes up to 128, and 256"
         return misfit or _import_problem(_flash_attn_4, "pip install 'flash-attn-4[cu13]'")
 
     def run_forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -224,7 +225,7 @@ def _flash_attn_4() -> Any:
     return library
 
 
-# What a release must have; the wrapped name came with 2.7, which split window_size in two.
+# Functions that a release must have; 2.7 added the wrapped name and split window_size in two.
 _FUNCTIONS = {
     "_flash_attn_2": ("_wrapped_flash_attn_varlen_forward", "_flash_attn_varlen_backward"),
     "_flash_attn_3": ("_flash_attn_forward", "_flash_attn_backward"),
@@ -233,7 +234,7 @@ _FUNCTIONS = {
 
 
 def _import_problem(load: Any, remedy: str) -> str | None:
-    """Why the library of `load` cannot be used, with the remedy; None: it can."""
+    """Why the library that `load` imports cannot be used, with the remedy; None if it can."""
     try:
         library = load()
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Dense attention in fp64: the oracle of every other kernel, on any device and in any dtype."""
+"""Dense attention in fp64: the oracle for all other kernels, on any device and in any dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Need, lse_dtype
 
 
 class ReferenceKernel:
-    """Dense attention in fp64 whatever the inputs are; memory grows with total_q * total_k."""
+    """Dense attention in fp64 for any input dtype; memory grows with total_q * total_k."""
 
     name = "reference"
 
@@ -75,12 +75,12 @@ def spans(segments: Segments) -> Iterator[tuple[slice, slice]]:
 
 
 def _expand(x: Tensor, q: Tensor) -> Tensor:
-    """KV heads repeated to the heads of q, in fp64."""
+    """KV heads repeated to match the heads of q, in fp64."""
     return x.double().repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def _reduce(grad: Tensor, like: Tensor) -> Tensor:
-    """Sum gradients of repeated heads back to the KV heads of `like`."""
+    """Gradients of repeated heads, summed to the KV heads of `like`."""
     tokens, heads, dim = grad.shape
     kv_heads = like.shape[1]
     return grad.view(tokens, kv_heads, heads // kv_heads, dim).sum(2).to(like.dtype)

@@ -1,11 +1,11 @@
-"""Which block kernel runs: the fastest that is installed and fits, or the one that was named.
+"""Select the block kernel: the fastest installed one that can run, or one requested by name.
 
-The order is by speed where both were measured (docs/gpu.md) and, where they were not, prefers what
-needs no compiling. It depends on the GPU's generation alone, so all ranks of a homogeneous cluster
-choose alike. `cudnn` is never chosen by itself: it builds a graph per shape (cudnn.py).
+The order is by measured speed (docs/gpu.md) and otherwise prefers kernels that need no compiling.
+It depends only on the GPU generation, so all ranks of a homogeneous cluster make the same choice.
+`cudnn` is never selected automatically: it builds a graph per shape (cudnn.py).
 
-    choose_kernel(device, dtype, head_dim=128)      # .kernel, .why: for people, `hdp doctor`
-    select_kernel(device, dtype, "torch-flash")     # the kernel alone
+    choose_kernel(device, dtype, head_dim=128)      # .kernel, and .why for logs and `hdp doctor`
+    select_kernel(device, dtype, "torch-flash")     # just the kernel
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ _OTHER_GPUS: tuple[type[BlockKernel], ...] = (TorchFlashKernel, FlashAttn2Kernel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A kernel, and why it is this one."""
+    """A kernel, and why it was chosen."""
 
     kernel: BlockKernel
-    summary: str  # what it is
-    passed_over: tuple[tuple[str, str], ...] = ()  # (name, reason) of the better ones
+    summary: str  # what the kernel is
+    passed_over: tuple[tuple[str, str], ...] = ()  # (name, reason) of better kernels
 
     @property
     def why(self) -> str:
-        """One line for people."""
+        """One line for logs."""
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.passed_over)
         return f"{self.summary} ({reasons})" if reasons else self.summary
 
@@ -73,8 +73,8 @@ def choose_kernel(
 ) -> Choice:
     """The kernel called `name`, or the best one for this device, dtype and head size.
 
-    head_dim: elements per head; None: not known yet. Raises ValueError for an unknown name, or one
-    that cannot run here, with the reason and what would run.
+    head_dim: elements per head; None: not known yet. Raises ValueError for an unknown name, or for
+    a kernel that cannot run here, with the reason and the kernel that would be chosen.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     need = Need(device_type=device.type, dtype=dtype, capability=capability, head_dim=head_dim)
@@ -93,9 +93,9 @@ def select_kernel(
 
 
 class KernelPicker:
-    """`select_kernel` for the queries of one model: once per device, dtype and head size.
+    """`select_kernel` for one model's queries, cached by device, dtype and head size.
 
-    name: of the kernel; None: the best one.
+    name: the kernel's name; None: the best one.
     """
 
     def __init__(self, name: str | None = None) -> None:
@@ -112,7 +112,7 @@ class KernelPicker:
         return kernel
 
 
-@lru_cache  # imports are tried once; what is installed does not change under a run
+@lru_cache  # try imports only once: installed packages do not change during a run
 def _choose(need: Need, name: str | None) -> Choice:
     if name is not None and name not in KERNELS:
         raise ValueError(f"attention back end {name!r} is unknown; choose one of {sorted(KERNELS)}")
@@ -120,8 +120,8 @@ def _choose(need: Need, name: str | None) -> Choice:
         reason = KERNELS[name].refusal(need)
         if reason is not None:
             raise ValueError(
-                f"attention back end {name!r} cannot run here: {reason}; or leave the back end to "
-                f"be chosen, {_choose(need, None).kernel.name!r} would be"
+                f"attention back end {name!r} cannot run here: {reason}; or name none, and "
+                f"{_choose(need, None).kernel.name!r} is chosen"
             )
         return _chosen(KERNELS[name])
     refused: list[tuple[str, str]] = []

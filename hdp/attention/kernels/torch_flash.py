@@ -1,7 +1,7 @@
-"""FlashAttention-2 as built into torch: there on every GPU since Ampere, nothing to install.
+"""FlashAttention-2 as built into torch: on every GPU since Ampere, with nothing to install.
 
-Half the speed of flash-attn 4 on Hopper (gpu.md: 347 against 650 TFLOP/s forward at 32K). The aten
-operators are what `torch.nn.attention.varlen` calls; its public form gives no backward from a
+Half the speed of flash-attn 4 on Hopper (docs/gpu.md: 347 versus 650 TFLOP/s forward at 32K). It
+calls the aten operators under `torch.nn.attention.varlen`, whose public form has no backward from a
 global lse. Causal masks are aligned bottom-right.
 """
 

@@ -1,15 +1,16 @@
-"""Transformer Engine: its fused attention, cuDNN's kernels with their graphs cached by size class.
+"""Transformer Engine's fused attention: cuDNN's kernels, with graphs cached by size class.
 
-Packed sequences are its layout "thd". cuDNN wants one execution graph per shape; Transformer Engine
-rounds the batch and the number of tokens up for that, and `max_seqlen` is rounded up here, so that
-a run with ever new lengths builds a bounded number of graphs (torch's own cuDNN path builds one per
+Its layout for packed sequences is "thd". cuDNN needs one execution graph per shape, so Transformer
+Engine rounds up the batch and the number of tokens, and this adapter rounds up `max_seqlen`: runs
+with ever-changing lengths build a bounded number of graphs (torch's own cuDNN path builds one per
 shape: see cudnn.py).
 
-lse is called softmax stats there: natural log, fp32, (total_q, num_heads, 1) with cuDNN 9.6 or
-later (before that, padded per sequence: refused here). The backward wants it in the same layout,
-together with the state of a random generator that only dropout reads.
+It calls lse "softmax stats": natural log, fp32, (total_q, num_heads, 1) with cuDNN 9.6 or later
+(older versions pad it per sequence and are refused here). Backward takes it in the same layout,
+with a random generator state that only dropout reads.
 
-Its multi-tensor Adam, for hdp/training/optim.py, is here too: the library is imported in one file.
+Its multi-tensor Adam, used by hdp/training/optim.py, is also here, so that only this file imports
+the library.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class TransformerEngineKernel(PackedKernel):
     """Transformer Engine's fused attention (cuDNN), Ampere and newer."""
 
     name = "transformer-engine"
-    has_dense = False  # its batched layout gives another stats layout, and packed is as fast
+    has_dense = False  # its batched layout changes the stats layout, and packed is as fast
 
     @staticmethod
     def refusal(need: Need) -> str | None:
@@ -44,7 +45,7 @@ class TransformerEngineKernel(PackedKernel):
         library = _library()
         options = _options(library.fused_attn_fwd, call)
         out, aux, *_ = library.fused_attn_fwd(
-            True,  # is_training: give the stats
+            True,  # is_training: return the stats
             _size_class(call.max_seqlen_q),
             _size_class(call.max_seqlen_k),
             call.cu_seqlens_q,
@@ -56,7 +57,7 @@ class TransformerEngineKernel(PackedKernel):
         )
         stats = aux[0]
         assert stats.shape == (q.shape[0], q.shape[1], 1), (
-            f"softmax stats {tuple(stats.shape)} of q {tuple(q.shape)}: cuDNN older than 9.6?"
+            f"softmax stats {tuple(stats.shape)} for q {tuple(q.shape)}: cuDNN older than 9.6?"
         )
         return out, stats[..., 0].T.contiguous()
 
@@ -84,7 +85,7 @@ class TransformerEngineKernel(PackedKernel):
 
 
 def _options(function: Any, call: Call) -> dict[str, Any]:
-    """Keywords of forward and backward alike; layouts of outputs where this release takes them."""
+    """Keywords common to forward and backward; output layouts if this release accepts them."""
     options: dict[str, Any] = {
         "cu_seqlens_q_padded": call.cu_seqlens_q,  # there is no padding between sequences
         "cu_seqlens_kv_padded": call.cu_seqlens_k,
@@ -99,12 +100,12 @@ def _options(function: Any, call: Call) -> dict[str, Any]:
 
 
 def _packed(x: Tensor) -> Tensor:
-    """Rows without gaps: the layout's strides follow from its shape."""
+    """A contiguous copy if needed: the library derives strides from the layout and shape."""
     return x.contiguous()
 
 
 def _size_class(seqlen: int) -> int:
-    """`seqlen` rounded up to one of four sizes per power of two, 128 at least."""
+    """`seqlen` rounded up to one of four sizes per power of two, at least 128."""
     step = max(128, 1 << max(0, seqlen.bit_length() - 3))
     return -(-seqlen // step) * step
 
@@ -120,7 +121,7 @@ def _library() -> Any:
 
 
 def load_adam() -> Callable[..., None]:
-    """kernel(overflow, tensor lists, numbers ...) of its FusedAdam.
+    """FusedAdam's kernel, called as kernel(overflow, tensor lists, numbers ...).
 
     Raises ValueError if it cannot be imported.
     """
@@ -129,7 +130,7 @@ def load_adam() -> Callable[..., None]:
     except Exception as error:  # built for another torch or CUDA: any error is possible
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
-            "optimizer 'transformer_engine' was asked for but Transformer Engine cannot be "
+            "optimizer 'transformer_engine' needs Transformer Engine, which cannot be "
             f"imported ({reason}): {_REMEDY}, or use 'adamw'"
         ) from error
     return partial(multi_tensor_applier, multi_tensor_adam)
