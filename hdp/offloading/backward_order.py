@@ -1,8 +1,8 @@
-"""BackwardOrder: what backward will ask for next, so that it is fetched before.
+"""BackwardOrder: predicts what backward needs next, to prefetch it.
 
-Backward walks the saved tensors of a forward in about the reverse order. So whenever one is asked
-for, the ones before it are fetched until `prefetch_bytes` are on their way or waiting. Where
-backward turns out to be elsewhere (branches, a retained graph), it goes on from there.
+Backward visits a forward's saved tensors in roughly reverse order. So each request also fetches the
+preceding ones, until `prefetch_bytes` are in flight or waiting. If backward turns out to be
+elsewhere (branches, a retained graph), prefetching continues from there.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ class BackwardOrder:
 
     def __init__(self, store: Store, queue: SendQueue, prefetch_bytes: int) -> None:
         self.store, self._queue, self._prefetch_bytes = store, queue, prefetch_bytes
-        self._uses: list[Saved] = []  # one Saved can be in it several times
-        # In backward: the uses before it are still to be fetched. None: it has not begun.
+        self._uses: list[Saved] = []  # a Saved may appear several times
+        # In backward, the uses before it are yet to be fetched. None: backward has not begun.
         self._cursor: int | None = None
-        self._num_passes = 1  # backward passes, the present one counted
+        self._num_passes = 1  # backward passes, including the current one
 
     def add(self, saved: Saved) -> None:
-        """A function saved it. What it is recomputed from is used by then, too."""
-        while self._uses and not self._uses[-1].owners:  # backward is through with these
+        """Append a use: a function saved it. Its recipe's sources are needed at the same time."""
+        while self._uses and not self._uses[-1].owners:  # backward is done with these
             self._uses.pop()
         self._cursor = None
         self._add(saved)
 
     def take(self, saved: Saved) -> Tensor:
-        """(num_bytes,) uint8: backward asks for its value. Those before it are fetched."""
+        """Its value for backward, (num_bytes,) uint8; prefetches the uses before it."""
         late = self.store.request(saved)
         self._queue.keep_the_rest()
         self._prefetch(saved, late)
@@ -46,7 +46,7 @@ class BackwardOrder:
         saved.last_use = len(self._uses) - 1
 
     def _prefetch(self, saved: Saved, late: bool) -> None:
-        """late: it was not fetched ahead, so backward is not where we expected it."""
+        """Fetch the uses before `saved`. late: it was not prefetched; backward is elsewhere."""
         store, stream = self.store, self.store.link.stream()
         if late and saved.asked == self._num_passes:
             self._num_passes += 1  # the graph was retained, and backward runs again
@@ -59,6 +59,6 @@ class BackwardOrder:
             if earlier.owners and not there and earlier.asked < self._num_passes:
                 try:
                     store.fetch(earlier)
-                except torch.OutOfMemoryError:  # there is time: it is asked for later
+                except torch.OutOfMemoryError:  # not urgent: it is fetched on request
                     self._cursor += 1
                     return

@@ -22,26 +22,26 @@ def offload(
     buffers: CopyBuffers | None = None,
     engine: OffloadEngine | None = None,
 ) -> AbstractContextManager[Any]:
-    """Context around a model's forward: what it saves for backward goes to the host meanwhile.
+    """Offload what a model's forward saves for backward: a context around that forward.
 
         with hdp.offload(ratio=0.8, recompute_pointwise=1.0):
             loss = model(batch)
         loss.backward()
 
-    ratio: share of the saved bytes that goes to the host, evenly over the forward, in whole
-        tensors. Choose what the link hides: docs/offload.md. 0 does nothing.
+    ratio: share of the saved bytes to send to the host, spread evenly over the forward, in whole
+        tensors. Choose as much as the link can hide: docs/offload.md. 0 sends nothing.
     recompute_pointwise: share of the results of cheap element-wise operations (norms, activations,
-        casts) that is recomputed in backward instead. It halves what a decoder layer saves, for 1
-        to 4 % of its time.
-    recompute_matmul: the same for matrix products. Above 0 where memory is short and the link full.
-    min_bytes: smaller tensors stay where they are. So do parameters.
+        casts) to recompute in backward instead. 1.0 halves what a decoder layer saves, for 1 to
+        4 % of its time.
+    recompute_matmul: the same for matrix products. Use it if memory is short and the link is full.
+    min_bytes: smaller tensors stay on the device, as do all parameters.
     buffers: device memory that hides the copies; None: the engine's.
-    engine: which link and host memory; None: the present CUDA device's, made at first use. It takes
-        host memory as it needs it, up to this rank's part of what the machine has. Without CUDA
-        nothing is offloaded.
+    engine: the link and host memory to use; None: those of the current CUDA device, created on
+        first use. It takes host memory as needed, up to this rank's share of the machine's.
+        Without CUDA nothing is offloaded.
 
-    Gradients are bitwise those without offload. Raises OffloadMemoryError at the end of a forward
-    that wanted more host memory than there is.
+    Gradients are bitwise equal to those without offload. Raises OffloadMemoryError at the end of a
+    forward that needed more host memory than is available.
     """
     policy = ActivationPolicy(
         ratio=ratio, recompute_pointwise=recompute_pointwise, recompute_matmul=recompute_matmul
@@ -57,5 +57,5 @@ def offload(
 
 @functools.cache
 def default_engine(device_index: int) -> OffloadEngine:
-    """The engine of a CUDA device that `offload` uses; it lives as long as the process."""
+    """The engine that `offload` uses for a CUDA device; it lives as long as the process."""
     return open_engine(torch.device("cuda", device_index), max_bytes=host_bytes_per_rank())

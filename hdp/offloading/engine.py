@@ -1,23 +1,23 @@
-"""OffloadEngine: what autograd saves in forward leaves the device and is back when backward asks.
+"""OffloadEngine: moves saved tensors to the host in forward and back before backward needs them.
 
-Copies run on two streams of their own and are ordered by events (link.py); the host never waits for
-the device, and so every decision is made in program order and memory does not depend on timing:
+Copies run on two dedicated streams, ordered by events (link.py). The host never waits for the
+device, so all decisions are made in program order and memory use does not depend on timing:
 
-  1. In forward, each saved tensor is kept, sent to the host, or replaced by a recipe that
-     recomputes it: forward.py, by an ActivationPolicy.
-  2. A tensor is sent once `keep_bytes` more were saved after it: send_queue.py.
-  3. Its device memory is let go when `send_bytes` more were sent: by then its copy has usually
-     left; where it has not, the kernels that would reuse it wait, the host does not: store.py.
-  4. In backward, whenever a tensor is asked for, those that come next are fetched until
-     `prefetch_bytes` are on their way or waiting: backward_order.py.
-  5. When the last function that needs a tensor has run, its host memory is free for the next one.
+  1. In forward, an ActivationPolicy decides whether each saved tensor is kept, sent to the host, or
+     replaced by a recipe that recomputes it: forward.py.
+  2. A tensor is sent once `keep_bytes` more have been saved after it: send_queue.py.
+  3. Its device memory is released once `send_bytes` more have been sent. Its copy has usually
+     finished by then; if not, kernels that reuse the memory wait, the host does not: store.py.
+  4. In backward, each request also fetches the tensors needed next, until `prefetch_bytes` are in
+     flight or waiting: backward_order.py.
+  5. After the last function that needs a tensor has run, its host memory is reused.
 
 Invariants (each has a test of the same name in tests/offloading/):
 
 * gradients_are_bitwise_equal   to those without offload, for any policy, buffers and copy timing
-* no_race                       every two conflicting accesses are ordered by events
-* nothing_leaks                 after backward, an exception or a dropped graph nothing is held
-* modified_in_place_is_named    as without offload, and with the tensor's name
+* no_race                       events order any two conflicting accesses
+* nothing_leaks                 nothing is held after backward, an exception or a dropped graph
+* modified_in_place_is_named    it raises as without offload, and the error names the tensor
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from .streams import CpuStreams, CudaStreams
 from .types import ActivationPolicy, CopyBuffers, Counts, LinkStats, text_of
 
 _SLAB_BYTES = 512 << 20
-_NUM_THREADS = 16  # that pin slabs; each is pinned once
+_NUM_THREADS = 16  # threads that pin slabs; each slab is pinned once
 
 
 class OffloadEngine:
     """Moves what autograd saves over one link. One per device; any number of forwards.
 
-    buffers: of forwards that are not given others
-    on_full: when the pool is full, "error" raises OffloadMemoryError at the end of the forward with
-        what would have been needed; "keep" says so once and keeps tensors on the device
+    buffers: the default for forwards
+    on_full: if the pool is full, "error" raises OffloadMemoryError at the end of the forward with
+        what it needed; "keep" warns once and keeps tensors on the device
     """
 
     def __init__(self, link: Link, *, buffers: CopyBuffers, on_full: OnFull = "error") -> None:
@@ -55,7 +55,7 @@ class OffloadEngine:
 
     @property
     def counts(self) -> Counts:
-        """Bytes so far, by what happened to them."""
+        """Bytes sent, kept and recomputed so far."""
         return self.store.counts
 
     def forward(
@@ -65,20 +65,20 @@ class OffloadEngine:
         buffers: CopyBuffers | None = None,
         min_bytes: int = 1 << 20,
     ) -> Forward:
-        """Context manager around one forward pass. Tensors below min_bytes stay."""
+        """A context manager for one forward pass. Tensors below min_bytes stay on the device."""
         if self.store.closed:
             raise OffloadFreedError("the offload engine is closed")
         policy = policy or ActivationPolicy()
         return Forward(self._shared, policy, buffers or self.buffers, min_bytes)
 
     def stats(self) -> LinkStats:
-        """What the link holds and has moved."""
+        """Host memory in use, and bytes copied so far."""
         with self.store.lock:
             self.store.collect()
             return self.link.stats()
 
     def close(self) -> None:
-        """Give all host memory back. A backward that still needs it raises OffloadFreedError."""
+        """Free all host memory. A backward that still needs it raises OffloadFreedError."""
         with self.store.lock:
             self.store.close()
 
@@ -91,14 +91,15 @@ def open_engine(
     on_full: OnFull = "error",
     buffers: CopyBuffers | None = None,
 ) -> OffloadEngine:
-    """An engine of one's own; close() gives its host memory back.
+    """Create your own engine; close() frees its host memory.
 
-    device: a CUDA device; or the CPU, where all of the engine runs and no memory is saved
-    max_bytes: host memory that it may take
-    prefill: take all of it now, in the background, instead of when it is needed
-    on_full: "error": forwards that want more raise OffloadMemoryError; "keep": what does not fit
-        stays on the device, which is said once
-    buffers: device memory that hides the copies; None: for layers that send a 24th of the device
+    device: a CUDA device, or the CPU, where the whole engine runs but saves no memory
+    max_bytes: the most host memory that it may take
+    prefill: allocate all of it now, in the background, instead of on demand
+    on_full: "error": forwards that need more raise OffloadMemoryError; "keep": warn once and keep
+        what does not fit on the device
+    buffers: device memory that hides the copies; None: sized for layers that send 1/24 of the
+        device's memory each
 
     Raises OffloadMemoryError if the machine has less memory than max_bytes, unless on_full="keep".
     """
@@ -120,18 +121,18 @@ def open_engine(
 
 def _affordable(max_bytes: int, on_full: OnFull) -> int:
     if max_bytes < 1 << 16:
-        raise ValueError(f"offload: max_bytes={max_bytes}, the host memory, is less than 64 KiB")
+        raise ValueError(f"offload: max_bytes={max_bytes} of host memory must be 64 KiB or more")
     available = available_host_bytes()
     if max_bytes <= available:
         return max_bytes
     text = (
-        f"offload: a host pool of {text_of(max_bytes)} was asked for, and {text_of(available)} "
-        "are available"
+        f"offload: a host pool of {text_of(max_bytes)} was requested, but only "
+        f"{text_of(available)} are available"
     )
     if on_full == "keep":
         warnings.warn(f"{text}; taking {text_of(available * 9 // 10)}")
         return available * 9 // 10
     raise OffloadMemoryError(
-        f"{text}: a ratio {available / max_bytes:.2g} times as large fits, or fewer ranks per "
-        "machine; on_full='keep' takes what there is"
+        f"{text}: use a ratio {available / max_bytes:.2g} times as large, or fewer ranks per "
+        "machine; on_full='keep' takes what is available"
     )

@@ -1,8 +1,8 @@
-"""Forward: one forward pass, seen through what autograd saves in it.
+"""Forward: decides what happens to each tensor that autograd saves in one forward pass.
 
-A context around any model's forward, by torch's saved_tensors_hooks. Each tensor that autograd
-saves is kept as it is (small ones, parameters), sent to the host, or replaced by a recipe that
-recomputes it. What runs in it belongs to this forward; its backward may come at any time after it.
+A context around any model's forward, built on torch's saved_tensors_hooks. Each saved tensor is
+kept (small ones, parameters), sent to the host, or replaced by a recipe that recomputes it.
+Everything that runs inside belongs to this forward; its backward may run at any later time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .types import ActivationPolicy, CopyBuffers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
-    """What the forwards of an engine have in common."""
+    """State shared by the forwards of an engine."""
 
     store: Store
     on_full: OnFull
@@ -38,7 +38,7 @@ class Shared:
 
 
 class Forward:
-    """A context around one forward pass. Made by `OffloadEngine.forward`; enter it once."""
+    """A context around one forward pass, from `OffloadEngine.forward`; enter it once."""
 
     def __init__(
         self, shared: Shared, policy: ActivationPolicy, buffers: CopyBuffers, min_bytes: int
@@ -58,11 +58,11 @@ class Forward:
         self._entered = False
 
     def __enter__(self) -> Forward:
-        assert not self._entered, "a Forward is entered once; make another one"
+        assert not self._entered, "a Forward can be entered only once; create another one"
         self._entered = True
         with self._store.lock:
             self._store.collect()
-            # The forwards before this one are needed later than it: send their last tensors, too.
+            # Backward needs earlier forwards after this one: send their last tensors too.
             for queue in list(self._shared.queues):
                 queue.flush()
             self._shared.queues.clear()
@@ -78,7 +78,7 @@ class Forward:
             self._tape.__exit__(kind, error, trace)
             self._tape.clear()
         self._hooks.__exit__(kind, error, trace)
-        self._hooks = None  # they hold us
+        self._hooks = None  # the hooks hold a reference to self
         self._registry.clear()
         if kind is not None:
             self._queue.drop()
@@ -86,7 +86,7 @@ class Forward:
             self._queue.check()
 
     def pack(self, tensor: Tensor) -> Packed | Passed | Wrapped:
-        """What stands for `tensor` in the autograd graph."""
+        """What the autograd graph holds in place of `tensor`."""
         self._num_packed += 1
         if self._stays(tensor):
             return Passed(tensor)
@@ -128,7 +128,7 @@ class Forward:
         return is_parameter(tensor)
 
     def _decide(self, saved: Saved, tensor: Tensor) -> None:
-        """Whether a new Saved is recomputed, or else may be sent."""
+        """Recompute a new Saved if it has a recipe; otherwise offer it to the send queue."""
         recipe = self._recipe(saved, tensor)
         if recipe is None:
             self._queue.offer(saved)

@@ -1,16 +1,17 @@
 """Link: moves bytes between a device and the host, ordered by events alone.
 
-A block is host memory that holds a copy of some device memory. Its life, and what each call orders:
+A block is host memory that holds a copy of some device memory. Its lifecycle, and which stream
+waits for what in each call:
 
-    send      OUT: after the caller's kernels so far, and after the last read of the host memory
-    sent      caller's stream: after the copy has left. Then the device memory may be reused
-    fetch     IN: after the copy out, and after the caller's kernels so far (they may still use what
-              the new device memory was before)
-    fetched   caller's stream: after the copy is back. Then it may be used
-    free      nothing waits; who reuses the host memory lets OUT wait for the last fetch
+    send      OUT waits for the caller's kernels so far and the last read of the host memory
+    sent      the caller's stream waits for the copy out; then the device memory may be reused
+    fetch     IN waits for the copy out and the caller's kernels so far (they may still use the
+              previous contents of the new device memory)
+    fetched   the caller's stream waits for the copy in; then the value may be used
+    free      no wait; the next user of the host memory makes OUT wait for the last fetch
 
-In tests/offloading/test_link.py a race detector knows every access, and each of these waits is
-left out once: it is missed.
+tests/offloading/test_link.py removes each of these waits in turn and checks that a race detector,
+which sees every access, reports the race.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class _Block:
 
 
 class Link:
-    """Blocks are opaque to callers. `stream`: what `stream()` returned, now or earlier."""
+    """Blocks are opaque to callers. `stream` arguments are values that `stream()` returned."""
 
     def __init__(
         self, streams: Streams, *, max_bytes: int, slab_bytes: int, num_threads: int = 8
@@ -56,13 +57,13 @@ class Link:
         return self._streams.current()
 
     def prepare(self, num_bytes: int) -> None:
-        """Start making host memory of so many bytes, in the background."""
+        """Start allocating num_bytes of host memory in the background."""
         count = min(-(-num_bytes // self._slab_bytes), self._pool.max_bytes // self._slab_bytes)
         self._slabs.prepare(count)
 
     def send(self, data: Tensor, stream: Any) -> _Block:
-        """A new block with a copy of data, (num_bytes,) uint8 on the device, as it is once
-        `stream` has come so far. Whoever calls keeps data alive until `sent`. Raises PoolFull."""
+        """A new block with a copy of data, (num_bytes,) uint8 on the device, as of this point in
+        `stream`. The caller keeps data alive until `sent`. Raises PoolFull."""
         self._check_open()
         extents, read = self._pool.take(data.numel())
         block = _Block(extents, data.numel())
@@ -79,8 +80,8 @@ class Link:
         self._streams.wait(stream, block.sent)
 
     def fetch(self, block: _Block, out: Tensor, stream: Any) -> None:
-        """Copy a block to out, (num_bytes,) uint8, memory that `stream` may write now. Whoever
-        calls keeps out alive until `fetched`."""
+        """Copy a block to out, (num_bytes,) uint8, which `stream` may write now. The caller keeps
+        out alive until `fetched`."""
         self._check(block)
         assert out.numel() == block.num_bytes, (out.numel(), block.num_bytes)
         self._streams.wait(IN, block.sent)
@@ -115,7 +116,7 @@ class Link:
         )
 
     def close(self) -> None:
-        """Wait for all copies and give all host memory back. Blocks are freed."""
+        """Wait for all copies, then free all blocks and host memory."""
         if self._closed:
             return
         self._closed = True
@@ -141,4 +142,4 @@ class Link:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise OffloadFreedError("the host memory was given back: the offload engine is closed")
+            raise OffloadFreedError("the offload engine is closed and its host memory was freed")

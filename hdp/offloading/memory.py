@@ -1,4 +1,4 @@
-"""Host memory: how much may still be taken, and which of it is near a device."""
+"""Host memory: how much is available, and which of it is near a device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNLIMITED = 1 << 60  # cgroup v1 writes a huge number for "no limit"
 
 
 def available_host_bytes(root: Path = Path("/")) -> int:
-    """Bytes that can be taken without swapping or being killed, by all processes together."""
+    """Bytes that all processes together can take without swapping or being killed."""
     limits = [_meminfo(root)]
     for usage, limit, reclaimable in (
         ("memory.current", "memory.max", "inactive_file"),
@@ -32,13 +32,13 @@ def available_host_bytes(root: Path = Path("/")) -> int:
 
 
 def host_bytes_per_rank() -> int:
-    """This rank's part of 90 % of it: torchrun says how many ranks share the machine."""
+    """This rank's share of 90 % of the available bytes, by torchrun's LOCAL_WORLD_SIZE."""
     ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     return available_host_bytes() * 9 // 10 // ranks
 
 
 def cpus_near(pci_address: str, root: Path = Path("/")) -> set[int]:
-    """The CPUs next to a device such as 0000:3b:00.0, from sysfs; empty where that is not known."""
+    """The CPUs next to a device such as 0000:3b:00.0, from sysfs; empty if unknown."""
     path = root / "sys/bus/pci/devices" / pci_address.lower() / "local_cpulist"
     try:
         text = path.read_text().strip()
@@ -53,20 +53,20 @@ def cpus_near(pci_address: str, root: Path = Path("/")) -> set[int]:
 
 
 def touched_pages(num_bytes: int, cpus: set[int]) -> Tensor:
-    """(num_bytes,) uint8 that is all there: in large pages if possible, on the side of `cpus`.
+    """(num_bytes,) uint8, resident, in large pages if possible, on the NUMA node of `cpus`.
 
-    Registering memory with a device costs a page fault and a driver call per page, so large pages
-    that exist are pinned faster. The CPU that touches a page first decides on which side of the
-    machine it lies, and the far one is slower to copy. Raises MemoryError.
+    Registering memory with a device costs a page fault and a driver call per page, so resident
+    large pages are pinned faster. A page is placed on the NUMA node of the CPU that first touches
+    it, and copies from a remote node are slower. Raises MemoryError.
     """
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
         try:
             memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise MemoryError(f"{num_bytes} bytes of host memory: {error}") from None
-        with suppress(OSError):  # a kernel without them
+        with suppress(OSError):  # a kernel without large pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-        pages = torch.frombuffer(memory, dtype=torch.uint8)  # it keeps `memory`
+        pages = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory` alive
     else:
         pages = torch.empty(num_bytes, dtype=torch.uint8)
     with _running_on(cpus):
@@ -76,7 +76,7 @@ def touched_pages(num_bytes: int, cpus: set[int]) -> Tensor:
 
 @contextmanager
 def _running_on(cpus: set[int]) -> Iterator[None]:
-    """This thread runs on these CPUs, if there are any and the process may use them."""
+    """Run this thread on `cpus`, if there are any and the process may use them."""
     if not cpus or not hasattr(os, "sched_setaffinity"):
         yield
         return

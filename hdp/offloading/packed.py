@@ -1,12 +1,11 @@
-"""What stands in an autograd graph for the tensors that it saved.
+"""What an autograd graph holds in place of the tensors that it saved.
 
-    Packed     what one function holds instead of its tensor: a view of a Saved
-    Passed     what one function holds of a tensor that stays: small ones, parameters
+    Packed     a view of a Saved, in place of one function's tensor
+    Passed     a tensor that stays on the device: a small one, or a parameter
     Wrapped    a tensor subclass (DTensor, float8) as its packed inner tensors
 
-Each gives the tensor back by `unpack()`. Autograd frees what it holds when a function has run
-backward for the last time; the `__del__` of a Packed then tells the store that its Saved has lost
-an owner.
+`unpack()` returns the tensor. Autograd frees what it holds after a function's last backward;
+`Packed.__del__` then tells the store that its Saved has lost an owner.
 """
 
 from __future__ import annotations
@@ -43,29 +42,29 @@ class Packed:
         with store.lock:
             if store.closed:
                 raise OffloadFreedError(
-                    "backward needs tensors of an offload engine that was closed"
+                    "backward needs a tensor from a closed offload engine; close it after backward"
                 )
             store.collect()
             if self.watch.num_writes:
                 raise modified(self.name, str(self.geometry), self.watch.num_writes)
             tensor = saved.view(self._order.take(saved), self.geometry)
-            if saved.owners == 1:  # whoever asked holds it now; another time it is fetched again
+            if saved.owners == 1:  # the caller holds it now; a later request fetches it again
                 store.let_go(saved)
             return tensor
 
     def __del__(self) -> None:
-        # Not there if the watch could not be made: then nobody counted on this owner.
+        # Missing if creating the watch failed: then this owner was never counted.
         if hasattr(self, "_dropped"):
             self._dropped.append(self.saved)
 
 
 class Passed:
-    """A saved tensor that stays as it is."""
+    """A saved tensor that stays on the device."""
 
     __slots__ = ("tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
-        # An output that holds itself through its graph would never be freed.
+        # Detach: an output that holds itself through its graph would never be freed.
         self.tensor = tensor if tensor.is_leaf else tensor.detach()
         self.version = tensor._version
 
@@ -78,7 +77,7 @@ class Passed:
 
 
 class Wrapped:
-    """A tensor subclass that is made of other tensors, and of other things: a DTensor's mesh."""
+    """A tensor subclass made of tensors and other values, such as a DTensor's mesh."""
 
     __slots__ = ("context", "inner", "kind", "others", "size", "stride")
 
@@ -95,5 +94,5 @@ class Wrapped:
 
 
 def unpack(packed: Packed | Passed | Wrapped) -> Tensor:
-    """What autograd calls."""
+    """The unpack hook that autograd calls."""
     return packed.unpack()

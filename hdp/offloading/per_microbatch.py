@@ -1,13 +1,12 @@
-"""PerMicrobatchOffload: each microbatch with the offload ratio that its StepPlan gives it.
+"""PerMicrobatchOffload: offload each microbatch at the ratio in its StepPlan.
 
     offload = PerMicrobatchOffload(engine, cost=cost, classes=decoder_classes(cost, ...))
     with offload(batch.layout, batch.offload_ratio):
         logprobs = model(batch, comm)
 
-The plan says what share of a microbatch's activations must leave the device, and on how many ranks
-it fits because of that. What is done about it is decided here, from lengths and cost model alone:
-how much travels and how much is recomputed (scheduler/costs/activation_plan.py), and how much
-device memory hides the copies.
+The plan gives the share of a microbatch's activations that must leave the device for it to fit on
+its ranks. This module decides how, from lengths and cost model alone: how much is sent and how much
+is recomputed (scheduler/costs/activation_plan.py), and how much device memory hides the copies.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from .types import ActivationPolicy, CopyBuffers
 
 
 class PerMicrobatchOffload:
-    """Makes the context of a microbatch's forward.
+    """Creates the offload context of each microbatch's forward.
 
     cost: the cost model that the plan was made with
-    classes: what the model saves, all layers together
+    classes: what the model saves, summed over all layers
     min_bytes: smaller tensors stay on the device
     """
 
@@ -46,14 +45,14 @@ class PerMicrobatchOffload:
         self._min_bytes = min_bytes
 
     def __call__(self, layout: RingLayout, ratio: float) -> AbstractContextManager[Any]:
-        """Context around the forward of a microbatch of so many tokens; ratio: the plan's."""
+        """A context around the forward of the microbatch with this layout; ratio: the plan's."""
         if not ratio:
             return nullcontext()
         policy, buffers = policy_of(self.plan(layout, ratio))
         return self.engine.forward(policy, buffers=buffers, min_bytes=self._min_bytes)
 
     def plan(self, layout: RingLayout, ratio: float) -> ActivationPlan:
-        """What of a microbatch is kept, sent and recomputed."""
+        """How much of a microbatch is kept, sent and recomputed."""
         ring = np.array(layout.ring_seqlens, dtype=np.float64)
         local = np.array(layout.local_seqlens, dtype=np.float64)
         compute_s = self.cost.compute_s(ring, layout.ring_size, layout.gathered).sum()
@@ -67,12 +66,12 @@ class PerMicrobatchOffload:
         )
 
     def close(self) -> None:
-        """Give the host memory back."""
+        """Free the host memory."""
         self.engine.close()
 
 
 def policy_of(plan: ActivationPlan) -> tuple[ActivationPolicy, CopyBuffers]:
-    """What the engine is told of a plan."""
+    """A plan as the engine's policy and buffers."""
     policy = ActivationPolicy(
         ratio=plan.offload_ratio,
         recompute_pointwise=plan.recomputed_share("pointwise"),

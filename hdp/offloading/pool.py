@@ -1,22 +1,22 @@
 """HostPool: host memory in slabs, handed out in extents.
 
-A copy engine reaches host memory at full speed only where it is pinned, and pinning is slow: so it
-is done once, slab by slab, in parallel (`Slabs`), and what is handed out comes from there.
+Copies run at full speed only from and to pinned host memory, and pinning is slow. So slabs are
+pinned once, in parallel (`Slabs`), and all requests are served from them.
 
-The addresses of all slabs form one line. What is asked for is taken from the free addresses, lowest
-first, and may come in several extents: a copy is as fast in ten pieces of 100 MiB as in one. That
-is why nothing fragments, and why memory held never grows with the number of different sizes or of
-microbatches: it is the most that was in use at once, rounded up to a slab. A forward and its
-backward use the line as a stack; several live microbatches, in any order, are no special case.
+The slabs form one linear address space. A request takes the lowest free addresses, possibly as
+several extents: a copy is as fast in ten pieces of 100 MiB as in one. So memory does not fragment,
+and the memory held does not grow with the number of distinct sizes or of microbatches: it is the
+peak in use, rounded up to a slab. A forward and its backward use the space as a stack; several live
+microbatches, in any order, need no special case.
 
-Freed memory may still be read by a copy that is under way. The extents remember the last read
-(`after`), and whoever writes there next lets its *stream* wait for it: no one waits on the host.
+A copy in flight may still read freed memory. Free extents remember their last read (`after`), and
+the next writer makes its *stream* wait for it: the host never waits.
 
 Invariants (each has a test of the same name in tests/offloading/test_pool.py):
 
 * extents_are_disjoint   no address is handed out twice
-* held_is_peak_in_use    held memory is the most in use at once, rounded up to a slab
-* reads_are_remembered   an extent comes with the last read of any of its bytes
+* held_is_peak_in_use    held memory is the peak in use, rounded up to a slab
+* reads_are_remembered   `take` returns the last read of any byte it hands out
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from typing import Any
 
 from .types import PoolFull
 
-GRANULE_BYTES = 64 << 10  # sizes are rounded up to this: a copy of less is mostly overhead
+GRANULE_BYTES = 64 << 10  # sizes are rounded up to this: smaller copies are mostly overhead
 
 
 def rounded(num_bytes: int) -> int:
-    """What a pool takes for so many bytes."""
+    """The bytes that a pool takes for a request of num_bytes."""
     return -(-num_bytes // GRANULE_BYTES) * GRANULE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A copy out of host memory; the later one of two has the higher number."""
+    """A copy out of host memory; a later one has a higher number."""
 
     number: int
     event: Any
@@ -56,9 +56,9 @@ class Extent:
 
 
 class HostPool:
-    """Free addresses of a growing number of slabs. Not thread-safe: its engine has the lock.
+    """Free addresses in a growing number of slabs. Not thread-safe: the engine holds a lock.
 
-    grow: called with a number n of slabs, returns when there are n of them.
+    grow: called with a number of slabs; returns once that many exist.
     """
 
     def __init__(self, grow: Callable[[int], None], *, slab_bytes: int, max_bytes: int) -> None:
@@ -67,15 +67,15 @@ class HostPool:
         self._grow, self._slab_bytes = grow, slab_bytes
         self.max_bytes = max_bytes // slab_bytes * slab_bytes
         self.held_bytes = self.in_use_bytes = self.peak_in_use_bytes = 0
-        # Free runs [start, stop), by address; adjacent ones are one. `_reads` beside them.
+        # Free runs [start, stop), sorted and merged if adjacent, with the last read of each.
         self._starts: list[int] = []
         self._stops: list[int] = []
         self._reads: list[Read | None] = []
 
     def take(self, num_bytes: int) -> tuple[list[Extent], Read | None]:
-        """Extents of num_bytes together, by address, and the last read of any of them.
+        """Extents that total num_bytes, by address, and the last read of any of them.
 
-        Raises PoolFull, with nothing taken.
+        Raises PoolFull and takes nothing if they do not fit.
         """
         size = rounded(num_bytes)
         missing = size - (self.held_bytes - self.in_use_bytes)
@@ -98,7 +98,7 @@ class HostPool:
         return extents, after
 
     def give(self, extents: list[Extent], after: Read | None) -> None:
-        """Return what `take` handed out; after: the last read of it that may be under way."""
+        """Free extents from `take`; after: their last read, which may still be in flight."""
         for extent in extents:
             base = extent.slab * self._slab_bytes
             self._free(base + extent.start, base + extent.stop, after)
@@ -128,7 +128,7 @@ class HostPool:
         self._reads[first:last] = [read]
 
     def _split(self, start: int, stop: int) -> list[Extent]:
-        """A run of the line as extents of single slabs."""
+        """Addresses [start, stop) as extents within single slabs."""
         result = []
         while start < stop:
             slab, offset = divmod(start, self._slab_bytes)
@@ -145,7 +145,7 @@ def _later(a: Read | None, b: Read | None) -> Read | None:
 
 
 class Slabs:
-    """Makes slabs in threads: ahead of need with `prepare`, at need with `grow`."""
+    """Creates slabs in threads: in advance with `prepare`, on demand with `grow`."""
 
     def __init__(self, make: Callable[[int], Any], *, slab_bytes: int, num_threads: int) -> None:
         self._make, self._slab_bytes = make, slab_bytes
@@ -154,13 +154,13 @@ class Slabs:
         self._lock = threading.Lock()
 
     def prepare(self, count: int) -> None:
-        """Start making slabs until there are `count`."""
+        """Start creating slabs in the background, up to `count` in total."""
         with self._lock:
             while len(self._futures) < count:
                 self._futures.append(self._threads.submit(self._make, self._slab_bytes))
 
     def grow(self, count: int) -> None:
-        """Return when there are at least `count` slabs. Raises what making one raised."""
+        """Return once at least `count` slabs exist. Raises the error of a slab that failed."""
         self.prepare(count)
         for future in self._futures[:count]:
             future.result()
@@ -172,7 +172,7 @@ class Slabs:
         return self._futures[index].result()
 
     def close(self) -> list[Any]:
-        """Make no more; the slabs that were made."""
+        """Stop creating slabs, and return those that exist."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         done = [f for f in self._futures if not f.cancelled() and f.exception() is None]
         self._futures = []

@@ -1,21 +1,21 @@
-"""Recipes: how to recompute a saved tensor from others that are saved anyway.
+"""Recipes: recompute a saved tensor from others that are saved anyway.
 
 About half of what a decoder layer saves is the result of cheap element-wise operations: norm
-outputs, SiLU(gate), the gated product, casts to fp32. None of it needs to stay on the device or to
-go to the host: it can be recomputed. A recipe is the operations that did it, with references to
-what they were given:
+outputs, SiLU(gate), the gated product, casts to fp32. None of it needs to stay on the device or go
+to the host: it can be recomputed. A recipe is the sequence of operations that computed a tensor,
+with references to their inputs:
 
     Held      a tensor, kept alive: a parameter, or a small one
     Use       a view of a Saved
-    Part      a view of another result, which is recomputed on the way
+    Part      a view of another result, which is recomputed first
 
-This is activation checkpointing without regions: one tensor is recomputed, when backward asks for
-it, by the same operation on the same bytes, so with the same bits. No layer's forward runs again,
-no layer's activations pile up, and no communication or random number is repeated.
+This is activation checkpointing without regions: when backward needs a tensor, the same operations
+run on the same bytes and give the same bits. No layer's forward runs again, no layer's activations
+accumulate, and no communication or random number is repeated.
 
-A recomputed tensor could be wrong in two ways, and both are found. An in-place write that torch
-knows of: the tape sees it (tape.py), and so do version counters. One that torch does not know of,
-by a custom kernel: `RecipeChecks` compares the first result of each recipe with the original.
+A recomputed tensor could be wrong in two ways, and both are detected. In-place writes that torch
+tracks are seen by the tape (tape.py) and by version counters. For untracked ones, by a custom
+kernel, `RecipeChecks` compares each recipe's first result with the original.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Held(NamedTuple):
 
     tensor: Tensor
     version: int
-    new_bytes: int  # to save it; 0: it is small, or there anyway
+    new_bytes: int  # bytes that saving it would add; 0: it is small or held anyway
     fixed: bool  # a parameter
 
     @property
@@ -49,7 +49,7 @@ class Held(NamedTuple):
 
     @property
     def emptied(self) -> bool:
-        """Whether its memory was taken away: FSDP frees a layer's weights after its forward."""
+        """Whether its memory was freed: FSDP frees a layer's weights after its forward."""
         held = self.tensor.untyped_storage().nbytes()
         return bool(self.tensor.numel()) and held < touched_range(self.tensor).stop
 
@@ -59,8 +59,8 @@ class Held(NamedTuple):
             raise modified("an input of a recipe", what, self.writes)
         if self.emptied:
             raise RuntimeError(
-                f"offload: {what}, from which backward recomputes a tensor, has no memory any "
-                "more: was a weight resharded? Use recompute_matmul=0"
+                f"offload: the memory of {what}, needed to recompute a tensor in backward, was "
+                "freed, perhaps by resharding a weight: use recompute_matmul=0"
             )
         return self.tensor
 
@@ -80,10 +80,10 @@ class Part(NamedTuple):
 
 
 class Result:
-    """How a storage was computed: as output `index` of an operation; None: its only one.
+    """How a storage was computed: as output `index` of an operation (None: its only output).
 
-    kind: MATMUL if a product is among the operations that lead to it
-    steps, matmuls: the longest chain of operations that leads to it, and of products among them
+    kind: MATMUL if any operation that leads to it is a matrix product
+    steps, matmuls: length of the longest chain of operations, and of products, that leads to it
     """
 
     __slots__ = (
@@ -105,13 +105,13 @@ class Result:
 
     @property
     def signature(self) -> str:
-        """The operations, without what they are given."""
+        """The operations, without their inputs."""
         inner = ",".join(x.result.signature for x in self.leaves() if isinstance(x, Part))
         return f"{self.function}({inner})"
 
     @property
     def usable(self) -> bool:
-        """Whether all that it needs is still there, as it was."""
+        """Whether all its inputs still exist, unmodified."""
         for x in self.leaves():
             if isinstance(x, Part):
                 fine = x.result.usable
@@ -134,7 +134,7 @@ class Result:
         yield from leaves((self.args, self.kwargs))
 
     def run(self, value_of: Callable[[Saved], Tensor], done: dict[int, Tensor]) -> Tensor:
-        """The output, recomputed. done: the outputs of parts that were needed before."""
+        """The recomputed output. done: results computed so far, by id."""
         if id(self) not in done:
 
             def get(x: Any) -> Any:
@@ -150,9 +150,9 @@ class Result:
 
 
 class RecordedRecipe:
-    """A result as the `Recipe` of a Saved.
+    """A Result as the `Recipe` of a Saved.
 
-    pause: while it runs, nothing is recorded on the tape that it comes from
+    pause: pauses the tape that recorded it, while the recipe runs
     """
 
     __slots__ = (
@@ -171,7 +171,7 @@ class RecordedRecipe:
     def run(self, value_of: Callable[[Saved], Tensor]) -> Tensor:
         """(num_bytes,) uint8, from the values of `uses`. On the current stream.
 
-        Raises RuntimeError if the next result was to have other bits (`expect`).
+        Raises RuntimeError if the bits differ from those given to `expect`.
         """
         with self._pause(), torch.no_grad(), torch.autocast(self._device_type, enabled=False):
             storage = self._result.run(value_of, {}).untyped_storage()
@@ -190,17 +190,17 @@ class RecordedRecipe:
         assert expected is not None
         if not torch.equal(_checksum(value), expected):
             raise RuntimeError(
-                f"recomputing {self.signature} gave other bits in backward than in forward: a "
-                "kernel that torch does not know of wrote to one of its inputs, or the operation "
-                "is not deterministic. Use recompute_pointwise=0 and recompute_matmul=0"
+                f"recomputing {self.signature} gave different bits in backward than in forward: a "
+                "kernel made an untracked in-place write to one of its inputs, or the operation is "
+                "not deterministic. Use recompute_pointwise=0 and recompute_matmul=0"
             )
 
 
 class RecipeChecks:
-    """Tries each recipe once: the first result must have the bits of the original.
+    """Tests each recipe once: its first result must be bitwise equal to the original.
 
-    A recipe is known by its operations and its place among those like it in a forward. One that
-    fails is never used: the tensor is saved, with a warning.
+    A recipe is identified by its operations and its index among recipes with the same operations
+    in a forward. One that fails is never used: the tensor is saved, with a warning.
     """
 
     def __init__(self) -> None:
@@ -208,7 +208,7 @@ class RecipeChecks:
         self._rejected: set[tuple[str, int]] = set()
 
     def accepts(self, saved: Saved, recipe: RecordedRecipe, place: int, store: Store) -> bool:
-        """Whether the recipe gives the bits of saved.value. Waits for the device, once."""
+        """Whether the recipe reproduces saved.value bitwise. Waits for the device, once."""
         key = (recipe.signature, place)
         if key in self._verified:
             return True
@@ -245,7 +245,7 @@ _REFERENCES = (Held, Use, Part)
 
 
 def leaves(tree: Any, kinds: Any = _REFERENCES) -> Iterator[Any]:
-    """The objects of some types in nested lists, tuples and dicts."""
+    """The objects of the given types in nested lists, tuples and dicts."""
     if isinstance(tree, kinds):
         yield tree
     elif isinstance(tree, (list, tuple)):
@@ -257,7 +257,7 @@ def leaves(tree: Any, kinds: Any = _REFERENCES) -> Iterator[Any]:
 
 
 def replace_leaves(tree: Any, get: Callable[[Any], Any], kinds: Any = _REFERENCES) -> Any:
-    """The same tree with get(x) in place of each such object x."""
+    """The tree with each such object x replaced by get(x)."""
     if isinstance(tree, kinds):
         return get(tree)
     if isinstance(tree, (list, tuple)):

@@ -1,8 +1,8 @@
-"""Registry: which Saved holds the present value of a tensor. One per forward.
+"""Registry: finds the Saved that holds the current value of a tensor. One per forward.
 
-Several functions save the same tensor, or views of one storage; recipes need what is saved anyway.
-Each of them finds the Saved that is there already, as long as nothing has been written to the
-tensor since.
+Several functions may save the same tensor or views of one storage, and recipes use tensors that are
+saved anyway. All of them share the existing Saved, as long as the tensor has not been written to
+since.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .tensors import Range, storage_key, travelling_range
 
 
 class Registry:
-    """The Saved of a forward, by storage."""
+    """A forward's Saved, by storage."""
 
     def __init__(self, store: Store) -> None:
         self.store, self.device = store, store.device
         self._known: dict[int, tuple[list[Saved], weakref.ref]] = {}
 
     def find(self, tensor: Tensor) -> Saved | None:
-        """The Saved that holds the present value of `tensor`, if there is one."""
+        """The Saved that holds the current value of `tensor`, if any."""
         entry = self._known.get(storage_key(tensor.untyped_storage()))
         if entry is None:
             return None
@@ -43,11 +43,11 @@ class Registry:
         return saved
 
     def find_or_add(self, tensor: Tensor) -> Saved:
-        """The Saved of `tensor`, for a recipe; a new one has all of its storage."""
+        """The Saved of `tensor`, for a recipe; a new one covers its whole storage."""
         return self.find(tensor) or self.add(tensor, whole_storage(tensor))
 
     def before_write(self, tensor: Tensor) -> None:
-        """`tensor` is about to be modified in place: recipes go on using its present value."""
+        """Preserve the value of `tensor` for recipes, before an in-place write."""
         entry = self._known.get(storage_key(tensor.untyped_storage()))
         with self.store.lock:
             for saved in entry[0] if entry is not None else ():

@@ -1,12 +1,12 @@
 """SendQueue: which of a forward's tensors go to the host, and when they leave.
 
-A share of the bytes is sent, in whole tensors, spread evenly over the forward so that the link is
-busy evenly too. A tensor leaves once `keep_bytes` more were saved after it. So the last ones, which
-backward needs first, never leave, and nobody has to know beforehand where the forward ends.
+A share of the bytes is sent, in whole tensors, spread evenly over the forward to keep the link
+evenly busy. A tensor is sent once `keep_bytes` more have been saved after it. So the last tensors,
+which backward needs first, stay, without knowing in advance where the forward ends.
 
-Whole tensors and not a share of each one's rows, as the paper has it: the link sees the same bytes
-at the same pace, but rows that stay would have to be copied out of their tensor in forward and next
-to the returning ones in backward, and until then both copies take memory.
+The paper sends a share of each tensor's rows. Whole tensors give the link the same bytes at the
+same pace without extra copies: rows that stay would have to be copied out of their tensor in
+forward and back next to the fetched rows in backward, with both copies in memory meanwhile.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ OnFull = Literal["error", "keep"]
 
 
 class Quota:
-    """Chooses a share of bytes, evenly: after each tensor the chosen bytes are as near to the share
-    of all bytes so far as whole tensors allow."""
+    """Selects a share of bytes evenly: after each tensor, the selected bytes are as close to the
+    share of all bytes so far as whole tensors allow."""
 
     def __init__(self, share: float) -> None:
         self._share, self._due = share, 0.0
@@ -45,12 +45,12 @@ class SendQueue:
     def __init__(self, store: Store, ratio: float, buffers: CopyBuffers, on_full: OnFull) -> None:
         self._store, self._ratio, self._buffers, self._on_full = store, ratio, buffers, on_full
         self._quota = Quota(ratio)
-        self._waiting: deque[tuple[Saved, int]] = deque()  # with the bytes saved up to it
+        self._waiting: deque[tuple[Saved, int]] = deque()  # (Saved, bytes saved up to it)
         self._saved_bytes = 0
         self._sent_bytes = self._missed_bytes = self._largest_bytes = 0  # of host memory
 
     def offer(self, saved: Saved) -> None:
-        """It was saved: send it once enough was saved after it, or keep it."""
+        """Queue a new Saved to be sent once enough is saved after it, or keep it."""
         self._saved_bytes += saved.num_bytes
         if self._quota.takes(saved.num_bytes):
             self._waiting.append((saved, self._saved_bytes))
@@ -64,22 +64,22 @@ class SendQueue:
             self._send(oldest)
 
     def flush(self) -> None:
-        """Send the last ones too: another forward runs before this one's backward."""
+        """Send the last tensors too: another forward runs before this one's backward."""
         while self._waiting:
             self._send(self._waiting.popleft()[0])
 
     def keep_the_rest(self) -> None:
-        """Backward has begun: what has not left by now stays."""
+        """Keep all tensors not yet sent: backward has begun."""
         while self._waiting:
             saved, _ = self._waiting.popleft()
             self._store.counts.kept += saved.num_bytes
 
     def drop(self) -> None:
-        """The forward failed: nothing more is sent."""
+        """Send nothing more: the forward failed."""
         self._waiting.clear()
 
     def check(self) -> None:
-        """Raises OffloadMemoryError if host memory was missing, unless the rest may stay."""
+        """Raise OffloadMemoryError if host memory ran out, unless on_full is "keep"."""
         if self._missed_bytes and self._on_full == "error":
             raise OffloadMemoryError(self._what_would_fit())
 
@@ -107,7 +107,7 @@ class SendQueue:
         others = stats.in_use_bytes - self._sent_bytes
         wanted = self._sent_bytes + self._missed_bytes
         room = max(stats.max_bytes - others, 0)
-        # A quota may be over by half a tensor.
+        # A quota may overshoot by half a tensor.
         fits = int(100 * self._ratio * max(room - self._largest_bytes, 0) / wanted) / 100
         return (
             f"offload: at ratio {self._ratio:.2f} this forward sends {text_of(wanted)}, but the "

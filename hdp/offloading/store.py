@@ -1,16 +1,16 @@
-"""Store: where the values that backward needs are, and how they move.
+"""Store: tracks where the values that backward needs are, and moves them.
 
-A Saved is a range of bytes that backward needs, however many functions saved it. Its value is
+A Saved is a range of bytes that backward needs, shared by all functions that saved it. Its value is
 
     on the device    `value`
-    on the host      `block`; while copies run and after a fetch, there is a value beside it
+    on the host      `block`; `value` is also set during copies and after a fetch
     nowhere          `recipe` recomputes it from other Saved
 
-The store moves values over one link. It never waits on the host, and it keeps no more device memory
-for copies under way than it is given. All methods are called with `lock` held.
+The store moves values over one link. The host never waits, and the device memory of copies in
+flight stays within a given limit. All methods are called with `lock` held.
 
-A Saved is freed when its last owner is gone. Owners lose it in any thread and at any time (a
-`__del__`), so they only append it to `dropped`; `collect` does the rest.
+A Saved is freed when its last owner is gone. Owners may go away in any thread at any time (in a
+`__del__`), so they only append the Saved to `dropped`; `collect` frees it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .types import Counts
 
 
 class Recipe(Protocol):
-    """What a Saved needs of the recipe that recomputes it (recipe.py has the only one)."""
+    """How to recompute a Saved (recipe.py has the only implementation)."""
 
     uses: list[Saved]
 
@@ -44,12 +44,12 @@ class Saved:
     """A range of a storage that backward needs. See the module docstring.
 
     owners: graph nodes and recipes that need it; 0: freed
-    home: the stream that saved it, where backward asks for it
+    home: the stream that saved it, on which backward will request it
     stream: the one that may use `value`
     leaving: the copy out may still read `value`; arriving: the copy in may still write it
-    ahead: fetched before it was asked for
-    asked: the last backward pass that asked for it; the first is 1
-    last_use: the place in its forward's BackwardOrder
+    ahead: fetched but not requested yet
+    asked: the last backward pass that requested it, counted from 1
+    last_use: its last index in its forward's BackwardOrder
     """
 
     __slots__ = (
@@ -74,15 +74,15 @@ class Saved:
 
     @property
     def emptied(self) -> bool:
-        """Whether the model took the memory of `value` away (resize_), to fill it again before
-        backward: Megatron's recomputation of single outputs does."""
+        """Whether the model freed the memory of `value` (resize_), to refill it before backward, as
+        Megatron's recomputation of single outputs does."""
         value = self.value
         if value is None:
             return False
         return value.untyped_storage().nbytes() < int(value.storage_offset()) + self.num_bytes
 
     def view(self, value: Tensor, geometry: Geometry) -> Tensor:
-        """`geometry`, a view of the storage that the range was part of, in `value`."""
+        """The view `geometry` of the original storage, rebuilt on `value`."""
         moved = self.range.start - int(value.storage_offset())
         return geometry.on(value.untyped_storage(), moved)
 
@@ -94,19 +94,19 @@ class Store:
         self.link, self.device, self.counts = link, link.device, Counts()
         self.lock = threading.RLock()
         self.dropped: deque[Saved] = deque()  # one entry per lost owner
-        self.ahead_bytes = 0  # fetched and not yet asked for
-        self.leaving_bytes = 0  # sent, and still on the device
+        self.ahead_bytes = 0  # fetched, not requested yet
+        self.leaving_bytes = 0  # sent, device memory not released yet
         self.closed = False
         self._leaving: deque[Saved] = deque()
 
     def request(self, saved: Saved) -> bool:
-        """Start every copy that `value` will wait for. Whether there was one."""
+        """Start every copy that `value` will wait for; return whether there was one."""
         if saved.value is not None and saved.stream != self.link.stream():
-            self.let_go(saved)  # it is there for another stream
+            self.let_go(saved)  # its value is ready for another stream only
         if saved.value is not None:
             return False
         if saved.recipe is not None:
-            late = [self.request(source) for source in saved.recipe.uses]  # all of them
+            late = [self.request(source) for source in saved.recipe.uses]  # a list: request all
             return any(late)
         if saved.block is not None:
             self.fetch(saved)
@@ -115,11 +115,11 @@ class Store:
     def value(self, saved: Saved, backward_pass: int = 0) -> Tensor:
         """(num_bytes,) uint8 on the device, ready for the caller's stream.
 
-        backward_pass: the one that asks; 0: it is not backward that does.
+        backward_pass: the pass that requests it; 0: not requested by backward.
         """
         if not saved.owners:
             raise OffloadFreedError(
-                f"a saved tensor of {saved.num_bytes} bytes was used after its free"
+                f"a saved tensor of {saved.num_bytes} bytes was used after it was freed"
             )
         self.request(saved)
         if saved.value is None:
@@ -127,7 +127,7 @@ class Store:
             value = saved.recipe.run(lambda source: self.value(source, backward_pass))
             saved.value, saved.stream = value, self.link.stream()
             for source in saved.recipe.uses:
-                if source.owners == 1:  # only this recipe: it can be fetched or recomputed
+                if source.owners == 1:  # only this recipe needs it, and can get it again
                     self.let_go(source)
         self._settle(saved)
         self._arrived(saved)
@@ -136,7 +136,7 @@ class Store:
         return saved.value
 
     def fetch(self, saved: Saved) -> None:
-        """Start the copy back."""
+        """Start the copy to the device."""
         stream = saved.stream = self.link.stream()
         saved.value = torch.empty(saved.num_bytes, dtype=torch.uint8, device=self.device)
         self.link.fetch(saved.block, saved.value, stream)
@@ -144,8 +144,8 @@ class Store:
         self.ahead_bytes += saved.num_bytes
 
     def send(self, saved: Saved, send_bytes: int) -> None:
-        """Start the copy out. Of all copies under way, let go of the oldest ones' device memory
-        until send_bytes are left. Raises PoolFull."""
+        """Start the copy to the host. Release the device memory of the oldest copies until at most
+        send_bytes are left. Raises PoolFull."""
         assert saved.value is not None and saved.block is None
         saved.block = self.link.send(saved.value, saved.stream)
         saved.leaving = True
@@ -157,19 +157,19 @@ class Store:
                 self.let_go(oldest)
 
     def let_go(self, saved: Saved) -> None:
-        """Free the device memory of what can be fetched or recomputed."""
+        """Release its device memory, if it can be fetched or recomputed."""
         if saved.value is None or (saved.block is None and saved.recipe is None):
             return
         self._settle(saved)
         self._arrived(saved)
-        if saved.emptied:  # perhaps while it left: what the model fills in is what counts
+        if saved.emptied:  # perhaps during the copy out: use what the model refills
             self.link.free(saved.block)
             saved.block = None
             return
         saved.value = None
 
     def collect(self) -> None:
-        """Free what has lost its last owner."""
+        """Free every Saved that has lost its last owner."""
         while self.dropped:
             saved = self.dropped.popleft()
             saved.owners -= 1
@@ -188,14 +188,14 @@ class Store:
                 saved.recipe = None
 
     def close(self) -> None:
-        """Give all host memory back."""
+        """Free all host memory."""
         self.collect()
         self.closed = True
         self._leaving.clear()
         self.link.close()
 
     def _settle(self, saved: Saved) -> None:
-        """Let the stream that owns the value wait for copies that read or write it."""
+        """Make the stream that owns the value wait for copies that read or write it."""
         if saved.leaving:
             saved.leaving = False
             self.leaving_bytes -= saved.num_bytes
@@ -205,7 +205,7 @@ class Store:
             self.link.fetched(saved.block, saved.stream)
 
     def _arrived(self, saved: Saved) -> None:
-        """It is no longer fetched ahead of need."""
+        """Stop counting it as prefetched."""
         if saved.ahead:
             saved.ahead = False
             self.ahead_bytes -= saved.num_bytes

@@ -1,14 +1,14 @@
-"""Streams: what a device offers to move memory.
+"""Streams: the device interface for moving memory.
 
 Three streams matter: the caller's (kernels run there), OUT (device to host) and IN (host to
-device). `link.py` orders them by events and never waits on the host.
+device). `link.py` orders them by events; the host never waits.
 
     CudaStreams    a CUDA device, through torch alone
-    CpuStreams     no device: "device" and host memory are the same, and a copy is done when it
-                   returns. The engine then saves no memory, but everything else runs: plans,
-                   pool, recipes, order
+    CpuStreams     no device: "device" and host memory are the same, and copies are synchronous.
+                   The engine then saves no memory, but everything else runs: plans, pool,
+                   recipes, order
 
-tests/offloading/twin_streams.py has a third one, a double that finds missing waits.
+tests/offloading/twin_streams.py has a third: a test double that detects missing waits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PORTABLE = 1
 
 
 class Streams(Protocol):
-    """A stream is OUT, IN or what `current` returned."""
+    """A stream is OUT, IN or a value that `current` returned."""
 
     device: torch.device
 
@@ -40,7 +40,7 @@ class Streams(Protocol):
         ...
 
     def wait(self, stream: Any, event: Any) -> None:
-        """What is queued on `stream` from now on starts after the event. The host does not wait."""
+        """Make later work on `stream` start after the event. The host does not wait."""
         ...
 
     def copy(self, stream: Any, dst: Tensor, src: Tensor) -> None:
@@ -48,7 +48,7 @@ class Streams(Protocol):
         ...
 
     def new_slab(self, num_bytes: int) -> Tensor:
-        """(num_bytes,) uint8 host memory that the copy engines reach. Called from any thread."""
+        """(num_bytes,) uint8 host memory for copies. May be called from any thread."""
         ...
 
     def free_slab(self, slab: Tensor) -> None: ...
@@ -59,7 +59,7 @@ class Streams(Protocol):
 
 
 class CpuStreams:
-    """Everything happens at once, so there is nothing to wait for."""
+    """The CPU as a device: everything is synchronous, so there is nothing to wait for."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -87,7 +87,7 @@ class CpuStreams:
 
 
 class CudaStreams:
-    """Streams of one CUDA device, by torch's streams, events and copies."""
+    """Streams of one CUDA device, from torch's streams, events and copies."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -114,7 +114,7 @@ class CudaStreams:
         slab = touched_pages(num_bytes, self._near)
         with torch.cuda.device(self.device):
             status = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), num_bytes, _PORTABLE)
-        if int(status) != 0:  # CUDA keeps its last error per thread: it stays in this one
+        if int(status) != 0:  # CUDA keeps its last error per thread, so it stays in this one
             raise MemoryError(f"pinning {num_bytes} bytes failed: {status}")
         return slab
 
@@ -127,7 +127,7 @@ class CudaStreams:
 
 
 def _pci_address(device: torch.device) -> str:
-    """As sysfs writes it, or "" if this torch does not know it."""
+    """The PCI address in sysfs form, or "" if this torch does not report it."""
     found = torch.cuda.get_device_properties(device)
     parts = [getattr(found, f"pci_{part}_id", -1) for part in ("domain", "bus", "device")]
     return "" if -1 in parts else "{:04x}:{:02x}:{:02x}.0".format(*parts)

@@ -1,12 +1,12 @@
-"""Tape: watches the operations of a forward, to know how to recompute what it saves.
+"""Tape: records a forward's operations, to know how to recompute what it saves.
 
-It sees operations below autograd, so casts and fused kernels are seen as they are, and notes for
-each cheap result which operation computed it from what. When autograd saves such a result, it can
-have a recipe in place of memory. What the tape does not know (attention kernels, custom functions)
-is saved.
+It sees operations below autograd, so casts and fused kernels appear as they run, and records which
+operation computed each cheap result from which inputs. When autograd saves such a result, a recipe
+can take the place of its memory. Results of unknown operations (attention kernels, custom
+functions) are saved.
 
-A result is noted only if what it comes from takes less memory than itself: parameters, what is
-saved already, and small tensors take none. So a norm's fp32 copy is recomputed from its bf16 input,
+A result is recorded only if its sources add less memory than the result itself: parameters, small
+tensors and tensors saved already add none. So a norm's fp32 copy is recomputed from its bf16 input,
 while the sum of two new tensors is itself the cheapest thing to save.
 """
 
@@ -44,15 +44,15 @@ _POINTWISE_NAMES = (
     *("clamp", "where", "masked_fill", "cat", "clone", "_to_copy", "maximum"),
     *("minimum", "sin", "cos", "mean", "sum", "native_layer_norm", "_fused_rms_norm", "glu"),
 )
-# Recomputed only where a plan says that this is cheaper than the link.
+# Recomputed only if recompute_matmul is above 0: a plan sets it if the link costs more.
 _MATMUL_NAMES = ("mm", "addmm", "bmm", "baddbmm")
 
-# A recipe that uses what has a recipe itself is a chain. Along the residual stream it would go back
-# through all layers: its sources would have to be on the device together. These limits cut it at
-# each layer's input, and allow any chain inside of a layer.
+# Recipes that use other recipes form a chain. Along the residual stream it would reach back through
+# all layers, and all its sources would have to be on the device at once. These limits cut it at
+# each layer's input and allow any chain within a layer.
 _MOST_STEPS = 12
 _MOST_MATMULS = 2
-_MOST_SOURCES = 3  # new tensors that one recipe may make us save
+_MOST_SOURCES = 3  # new tensors that one recipe may cause to be saved
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -71,7 +71,7 @@ def _kinds() -> dict[Any, str]:
 
 
 class Tape(TorchDispatchMode):
-    """Notes how results are computed while it is entered. kinds: POINTWISE, MATMUL or both."""
+    """Records how results are computed while entered. kinds: POINTWISE, MATMUL or both."""
 
     supports_higher_order_operators = True
 
@@ -79,7 +79,7 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self._registry, self._min_bytes = registry, min_bytes
         self._kinds = {f: kind for f, kind in _kinds().items() if kind in kinds}
-        # By storage, with what removes the entry.
+        # By storage; the weakref removes the entry when the storage dies.
         self._results: dict[int, tuple[Result, weakref.ref]] = {}
         self._paused = False
 
@@ -103,7 +103,7 @@ class Tape(TorchDispatchMode):
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What runs inside is ours, not the model's."""
+        """Record nothing inside: these operations are the engine's, not the model's."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -111,7 +111,7 @@ class Tape(TorchDispatchMode):
             self._paused = before
 
     def recipe(self, tensor: Tensor) -> RecordedRecipe | None:
-        """How to recompute the storage of `tensor`. What it needs is registered as saved."""
+        """How to recompute the storage of `tensor`; registers its sources as saved."""
         result = self._of(tensor)
         if result is None or not result.usable:
             return None
@@ -119,12 +119,12 @@ class Tape(TorchDispatchMode):
         return RecordedRecipe(result, tensor.device, self.pause)
 
     def kind_of(self, tensor: Tensor) -> str | None:
-        """POINTWISE or MATMUL if it is known how the storage of `tensor` was computed."""
+        """POINTWISE or MATMUL if the tape recorded how the storage of `tensor` was computed."""
         result = self._of(tensor)
         return None if result is None else result.kind
 
     def forget(self, tensor: Tensor) -> None:
-        """The tensor is a Saved now, or has been written to: no recipe goes through it."""
+        """Let no recipe go through `tensor`: it is a Saved now, or is written to."""
         self._results.pop(storage_key(tensor.untyped_storage()), None)
 
     def clear(self) -> None:
@@ -142,14 +142,14 @@ class Tape(TorchDispatchMode):
         if out.storage_offset() or storage.nbytes() < self._min_bytes:
             return
         if any(x.is_inference() for x in leaves((out, args, kwargs), Tensor)):
-            return  # writes to these are not counted
+            return  # inference tensors have no version counter
         refer = self._refer
         refers = (replace_leaves(args, refer, Tensor), replace_leaves(kwargs, refer, Tensor))
         result = Result(func, *refers, index, out, kind)
         if result.steps > _MOST_STEPS or result.matmuls > _MOST_MATMULS:
             return
         if result.kind == MATMUL and kind == POINTWISE and result.matmuls > 1:
-            return  # a layer's output: cut here, or the next layer's products are too deep
+            return  # a layer's output: cut here, or the next layer's chains get too deep
         sources: dict[int, Held] = {}
         _collect_sources(result, sources, set())
         new_bytes = sum(held.new_bytes for held in sources.values())
@@ -180,7 +180,7 @@ class Tape(TorchDispatchMode):
         return Held(tensor, tensor._version, new_bytes, fixed)
 
     def _resolve(self, result: Result, seen: set[int]) -> None:
-        """Register what is not saved yet; afterwards `result` refers to nothing large but Saved."""
+        """Register sources not saved yet; then the only large things `result` uses are Saved."""
         if id(result) in seen:
             return
         seen.add(id(result))
@@ -191,8 +191,8 @@ class Tape(TorchDispatchMode):
             elif isinstance(x, Held) and x.new_bytes:
                 return Use(self._registry.find_or_add(x.get()), geometry(x.tensor))
             elif isinstance(x, Held):
-                # With its graph it would hold whoever holds us. Above autograd, where we are now,
-                # detach shares the version counter; where the tape sees operations, it does not.
+                # Detach: its graph could hold a reference back to us. Here, above autograd, detach
+                # shares the version counter; where the tape sees operations, it does not.
                 tensor = x.tensor.detach() if x.fixed else x.tensor.detach().clone()
                 return Held(tensor, tensor._version, 0, x.fixed)
             return x
@@ -213,9 +213,9 @@ class Tape(TorchDispatchMode):
 
 
 def _collect_sources(result: Result, sources: dict[int, Held], seen: set[int]) -> None:
-    """What would have to be saved, by storage."""
-    # No nested function that calls itself: it would be a reference cycle, and the tensors in it
-    # would live until the garbage collector comes.
+    """Collect into `sources` the tensors that would have to be saved, by storage."""
+    # Not a recursive closure: that is a reference cycle, and would keep the tensors in it alive
+    # until the garbage collector runs.
     if id(result) in seen:
         return
     seen.add(id(result))

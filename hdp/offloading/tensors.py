@@ -1,17 +1,17 @@
-"""What of a saved tensor travels: ranges of storages, not tensors.
+"""Which bytes of a saved tensor move: ranges of storages, not tensors.
 
-A tensor is a view of a storage. What moves is a range of the storage's bytes; what comes back is a
-new storage and a view of it with the same sizes, strides and alignment, so that kernels make the
-same choices and gradients are bitwise the same. Views of one range (the (1, tokens, hidden) and
-(tokens, hidden) that different functions save) are one range, and travel once.
+A tensor is a view of a storage. A range of the storage's bytes moves out; a new storage comes back,
+with a view of the same sizes, strides and alignment, so that kernels make the same choices and
+gradients are bitwise equal. Views of the same range (the (1, tokens, hidden) and (tokens, hidden)
+that different functions save) share it, and it moves once.
 
     dense                  its own range
-    with gaps, or          the whole storage, which its siblings share (slices of a fused QKV);
-    overlapping            but not where that is much more than the tensor needs
-    expanded               the few bytes that are there
+    with gaps, or          the whole storage, shared with its siblings (slices of a fused QKV),
+    overlapping            unless that is much more than the tensor needs
+    expanded               only the few bytes that it is expanded from
 
-Some tensors stay, and are kept as autograd would: small ones, parameters and what is only a view or
-a cast of one, other devices, layouts that are not strided.
+Some tensors stay, held as autograd would hold them: small ones, parameters and their views and
+casts, tensors on other devices, and layouts that are not strided.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# Restored ranges begin on such an address, as those of torch's allocators do.
+# Restored ranges start at a multiple of this, as allocations by torch do.
 ALIGN_BYTES = 512
-# A tensor with gaps brings its whole storage if that is at most so many times its elements.
+# A tensor with gaps moves its whole storage if that is at most this many times its elements.
 _MOST_GAPS = 4
 _VIEWS_AND_CASTS = (
     *("TBackward0", "TransposeBackward0", "PermuteBackward0", "ViewBackward0", "SliceBackward0"),
@@ -46,7 +46,7 @@ class Geometry:
     offset: int
 
     def on(self, storage: torch.UntypedStorage, moved_bytes: int) -> Tensor:
-        """The same view of a storage that begins moved_bytes later."""
+        """The same view, of a storage that starts moved_bytes later."""
         offset = self.offset - moved_bytes // self.dtype.itemsize
         view = torch.empty(0, dtype=self.dtype, device=storage.device)
         return view.set_(storage, offset, self.size, self.stride)
@@ -80,7 +80,7 @@ class Range:
 
 
 def touched_range(tensor: Tensor) -> Range:
-    """The range that holds all elements, begun on an aligned address."""
+    """The range that holds all elements, from an aligned start."""
     size = tensor.element_size()
     start = int(tensor.storage_offset()) * size
     span = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -88,7 +88,7 @@ def touched_range(tensor: Tensor) -> Range:
 
 
 def travelling_range(tensor: Tensor) -> Range | None:
-    """The range to move for a strided tensor that is not empty; None: too many gaps to move."""
+    """The range to move for a nonempty strided tensor; None: too many gaps to move it."""
     touched = touched_range(tensor)
     if _is_dense(tensor):
         return touched
@@ -115,17 +115,17 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """The same number for all tensors of one storage, until it is freed."""
+    """A number shared by all tensors of one storage, unique until it is freed."""
     return storage._cdata
 
 
 def storage_ref(storage: torch.UntypedStorage) -> StorageWeakRef:
-    """Does not keep the memory alive, but keeps its key from being given to another storage."""
+    """A reference that does not keep the memory alive, but keeps its key from being reused."""
     return StorageWeakRef(storage)
 
 
 def is_parameter(tensor: Tensor) -> bool:
-    """A parameter, or a tensor made of one alone by views and casts (autocast's weights)."""
+    """Whether it is a parameter, or views and casts of only one (autocast's weights)."""
     base = tensor._base if tensor._is_view() else None
     if isinstance(tensor, nn.Parameter) or isinstance(base, nn.Parameter):
         return True
@@ -137,17 +137,17 @@ def is_parameter(tensor: Tensor) -> bool:
 
 
 class VersionWatch:
-    """Tells whether a tensor was modified in place, without keeping its memory alive.
+    """Detects in-place writes to a tensor without keeping its memory alive.
 
-    Autograd checks this for tensors that it saves itself; saved through hooks, it does not.
+    Autograd checks this for tensors that it saves itself, but not for those saved through hooks.
     """
 
     __slots__ = ("_counter", "_version")
 
     def __init__(self, tensor: Tensor) -> None:
         self._version = tensor._version
-        # What nn.Parameter does: an alias that shares the version counter, and keeps it when it
-        # gets another storage. A view would not do, it keeps its base alive.
+        # As nn.Parameter does: an alias that shares the version counter and keeps it when given
+        # another storage. A view would keep its base alive.
         counter = Tensor._make_subclass(Tensor, tensor)
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(counter):
             counter.set_(torch.UntypedStorage(0, device=tensor.device), 0, (0,), (1,))

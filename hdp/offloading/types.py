@@ -1,4 +1,4 @@
-"""What offload is told and counts, and its own errors; those for users are in hdp/errors.py."""
+"""Offload's options, counters and internal errors; hdp/errors.py has the errors for users."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hdp.errors import HDPError, OffloadModifiedError
 
 
 class PoolFull(HDPError):
-    """The pool of host memory may not grow so far."""
+    """The pool of host memory cannot grow any further."""
 
     def __init__(self, wanted_bytes: int, in_use_bytes: int, max_bytes: int) -> None:
         self.wanted_bytes, self.in_use_bytes, self.max_bytes = wanted_bytes, in_use_bytes, max_bytes
@@ -20,11 +20,11 @@ class PoolFull(HDPError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationPolicy:
-    """What happens to what a forward saves for backward. Shares of bytes, 0 to 1.
+    """What to do with what a forward saves for backward. Shares of bytes, 0 to 1.
 
-    recompute_pointwise: of the results of element-wise operations, recomputed in backward
-    recompute_matmul: the same of matrix products
-    ratio: of everything else, offloaded to the host
+    recompute_pointwise: share of element-wise results to recompute in backward
+    recompute_matmul: the same for matrix products
+    ratio: share of everything else to send to the host
     """
 
     ratio: float = 1.0
@@ -42,13 +42,13 @@ class ActivationPolicy:
 class CopyBuffers:
     """Device memory, in bytes, that offload may use to hide its copies.
 
-    send_bytes: of tensors whose copy to the host may still be on its way
-    keep_bytes: saved last in a forward; backward needs them first, so they are never sent
-    prefetch_bytes: fetched in backward before they are asked for
+    send_bytes: tensors whose copy to the host may still be in flight
+    keep_bytes: the last tensors of a forward; backward needs them first, so they are never sent
+    prefetch_bytes: tensors fetched in backward before they are requested
 
-    A decoder layer saves most of its bytes in a tenth of its time, around the MLP; the link drains
-    them during attention and fetches them during attention. So a buffer holds what a layer sends.
-    With 0.6 and 0.4 of it a step takes 5 to 15 % longer (tools/simulate_offload.py).
+    A decoder layer saves most of its bytes in a tenth of its time, around the MLP; the link sends
+    and fetches them during attention. So a buffer should hold what one layer sends: at 0.6 and 0.4
+    of that, a step takes 5 to 15 % longer (tools/simulate_offload.py).
     """
 
     send_bytes: int
@@ -62,7 +62,7 @@ class CopyBuffers:
 
     @classmethod
     def of_layer(cls, num_bytes: float) -> CopyBuffers:
-        """Buffers for layers that send so many bytes each."""
+        """Buffers for layers that send num_bytes each."""
         return cls(
             send_bytes=int(num_bytes),
             keep_bytes=int(0.15 * num_bytes),
@@ -72,7 +72,7 @@ class CopyBuffers:
 
 @dataclass(slots=True, kw_only=True)
 class Counts:
-    """Bytes since the start, by what happened to them."""
+    """Bytes sent, kept and recomputed since the start."""
 
     sent: int = 0
     kept: int = 0
@@ -92,16 +92,16 @@ class LinkStats:
 
 
 def modified(name: str, what: str, num_writes: int) -> OffloadModifiedError:
-    """The error for a saved tensor that has been written to."""
+    """The error for a saved tensor that was modified in place."""
     return OffloadModifiedError(
         f"{name}, {what}, was modified in place after it was saved for backward "
         f"({num_writes} {'write' if num_writes == 1 else 'writes'}): its gradient would be "
-        "wrong. Modify a clone, or use the operation that is not in place"
+        "wrong. Modify a clone, or use the out-of-place operation"
     )
 
 
 def text_of(num_bytes: float) -> str:
-    """A size for people."""
+    """A human-readable size."""
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if num_bytes >= size:
             return f"{num_bytes / size:.2f} {unit}"

@@ -264,7 +264,7 @@ def test_use_after_free_of_a_handle():
         saved = packed.saved
         engine.store.dropped.append(saved)
         engine.store.collect()
-        with pytest.raises(OffloadFreedError, match="after its free"):
+        with pytest.raises(OffloadFreedError, match="after it was freed"):
             packed.unpack()
         packed._dropped = type(engine.store.dropped)()  # it has been dropped already
 
