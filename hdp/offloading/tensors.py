@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 # Restored ranges start at a multiple of this, as allocations by torch do.
 ALIGN_BYTES = 512
@@ -117,11 +116,6 @@ def _is_dense(tensor: Tensor) -> bool:
 def storage_key(storage: torch.UntypedStorage) -> int:
     """A number shared by all tensors of one storage, unique until it is freed."""
     return storage._cdata
-
-
-def storage_ref(storage: torch.UntypedStorage) -> StorageWeakRef:
-    """A reference that does not keep the memory alive, but keeps its key from being reused."""
-    return StorageWeakRef(storage)
 
 
 def is_parameter(tensor: Tensor) -> bool:
