@@ -192,7 +192,7 @@ class StandIn:
 
 
 def install(monkeypatch: Any, kernel: str, release: str) -> dict[str, StandIn]:
-    """Put stand-ins of a release where `kernel` imports its library from; returns them by name."""
+    """Install a release's stand-ins where `kernel` imports its library; return them by name."""
     functions = {
         name: StandIn(text, _BODIES[kernel][name])
         for name, text in RELEASES[kernel, release].items()
@@ -252,7 +252,7 @@ def backward(
 
 
 def segments_of(a: SimpleNamespace, causal: bool) -> Segments:
-    """The segments that a call describes; its maxima must be theirs."""
+    """The segments that a call describes; checks the maxima that it passes."""
     for x in (a.q, a.k, a.v):
         assert x.stride(-1) == 1, "elements of a head must be contiguous"
     cu_q, cu_k = a.cu_seqlens_q, a.cu_seqlens_k
@@ -276,7 +276,7 @@ def _check_max(a: SimpleNamespace, segments: Segments) -> None:
 
 
 def _plain(a: SimpleNamespace) -> None:
-    """Nothing but plain attention was asked for, whatever this release calls it."""
+    """Check that only plain attention was requested, whatever this release calls the options."""
     for name, value in vars(a).items():
         if name.startswith("window_size"):
             assert value in (-1, None, (-1, -1)), f"{name}={value}"

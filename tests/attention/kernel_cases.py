@@ -2,7 +2,7 @@
 
 `check_kernel` runs a kernel over one case: out and lse of a block, gradients of a causal block, and
 the gradients of two key blocks from the (out, lse) of their union, which is what a ring needs.
-Errors are relative, |got - want| / |want|, and teach: which case, which tensor, where it is worst.
+Errors are relative, |got - want| / |want|; failures show the case, tensor and worst element.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Case:
         return not self.lens_k
 
     def scaled(self, **changes: int) -> Case:
-        """The same segments with other heads."""
+        """The same segments with different heads."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return Case(**(fields | changes))
 
@@ -50,7 +50,7 @@ CASES = {
     "one token": Case(lens_q=(1,)),
     "equal sequences": Case(lens_q=(16,) * 8),
     "ragged sequences": Case(lens_q=(5, 1, 33, 8, 1, 20)),
-    "long beside short": Case(lens_q=(90, 3, 7)),
+    "long and short": Case(lens_q=(90, 3, 7)),
     "rectangle": Case(lens_q=(19,), lens_k=(40,), other_k=(13,)),
     "narrow rectangle": Case(lens_q=(33,), lens_k=(1,), other_k=(5,)),
     "equal rectangles": Case(lens_q=(9, 9, 9), lens_k=(12, 12, 12), other_k=(4, 4, 4)),
@@ -66,7 +66,7 @@ GPU_CASES = {
     "one token": Case(lens_q=(1,)),
     "128 equal": Case(lens_q=(64,) * 128),
     "many short": Case(lens_q=tuple(1 + (37 * i) % 61 for i in range(200))),
-    "long beside short": Case(lens_q=(1500, 3, 129, 1, 64)),
+    "long and short": Case(lens_q=(1500, 3, 129, 1, 64)),
     "rectangle": Case(lens_q=(500,), lens_k=(1001,), other_k=(300,)),
     "ragged rectangles": Case(lens_q=(129, 1, 640), lens_k=(512, 7, 3), other_k=(64, 64, 1100)),
     "equal rectangles": Case(lens_q=(256,) * 3, lens_k=(384,) * 3, other_k=(128,) * 3),
@@ -100,7 +100,7 @@ def check_kernel(
         assert lse.shape == (case.heads, q.shape[0]), f"lse {tuple(lse.shape)}"
         assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         _compare("out", out, want_out, out_limit)
-        # a row with one key has lse near 0: relative to what differences of lse mean, 1
+        # a row with one key has lse near 0: make errors relative to 1, where lse differences matter
         _compare("lse", lse, want_lse, lse_limit, floor=want_lse.numel() ** 0.5)
     leaves = [x.detach().double().requires_grad_() for x in (q, *keys, *values)]
     n = len(blocks)

@@ -1,9 +1,9 @@
-"""The real flash-attn 4 takes what our adapter gives it, and its kernels compile: without a GPU.
+"""The real flash-attn 4 accepts our adapter's calls and compiles its kernels, without a GPU.
 
-flash-attn 4 compiles its kernels from Python at the first call, and under torch's fake tensors it
-does that and launches nothing. So its own checks of every argument, and the compiler, run on any
-machine that has the wheels (pip install flash-attn-4, 300 MB); where they are not, this is skipped.
-What the kernels compute is for a GPU: tests/attention/test_kernels.py.
+flash-attn 4 compiles its kernels from Python on the first call; under torch's fake tensors it
+compiles without launching. So its argument checks and its compiler run on any machine with the
+wheels (pip install flash-attn-4, 300 MB); without them, these tests are skipped. Their results need
+a GPU: tests/attention/test_kernels.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def calls(head_dim: int, heads: int, kv_heads: int) -> None:
         Segments((1000,), (500,), causal=False),
         Segments((100, 37, 1), (100, 37, 1), causal=True),
         Segments((100, 37, 1), (5, 600, 20), causal=False),
-        Segments((40,), (40,), causal=True),  # one tile: a kernel of its own
+        Segments((40,), (40,), causal=True),  # one tile: a separate kernel
     ]
     with FakeTensorMode():
         for segments in cases:
@@ -65,7 +65,7 @@ def calls(head_dim: int, heads: int, kv_heads: int) -> None:
     [(128, 8, 2, False), (128, 8, 8, True), (64, 8, 2, True), (256, 8, 2, False)],
 )
 def test_flash_attn_4_takes_our_calls(head_dim, heads, kv_heads, deterministic) -> None:
-    """For Hopper; for Blackwell its scheduler asks the driver about the GPU."""
+    """For Hopper only: for Blackwell its scheduler queries the driver about the GPU."""
     pytest.importorskip("flash_attn.cute.interface", exc_type=ImportError)
     code = (
         "import torch; from tests.attention.test_flash_attn_4 import calls;"

@@ -1,7 +1,7 @@
 """Adapters of libraries that need a GPU, against stand-ins with the libraries' own signatures.
 
-What this shows on a CPU: names and positions of arguments, layouts of lse, contiguity, the dense
-and the varlen path. What only a GPU shows: that the libraries do what their sources say
+This checks on a CPU: argument names and positions, lse layouts, contiguity, the dense and varlen
+paths. Only a GPU can show that the libraries do what their sources say
 (`python -m pytest -m gpu tests/attention/test_kernels.py`).
 """
 
@@ -28,7 +28,7 @@ releases = pytest.mark.parametrize(("kernel", "release"), RELEASES, ids=" ".join
 @releases
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_adapter_speaks_the_librarys_language(
+def test_adapter_matches_the_librarys_signatures(
     monkeypatch: pytest.MonkeyPatch, kernel: str, release: str, case: str, dtype: torch.dtype
 ) -> None:
     functions = install(monkeypatch, kernel, release)
@@ -65,7 +65,7 @@ def test_asks_for_determinism_when_torch_does(
 
 
 def test_equal_segments_are_one_dense_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A view of the same memory: nothing is copied on the way in."""
+    """The batch is a view of the same memory: inputs are not copied."""
     functions = install(monkeypatch, "flash-attn-4", "4.0.0b36")
     q, k, v = torch.randn(3, 24, 2, 8)
     segments = Segments((8, 8, 8), (8, 8, 8), causal=True)
@@ -92,8 +92,8 @@ def test_a_model_can_train_on_an_adapter(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_an_argument_that_a_library_does_not_know_is_an_error() -> None:
-    """The stand-ins are worth something: they refuse what the libraries would."""
+def test_unknown_arguments_are_refused_by_stand_ins() -> None:
+    """Stand-ins refuse the arguments that the libraries would refuse."""
     function = StandIn("q, k, causal=False", lambda a: a.q)
     assert function(1, k=2) == 1
     for kwargs in ({"causal": True}, {"k": 1, "is_causal": True}):
@@ -109,13 +109,13 @@ def test_size_classes_are_few_and_close() -> None:
 
 
 @pytest.mark.parametrize("kernel", MODULES)
-def test_installed_signatures_are_the_snapshots(kernel: str) -> None:
-    """Where a library is installed, its newest snapshot must still describe it."""
+def test_installed_signatures_match_the_snapshots(kernel: str) -> None:
+    """If a library is installed, its newest snapshot must still match."""
     library = pytest.importorskip(MODULES[kernel], exc_type=ImportError)
     snapshots = [functions for (name, _), functions in RELEASES.items() if name == kernel]
     for name in snapshots[-1]:
         function = getattr(library, name)
-        function = getattr(function, "_init_fn", function)  # inside of torch.library.custom_op
+        function = getattr(function, "_init_fn", function)  # inside torch.library.custom_op
         found = list(inspect.signature(function).parameters)
         known = [
             list(inspect.signature(eval(f"lambda {functions[name]}: None")).parameters)
@@ -128,7 +128,7 @@ def test_installed_signatures_are_the_snapshots(kernel: str) -> None:
 
 
 class _Aten:
-    """Stands in for torch.ops.aten: the real schemas, our arithmetic."""
+    """Stand-in for torch.ops.aten: real schemas, our arithmetic."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []

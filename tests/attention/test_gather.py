@@ -1,4 +1,4 @@
-"""A gathered ring computes what one that goes round computes; the layout says which it is."""
+"""A gathered ring computes the same as ring steps; the layout decides which one runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.run_ranks import run_ranks
 # (world, ring, length on the ring, lengths on each single rank), as in test_attention
 CASES = {
     "two ranks": (2, (1, 0), (32,), {}),
-    "three, local beside": (3, (2, 0, 1), (101,), {1: (9,), 0: (1, 2)}),
+    "three, plus local": (3, (2, 0, 1), (101,), {1: (9,), 0: (1, 2)}),
     "subset of five": (5, (4, 1, 3), (38,), {0: (5,), 3: (2,)}),
     "length 1 on four": (4, (0, 1, 2, 3), (1,), {0: (2,), 2: (1,)}),
     "shorter than the ring": (4, (1, 3, 0, 2), (3,), {}),
@@ -74,7 +74,7 @@ def test_gathered_equals_dense(world, dtype, kernel, tolerance):
 
 
 def _compare_modes(rank, world):
-    """Many random lengths: gathered and going round agree to rounding, and repeat bit by bit."""
+    """Many random lengths: gather and ring agree to rounding, and are bitwise repeatable."""
     lengths = random.Random(5)
     for _ in range(12):
         seqlen, local = lengths.randint(1, 90), lengths.randint(0, 9)
@@ -104,7 +104,7 @@ def test_gathered_equals_ring():
 
 
 def _packed_ring(rank, world):
-    """Several sequences on one ring go round."""
+    """Several sequences on one ring use ring steps."""
     layout = RingLayout(ring=(0, 1, 2), ring_rank=rank, ring_seqlens=(20, 9))
     x = torch.randn(layout.total_tokens, 2, 8)
     comm = RingComm()
@@ -112,7 +112,7 @@ def _packed_ring(rank, world):
     return len(comm.stats.waits)
 
 
-def test_packed_zigzag_goes_round():
+def test_packed_zigzag_uses_ring_steps():
     assert run_ranks(_packed_ring, 3) == [2, 2, 2]
     with pytest.raises(ValueError, match=r"\(20, 9\): a gathered ring takes exactly one"):
         RingLayout(ring=(0, 1, 2), ring_seqlens=(20, 9), gathered=True)
@@ -132,7 +132,7 @@ def _bytes_sent(rank, world):
     return sent
 
 
-def test_only_keys_that_are_seen_travel():
+def test_only_visible_keys_are_sent():
     """The early chunk to later positions, both to earlier ones: 3/4 of the ring's bytes in all."""
     sent = run_ranks(_bytes_sent, 4)
     chunk = 10 * 2 * 8 * 4 * 2  # rows, heads, head_dim, bytes, keys and values
@@ -143,7 +143,7 @@ def test_only_keys_that_are_seen_travel():
 @pytest.mark.parametrize("size", [2, 3, 4, 7])
 @pytest.mark.parametrize("seqlen", [1, 2, 5, 13, 64])
 def test_shares_of_all_ranks_fit(size, seqlen):
-    """What one rank sends is what the other expects, and together they are the causal pairs."""
+    """Each rank sends what its peer expects, and together the blocks are the causal pairs."""
     shares = [
         _Shares(RingLayout(ring=tuple(range(size)), ring_rank=rank, ring_seqlens=(seqlen,)))
         for rank in range(size)

@@ -1,6 +1,6 @@
 """Every block kernel equals the fp64 oracle, and the right one is chosen.
 
-On a GPU, all that are installed there:  python -m pytest -m gpu tests/attention/test_kernels.py
+On a GPU, for all that are installed:  python -m pytest -m gpu tests/attention/test_kernels.py
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_gpu_kernel_equals_oracle(name: str, head_dim: int, case: str) -> None:
 @pytest.mark.parametrize("name", ON_GPU)
 def test_gpu_heads_and_strides(name: str, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
-    for case in ("long beside short", "rectangle"):
+    for case in ("long and short", "rectangle"):
         shape = GPU_CASES[case].scaled(heads=heads, kv_heads=kv_heads, head_dim=128)
         check_kernel(gpu_kernel(name), shape, dtype, "cuda", strided=True)
 
@@ -111,7 +111,7 @@ def need(capability: tuple[int, int] | None = (9, 0), **others) -> Need:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch):
-    """Pretend that exactly these libraries are there."""
+    """Pretend that exactly these libraries are installed."""
     from hdp.attention.kernels import flash_attn, transformer_engine
 
     def pretend(*names: str) -> None:
@@ -200,7 +200,7 @@ def test_named_kernel_is_taken() -> None:
 
 
 def test_broken_and_missing_installations_give_different_reasons(monkeypatch, tmp_path) -> None:
-    """An import that fails for any reason is a reason, not a crash."""
+    """An import that fails in any way becomes a reason, not a crash."""
     for text, reason in (
         ("raise OSError('undefined symbol: _ZN3c10')", "its import fails .undefined symbol"),
         ("import flash_attn_3_cuda_that_is_not_there", "no module flash_attn_3_cuda_that"),
@@ -216,7 +216,7 @@ def test_broken_and_missing_installations_give_different_reasons(monkeypatch, tm
     _choose.cache_clear()
 
 
-def test_segments_that_are_alike_are_uniform() -> None:
+def test_equal_segments_are_uniform() -> None:
     assert Segments((4, 4), (4, 4), True).uniform
     assert Segments((4,), (9,), False).uniform
     assert not Segments((4, 4), (9, 8), False).uniform

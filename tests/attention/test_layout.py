@@ -24,7 +24,7 @@ def _positions(layout):
 
 
 def _pairs(segments, q_rows, k_rows):
-    """(q, k) row pairs that one varlen call lets meet."""
+    """(q, k) row pairs that one varlen call computes."""
     cu_q, cu_k = segments.cu_seqlens_q, segments.cu_seqlens_k
     for i in range(len(segments.seqlens_q)):
         for a in range(cu_q[i], cu_q[i + 1]):
@@ -101,7 +101,7 @@ def test_rows_take_add(gaps_and_sizes):
     assert torch.equal(added, expected)
 
 
-def test_a_layout_that_makes_no_sense_is_refused():
+def test_invalid_layouts_are_refused():
     with pytest.raises(ValueError, match="two or more"):
         RingLayout(ring=(3,), ring_seqlens=(5,))
     with pytest.raises(ValueError, match="at least one sequence"):

@@ -1,4 +1,4 @@
-"""Ring attention equals dense fp64 attention: every cut, every dtype, forward and backward."""
+"""Ring attention equals dense fp64 attention: every sharding and dtype, forward and backward."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCALE = 0.3
 CASES = {
     "one rank, packed": (1, (), (), {0: (5, 1, 17)}),
     "two ranks": (2, (0, 1), (32,), {}),
-    "odd length, local beside": (2, (1, 0), (37,), {0: (3, 8), 1: ()}),
+    "odd length, plus local": (2, (1, 0), (37,), {0: (3, 8), 1: ()}),
     "three ranks": (3, (2, 0, 1), (101,), {1: (9,)}),
     "subset of four": (4, (3, 1), (20,), {0: (4,), 2: (11, 2)}),
     "packed zigzag": (3, (0, 1, 2), (40, 7, 23), {}),
@@ -172,14 +172,14 @@ def _die_in_ring(rank, world):
     ring_attn_varlen_func(x, x, x, layout, comm=RingComm())
 
 
-def test_a_lost_ring_neighbour_is_an_error_not_a_hang():
+def test_losing_a_ring_neighbor_raises_instead_of_hanging():
     with pytest.raises(RankError) as caught:
         run_ranks(_die_in_ring, 2, timeout_s=30)
     assert caught.value.ranks == [1, 0]
     assert "rank 0 failed" in str(caught.value) and "left waiting" not in str(caught.value)
 
 
-def test_inputs_that_do_not_fit_are_refused():
+def test_mismatched_inputs_are_refused():
     layout = RingLayout(local_seqlens=(4,))
     good = torch.zeros(4, 2, 8)
     with pytest.raises(ValueError, match="5, 4, 4 tokens; the layout has 4"):
@@ -207,7 +207,7 @@ def test_gradcheck_on_one_rank():
 
 
 def test_second_gradients_are_refused():
-    """Backward takes out and lse for constants: a gradient of a gradient was wrong, silently."""
+    """Backward treats out and lse as constants, so double backward would be silently wrong."""
     q, k, v = torch.randn(3, 5, 2, 8, dtype=torch.float64).requires_grad_().unbind()
     layout = RingLayout(local_seqlens=(5,))
     out = ring_attn_varlen_func(q, k, v, layout, kernel=KERNELS["reference"]())

@@ -1,4 +1,4 @@
-"""Attention by cu_seqlens and a group equals dense fp64 attention, with no plan in sight."""
+"""Attention from cu_seqlens and a group, without a plan, equals dense fp64 attention."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_equals_dense(world, dtype, tolerance):
 
 
 def _check_subgroups(rank, world):
-    """Two groups work at the same time, on different batches."""
+    """Two groups run at the same time, on different batches."""
     groups = [dist.new_group(ranks) for ranks in ([1, 3, 4], [0, 2])]
     mine = rank not in (1, 3, 4)
     seqlens = LENGTHS["odd"] if mine else LENGTHS["long among short"]
@@ -94,7 +94,7 @@ def test_groups_of_some_ranks():
 
 
 def _gather_back(rank, world):
-    """What the module docstring shows: shard, attend, put back."""
+    """The module docstring's example: shard, attend, put back."""
     cu_seqlens = _bounds(LENGTHS["odd"])
     (q, k, v, _), (expected, *_) = _whole(LENGTHS["odd"], torch.float64)
     rows = zigzag_rows(cu_seqlens, rank, world)
@@ -133,7 +133,7 @@ def test_rows_cover_the_batch_once_and_evenly(world, seqlens):
 
 
 def test_layers_share_one_layout(monkeypatch):
-    """32 layers build one layout and read cu_seqlens once: a CUDA tensor is read by waiting."""
+    """32 layers build one layout and read cu_seqlens once: reading a CUDA tensor waits."""
     reads, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(x) or tolist(x))
     varlen._layout.cache_clear()
@@ -144,7 +144,7 @@ def test_layers_share_one_layout(monkeypatch):
     assert sum(read is cu_seqlens for read in reads) == 1
 
 
-def test_a_tensor_that_was_written_to_is_read_again():
+def test_modified_cu_seqlens_are_read_again():
     x, cu_seqlens = torch.randn(10, 1, DIM), torch.tensor([0, 4, 10])
     before = zigzag_ring_attn_varlen_func(x, x, x, cu_seqlens)
     cu_seqlens[1] = 6
@@ -156,7 +156,7 @@ def test_a_tensor_that_was_written_to_is_read_again():
         torch.testing.assert_close(zigzag_ring_attn_varlen_func(x, x, x, made), before)
 
 
-def test_inputs_that_do_not_fit_are_refused():
+def test_mismatched_inputs_are_refused():
     x = torch.zeros(8, 2, DIM)
     for cu_seqlens, message in (
         ([0, 5, 5, 8], r"cu_seqlens\[2\] is 5 after 5: entries must increase; drop empty"),

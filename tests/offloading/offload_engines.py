@@ -1,4 +1,4 @@
-"""Offload engines on simulated devices, a model to run on them, and what each test ends with."""
+"""Offload engines on simulated devices, a model to run on them, and checks after each test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.offloading.twin_streams import TwinStreams
 
 GRANULE = 64 << 10
 
-# The double under three schedules, and what runs on a CPU.
+# The test double under three schedules, and CpuStreams.
 KINDS = ["lazy", "random", "eager", "cpu"]
 TIGHT = CopyBuffers(send_bytes=0, keep_bytes=0, prefetch_bytes=0)
 SMALL = CopyBuffers(send_bytes=20_000, keep_bytes=10_000, prefetch_bytes=20_000)
@@ -65,7 +65,7 @@ def _young_garbage_only() -> Iterator[None]:
 def open_engine(
     kind: str = "lazy", *, buffers: CopyBuffers = SMALL, on_full="error", idle=True, **sizes
 ) -> Iterator[OffloadEngine]:
-    """An engine; afterwards nothing is held (if idle) and no access was unordered."""
+    """An engine; on exit, checks that nothing is held (if idle) and no access was unordered."""
     link, streams = open_link(kind, **sizes)
     engine = OffloadEngine(link, buffers=buffers, on_full=on_full)
     with _young_garbage_only():
@@ -80,7 +80,7 @@ def open_engine(
 
 
 def check_idle(engine: OffloadEngine) -> None:
-    """No host memory is in use, no device memory is kept, no account is off."""
+    """Check that no host memory is in use, no device memory is held, and all counters agree."""
     assert engine.stats().in_use_bytes == 0
     store = engine.store
     assert store.leaving_bytes == store.ahead_bytes == 0
@@ -100,7 +100,7 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    """A decoder layer in small: norms in fp32, fused QKV, attention, gated MLP."""
+    """A small decoder layer: norms in fp32, fused QKV, attention, gated MLP."""
 
     def __init__(self, size, heads=2):
         super().__init__()

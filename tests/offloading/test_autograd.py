@@ -1,4 +1,4 @@
-"""Offload under autograd's other ways: retained graphs, checkpointing, many live forwards."""
+"""Offload with other autograd features: retained graphs, checkpointing, many live forwards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.offloading.offload_engines import (
     open_engine,
 )
 
-# ---- autograd's other ways ----
+# ---- other autograd features ----
 
 
 @every_kind
@@ -108,7 +108,7 @@ def test_activation_checkpointing(kind, policy, reentrant):
 
 @every_kind
 @every_policy
-def test_backward_inside_of_the_context(kind, policy):
+def test_backward_inside_the_context(kind, policy):
     model, x = make_model(), make_input()
     want = gradients(model, x)
     with open_engine(kind) as engine:
@@ -119,7 +119,7 @@ def test_backward_inside_of_the_context(kind, policy):
 
 
 def test_branches_and_frozen_weights():
-    """Backward in another order than forward's mirror image, and parts that need no gradient."""
+    """Backward not in forward's exact reverse order, and parts that need no gradient."""
     torch.manual_seed(0)
     layers = nn.ModuleList([nn.Linear(32, 32) for _ in range(6)])
     for parameter in layers[2].parameters():
@@ -159,7 +159,7 @@ def test_compiled_function_inside(backend):
 
 @every_policy
 def test_selective_checkpointing(policy):
-    """Checkpoints that save some results have tensors of their own, and modes like ours."""
+    """Selective checkpoints hold their own tensors and use dispatch modes, as offload does."""
     model, x = make_model(2), make_input().requires_grad_()
     want = gradients(model, x)
 
@@ -183,7 +183,7 @@ def test_selective_checkpointing(policy):
 
 
 def test_threads_share_an_engine():
-    """Four models, each with its thread: forwards and backwards in any order."""
+    """Four models, each in its own thread: forwards and backwards in any order."""
     models, x = [make_model(2) for _ in range(4)], make_input()
     want = gradients(models[0], x)
     with open_engine() as engine, ThreadPoolExecutor(4) as threads:
@@ -231,7 +231,7 @@ def test_several_live_microbatches(kind, policy):
 
 @every_kind
 def test_held_memory_after_random_steps(kind):
-    """50 steps of random lengths and numbers of microbatches: held <= 1.25 x most in use."""
+    """50 steps of random lengths and numbers of microbatches: held <= 1.25 x peak in use."""
     rng = np.random.default_rng(3)
     model = make_model(2, size=64)
     with open_engine(kind, buffers=TIGHT, slab_bytes=64 << 10) as engine:

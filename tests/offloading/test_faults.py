@@ -135,7 +135,7 @@ def test_no_grad_passes():
 
 
 def test_inference_mode_inside():
-    """Writes to inference tensors are not counted: nothing is recomputed from them."""
+    """Inference tensors have no version counter, so nothing is recomputed from them."""
     model, x = make_model(), make_input()
     want = gradients(model, x)
     with open_engine() as engine:
@@ -154,9 +154,9 @@ def test_inference_mode_inside():
 @pytest.mark.parametrize("order", ["lazy", "random", "eager"])
 @pytest.mark.parametrize("send_bytes", [0, 20_000, 1 << 20])
 @pytest.mark.parametrize("keep_bytes", [0, 10_000, 1 << 20])
-def test_memory_that_the_model_takes_away(order, send_bytes, keep_bytes):
-    """An output is dropped after its use and made again before backward, by resize_ and copy_ on
-    its storage, as Megatron does: a copy that was under way then may hold anything."""
+def test_memory_that_the_model_frees(order, send_bytes, keep_bytes):
+    """An output is freed after its use and recomputed before backward, by resize_ and copy_ on
+    its storage, as Megatron does: a copy in flight at that moment may hold anything."""
     buffers = CopyBuffers(send_bytes=send_bytes, keep_bytes=keep_bytes, prefetch_bytes=0)
     x = torch.randn(5000, requires_grad=True)
     with open_engine(order, buffers=buffers) as engine:
@@ -181,7 +181,7 @@ def gradient_of(x):
 
 
 def test_no_device_memory_to_prefetch(monkeypatch):
-    """What is fetched ahead of need may fail; it is fetched when it is asked for."""
+    """A prefetch may fail; the tensor is then fetched on request."""
     model, x = make_model(), make_input()
     want = gradients(model, x)
     with open_engine(

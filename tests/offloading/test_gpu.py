@@ -1,4 +1,4 @@
-"""Offload on a GPU: gradients, memory, two streams. What the double cannot show."""
+"""Offload on a GPU: gradients, memory and two streams, which the test double cannot show."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_gradients_are_bitwise_equal(policy):
 
 @pytest.mark.parametrize("pointwise", [0.0, 1.0])
 def test_memory_leaves_the_device(pointwise):
-    """What a forward of many layers leaves behind is little beside what it would."""
+    """A forward of many layers leaves far less on the device than without offload."""
     model, x = on_gpu(12)
 
     def left(forward=None):
@@ -79,7 +79,7 @@ def test_memory_leaves_the_device(pointwise):
 
 
 def test_a_model_with_two_streams():
-    """Branches on streams of their own; their saved tensors come back for the right one."""
+    """Branches on separate streams; their saved tensors return on the right stream."""
     side = torch.cuda.Stream()
     torch.manual_seed(0)
     left, right = (nn.Linear(1024, 1024, device="cuda") for _ in range(2))

@@ -1,4 +1,4 @@
-"""Offload around a Llama of transformers as it is: gradients, and the bytes of each class."""
+"""Offload around an unmodified Llama from transformers: gradients, and bytes of each class."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def test_gradients_are_bitwise_equal(kind, transformers):
                 assert_same(gradients_of(model, forward_of(engine, policy)), want)
 
 
-def test_bytes_are_those_that_are_planned_with(transformers):
-    """Per token and layer: all, what is not element-wise, and what no product makes again."""
+def test_bytes_match_the_plans(transformers):
+    """Per token and layer: all, without element-wise results, and without products too."""
     cost = CostModel.from_transformer(
         num_layers=1, vocab_size=64, flops_per_s=1e12, **shape_of_classes()
     )

@@ -1,4 +1,4 @@
-"""The files of hdp/offloading are layers, and its objects refer to each other in no circle."""
+"""hdp/offloading is layered by file, and its objects form no reference cycles."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_each_layer_imports_only_those_above_it():
 
 
 @every_policy
-def test_nothing_refers_in_a_circle(policy):
-    """A forward and its Saved are gone with the graph, without the garbage collector."""
+def test_no_reference_cycles(policy):
+    """A forward and its Saved are freed with the graph, without the garbage collector."""
     model, x = make_model(2), make_input()
     with open_engine() as engine:
         gradients(model, x, forward_of(engine, policy))  # torch keeps a frame of its first mode
@@ -55,7 +55,7 @@ def test_nothing_refers_in_a_circle(policy):
 
 
 def test_a_context_around_many_steps_does_not_grow():
-    """What backward is through with is forgotten, though the context goes on."""
+    """Uses that backward is done with are dropped while the context stays open."""
     model, x = make_model(2), make_input()
     with open_engine() as engine, forward_of(engine, ActivationPolicy(ratio=0.5)) as forward:
         sizes = []

@@ -1,4 +1,4 @@
-"""The link: data arrive whole under any timing, and every wait in it is needed."""
+"""The link: data arrive intact under any timing, and every wait is needed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run_program(link, seed, steps=60, largest=3 * GRANULE):
             if choose.random() < 0.5:
                 link.sent(block, stream)
                 live.append((block, source.clone(), None))
-                source.fill_(99)  # its memory is someone else's now
+                source.fill_(99)  # its memory has a new owner now
             else:
                 live.append((block, source.clone(), source))
         elif action < 0.8:
@@ -62,13 +62,13 @@ def run_program(link, seed, steps=60, largest=3 * GRANULE):
 
 @every_kind
 @pytest.mark.parametrize("seed", range(12))
-def test_what_is_sent_comes_back(kind, seed):
+def test_sent_data_comes_back(kind, seed):
     link, streams = open_link(kind, seed=seed)
     arriving = run_program(link, seed)
     stats = link.stats()
     assert stats.in_use_bytes == 0 and stats.held_bytes >= stats.peak_in_use_bytes
     assert stats.held_bytes <= stats.peak_in_use_bytes + 4 * GRANULE
-    link.close()  # waits for what is under way
+    link.close()  # waits for copies in flight
     for out, value in arriving:
         assert torch.equal(out, value)
     assert streams is None or not streams.races, streams.races[:3]
@@ -99,7 +99,7 @@ class Forgetful(TwinStreams):
     ids=str,
 )
 def test_every_wait_is_needed(forgotten):
-    """The race detector, or the data, tells when any one kind of wait is missing."""
+    """Without any one kind of wait, the race detector or the data shows an error."""
     found = 0
     for seed in range(6):
         streams = Forgetful(forgotten, order="random", seed=seed)
@@ -152,7 +152,7 @@ def test_a_full_pool(kind):
 
 
 @every_kind
-def test_host_memory_is_made_ahead(kind):
+def test_host_memory_is_allocated_in_advance(kind):
     link, _ = open_link(kind, max_bytes=16 * GRANULE)
     link.prepare(6 * GRANULE)
     block = link.send(data_of(GRANULE, 0), link.stream())
@@ -167,7 +167,7 @@ def test_host_memory_is_made_ahead(kind):
 
 @pytest.mark.parametrize("kind", ["twin", "timed"])
 def test_simulated_streams_keep_time(kind):
-    """Copies of a direction follow each other; a caller that waits is stalled for what is left."""
+    """Copies in one direction are serial; a caller that waits stalls for the remaining time."""
     timed = tool("timed_streams").TimedStreams
     streams = TwinStreams(bytes_per_s=1000.0) if kind == "twin" else timed(1000.0)
     link = Link(streams, max_bytes=1 << 20, slab_bytes=GRANULE, num_threads=1)

@@ -1,4 +1,4 @@
-"""The offload engine: gradients bitwise as without it, and memory that leaves the device.
+"""The offload engine: gradients bitwise equal to those without it, and device memory freed.
 
 `open_engine` checks after each test that no memory is held and that no access was unordered.
 """
@@ -58,7 +58,7 @@ def test_gradients_are_bitwise_equal(kind, policy, buffers):
 @every_kind
 @pytest.mark.parametrize("seed", range(4))
 def test_no_race(kind, seed):
-    """Other copy timings, buffers of other sizes; the race detector of the twin judges."""
+    """The test double's race detector finds nothing, for more copy timings and buffer sizes."""
     rng = np.random.default_rng(seed)
     model, x = make_model(2), make_input(int(rng.integers(20, 150)))
     want = gradients(model, x)
@@ -101,7 +101,7 @@ def test_a_model_with_two_streams():
 
 
 def test_a_ratio_is_met_evenly():
-    """After every tensor the bytes that travel are within half a tensor of the share."""
+    """After every tensor the bytes sent are within half a tensor of the share."""
     with open_engine(buffers=TIGHT) as engine:
         for ratio in (0.0, 0.3, 0.5, 0.77, 1.0):
             before = engine.counts.sent
@@ -116,7 +116,7 @@ def test_a_ratio_is_met_evenly():
 
 
 def test_the_last_tensors_stay():
-    """keep_bytes of what was saved last never travels: backward wants it first."""
+    """The last keep_bytes saved are never sent: backward needs them first."""
     buffers = CopyBuffers(send_bytes=0, keep_bytes=10_000, prefetch_bytes=0)
     with open_engine(buffers=buffers) as engine:
         weight = nn.Parameter(torch.ones(1000))
@@ -127,7 +127,7 @@ def test_the_last_tensors_stay():
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations made and that are still there; slabs are the host's."""
+    """Bytes of live storages created by operations, without the host's slabs."""
 
     def __init__(self, model):
         super().__init__()
@@ -166,13 +166,13 @@ def no_garbage_collector():
 
 
 def test_memory_leaves_the_device_in_forward():
-    """With no buffers, what is alive does not grow with the number of layers. Nothing waits for
-    the garbage collector."""
+    """Without buffers, live bytes do not grow with the number of layers. Nothing waits for the
+    garbage collector."""
 
     def most_in_forward(layers, policy):
         model, x = make_model(layers), make_input(256)
         with open_engine(buffers=TIGHT) as engine:
-            gradients(model, x, forward_of(engine, policy))  # recipes are verified, slabs made
+            gradients(model, x, forward_of(engine, policy))  # recipes are verified, slabs created
             with LiveBytes(model) as live, no_garbage_collector():
                 if policy is None:
                     loss = loss_of(model(x))
@@ -190,7 +190,7 @@ def test_memory_leaves_the_device_in_forward():
 
 
 def test_memory_in_backward_is_bounded_by_prefetch():
-    """Backward holds what a layer works on and what is fetched ahead, not the whole forward."""
+    """Backward holds one layer's tensors and the prefetched ones, not the whole forward's."""
 
     def most_in_backward(prefetch_bytes, layers=9):
         buffers = CopyBuffers(send_bytes=0, keep_bytes=0, prefetch_bytes=prefetch_bytes)

@@ -1,4 +1,4 @@
-"""Offload that the plan asks for: the same gradients on fewer ranks, memory as planned."""
+"""Offload as planned: the same gradients on fewer ranks, and memory as predicted."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_step_with_offload_equals_dense(world, capacity):
 
 @pytest.mark.parametrize("host_bytes_per_s", [5e9, 1e5])
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
-def test_the_device_keeps_what_the_plan_says(ratio, host_bytes_per_s):
+def test_bytes_kept_match_the_plan(ratio, host_bytes_per_s):
     """Counted by the engine, of what an unmodified Llama saves. Over a slow link norms and products
     are recomputed instead."""
     model = tiny_model(dtype=torch.float32, num_hidden_layers=8)

@@ -1,4 +1,4 @@
-"""The pool of host memory: extents, growth, reads that may be under way."""
+"""The pool of host memory: extents, growth, and reads in flight."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_slab_sizes(slab_bytes):
         HostPool(lambda n: None, slab_bytes=slab_bytes, max_bytes=1 << 30)
 
 
-def test_slabs_are_made_in_threads_ahead_of_need():
+def test_slabs_are_created_in_threads_in_advance():
     slabs = Slabs(lambda n: bytearray(n), slab_bytes=100, num_threads=3)
     slabs.prepare(4)
     slabs.grow(2)
@@ -134,7 +134,7 @@ def test_slabs_are_made_in_threads_ahead_of_need():
     assert len(slabs.close()) == 4
 
 
-def test_a_slab_that_cannot_be_made_is_an_error_for_who_needs_it():
+def test_a_failed_slab_raises_when_needed():
     def make(num_bytes):
         raise MemoryError("no memory")
 
@@ -145,7 +145,7 @@ def test_a_slab_that_cannot_be_made_is_an_error_for_who_needs_it():
     assert slabs.close() == []
 
 
-# ---- how much there is ----
+# ---- available memory ----
 
 
 def _machine(tmp_path, available_kib, **cgroup):
@@ -210,7 +210,7 @@ def test_pages_are_writable_and_the_thread_stays_where_it_was(cpus):
 
 
 def test_the_pci_address_of_a_device(monkeypatch):
-    """As sysfs names it; torch has it as three numbers, or not at all."""
+    """In sysfs form, from torch's three numbers, or empty if torch has none."""
     found = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: found)
     assert _pci_address(torch.device("cuda", 0)) == "0000:3b:00.0"

@@ -1,4 +1,4 @@
-"""Offload of models whose weights and activations are spread over ranks: FSDP2, DTensor."""
+"""Offload of models with weights and activations sharded over ranks: FSDP2, DTensor."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def dtensor_rank(rank, world_size):
 
 
 def test_dtensor():
-    """Tensor and sequence parallel: what is saved are DTensors, of which the local part travels."""
+    """Tensor and sequence parallel: saved tensors are DTensors, and their local parts are sent."""
     for sent in run_ranks(dtensor_rank, 2):
         assert sent[0] > 0
 
@@ -119,6 +119,6 @@ def collective_rank(rank, world_size):
 
 
 @pytest.mark.filterwarnings("ignore:.*all_gather_tensor_autograd.*")
-def test_a_collective_under_way_is_waited_for():
-    """What a collective still writes to is neither copied nor watched for writes before its end."""
+def test_a_collective_in_flight_is_waited_for():
+    """A collective's output is not copied or watched for writes before the collective ends."""
     assert run_ranks(collective_rank, 2) == [3200, 3200]

@@ -1,4 +1,4 @@
-"""What of the saved tensors travels, what stays, what is recomputed."""
+"""Which saved tensors are sent, which stay, and which are recomputed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.offloading.offload_engines import (
     open_engine,
 )
 
-# ---- what travels, and what does not ----
+# ---- which tensors are sent ----
 
 
 def test_saved_twice_travels_once():
@@ -100,7 +100,7 @@ STRANGE = {
 @pytest.mark.parametrize("shape", STRANGE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_views_keep_their_strides(kind, shape, dtype):
-    """What comes back has the sizes, strides, alignment and bits of what was saved."""
+    """A restored tensor has the sizes, strides, alignment and bits of the saved one."""
     seen = []
 
     class Look(torch.autograd.Function):
@@ -144,7 +144,7 @@ def test_travelling_range():
 
 
 def test_slices_of_one_storage_travel_once():
-    """q, k, v of a fused projection: their storage goes once, not each slice with its gaps."""
+    """q, k, v of a fused projection: their storage is sent once, not each slice with gaps."""
     with open_engine(buffers=TIGHT) as engine:
         linear, x = nn.Linear(16, 48), torch.randn(100, 16)
         with forward_of(engine, min_bytes=1000):
@@ -159,7 +159,7 @@ def test_slices_of_one_storage_travel_once():
 
 
 def test_recipes_need_less_than_they_save():
-    """A decoder layer: bytes that stay or travel per token, with and without recipes."""
+    """A decoder layer: bytes kept or sent per token, with and without recipes."""
     layers, kept = 5, {}
     model, x = make_model(layers, size=32), make_input(64)
     for name, policy in (
@@ -178,8 +178,8 @@ def test_recipes_need_less_than_they_save():
     assert kept["matmul"] <= 2 * (2 * layers + 2) / layers
 
 
-def test_a_write_that_torch_does_not_see_is_found():
-    """A kernel overwrites a result in place without a trace: the recipe is not used."""
+def test_untracked_writes_are_detected():
+    """A kernel overwrites a result in place, untracked: the recipe is not used."""
 
     def unseen(x):
         x.numpy()[:] += 1.0  # shares memory, no version counter
@@ -214,7 +214,7 @@ def test_a_write_that_torch_does_not_see_is_found():
 
 def test_a_source_may_be_modified_after_its_use():
     """x is not saved by autograd (its fp32 copy is), so writing to it is allowed; the recipe for
-    the copy needs the old x, whether it has travelled or not."""
+    the copy needs the old x, whether or not it has been sent."""
     for buffers, policy in (
         (TIGHT, ActivationPolicy(recompute_pointwise=1.0)),
         (ROOMY, ActivationPolicy(ratio=0.0, recompute_pointwise=1.0)),

@@ -1,15 +1,15 @@
-"""TwinStreams: a test double for a device, to check what streams and events promise.
+"""TwinStreams: a test double for a device, to check ordering by streams and events.
 
 The engine runs on it unchanged. "Device" memory is ordinary CPU memory, kernels of the caller's
-stream run at once (they are CPU kernels), and the copies of OUT and IN wait in queues. Three
-questions are answered without a GPU:
+stream run at once (they are CPU kernels), and the copies of OUT and IN wait in queues. It answers
+three questions without a GPU:
 
 * Is every read ordered after what it reads? Copies run as late as the events allow (`order="lazy"`:
-  only when someone waits for them), or at random moments. New memory is filled with NaN. So a wait
-  that is missing shows as a wrong gradient.
+  only when someone waits for them), or at random moments. New memory is filled with NaN. So a
+  missing wait shows up as a wrong gradient.
 * Is it so under *any* timing? Every access has a vector clock, advanced by stream order and events
   alone. Two accesses to the same bytes, one of them a write, that no chain of events orders are
-  written to `races`, whatever happened to run first. Freeing device memory is a write on the
+  added to `races`, whichever ran first. Freeing device memory is a write on the
   caller's stream, because the allocator hands it to that stream's next kernel.
 * How long would it take? With `bytes_per_s` set, copies have start and end times; the caller says
   how long its kernels take (`compute`), and `stalled_s` is how long it had to wait for copies.
@@ -56,7 +56,7 @@ class _Access:
 class TwinStreams:
     """See the module docstring.
 
-    bytes_per_s: of each direction; None: copies take no time.
+    bytes_per_s: in each direction; None: copies take no time.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class TwinStreams:
         for stream in (OUT, IN):
             self._after(CALLER, self._clocks[stream])
 
-    # ---- for those who simulate ----
+    # ---- for simulations ----
 
     def read(self, tensor: Tensor) -> None:
         """A kernel of the present caller's stream reads the storage of `tensor`."""
@@ -147,7 +147,7 @@ class TwinStreams:
         """The caller's kernels take so long."""
         self.now_s += seconds
 
-    # ---- running what is queued ----
+    # ---- running queued copies ----
 
     def _queue(self, stream: str, operation: Callable[[], None] | _Event) -> None:
         self._queues[stream].append(operation)
@@ -198,7 +198,7 @@ class TwinStreams:
         dst, src = views
         dst.copy_(src)
 
-    # ---- what happened before what ----
+    # ---- happens-before order ----
 
     def _after(self, stream: str, clock: dict[str, int]) -> None:
         mine = self._clocks[stream]
