@@ -89,7 +89,7 @@ def test_plans_are_near_the_bound(name: str, lengths, size: int, capacity: int) 
 
 
 def test_bimodal_is_near_the_bound() -> None:
-    """The hard one of peers.md: 5 % long, 512 sequences on 16 ranks."""
+    """A hard batch: 5 % long sequences, 512 in all, on 16 ranks."""
     rng = np.random.default_rng(0)
     long = rng.random(512) < 0.05
     lengths = np.where(long, rng.integers(32768, 262145, 512), rng.integers(256, 2049, 512))
