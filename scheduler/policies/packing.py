@@ -1,4 +1,4 @@
-"""Best-fit decreasing: packing of tokens into microbatches."""
+"""Best-fit decreasing: bin packing of jobs into microbatches by tokens."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Ranks with more jobs than this are packed one after the other.
+# If any rank has more jobs than this, ranks are packed one at a time.
 _MANY = 256
 
 
 def best_fit(sizes: np.ndarray, capacity: int, opened: Sequence[int] = ()) -> np.ndarray:
-    """(n,) int64: the bin of each item. Longest first, into the fullest bin that has room.
+    """(n,) int64: the bin of each item. Largest first, into the fullest bin that has room.
 
-    Bins [0, len(opened)) exist, with that much room; new ones are numbered in the order of their
-    opening. Every size must be in [1, capacity].
+    Bins [0, len(opened)) already exist, with the given room; new ones are numbered as they are
+    opened. Every size must be in [1, capacity].
     """
     bins = np.empty(len(sizes), dtype=np.int64)
     room = sorted((left, b) for b, left in enumerate(opened))  # (room left, bin)
@@ -42,12 +42,12 @@ def best_fit_by_rank(
     num_ranks: int,
     opened: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Best-fit decreasing packing, on each rank by itself and on all ranks at once.
+    """Best-fit decreasing on each rank separately, vectorized over ranks.
 
     ranks, sizes: (num_jobs,) int64 rank and size of each job, every size in [1, capacity]; opened:
-    (num_ranks, num_opened) int64 room of bins that exist already. Returns the bin of each job on
-    its rank (num_jobs,) int64, first the opened ones, then new ones in the order of opening, and
-    the number of new bins of each rank (num_ranks,) int64.
+    (num_ranks, num_opened) int64 room of bins that already exist. Returns the bin of each job on
+    its rank (num_jobs,) int64, numbered with the opened ones first, then new ones as they are
+    opened; and the number of new bins of each rank (num_ranks,) int64.
     """
     if opened is None:
         opened = np.empty((num_ranks, 0), dtype=np.int64)
@@ -66,7 +66,7 @@ def best_fit_by_rank(
     first = np.cumsum(count) - count
     busiest = np.argsort(-count, kind="stable")
     falling = count[busiest]
-    # Rows in the order of `busiest`.
+    # Rows are in `busiest` order.
     room = np.concatenate(
         [opened[busiest], np.full((num_ranks, 4), capacity, dtype=np.int64)], axis=1
     )
@@ -77,7 +77,7 @@ def best_fit_by_rank(
         left = room[:active] - size[:, None]
         chosen = np.argmin(np.where(left >= 0, left, capacity + 1), axis=1)
         rows = np.arange(active)
-        if bool((left[rows, chosen] < 0).any()):  # some rank has no bin left: make more
+        if bool((left[rows, chosen] < 0).any()):  # some rank is out of bins: add more
             more = np.full((num_ranks, room.shape[1]), capacity, dtype=np.int64)
             room = np.concatenate([room, more], axis=1)
             left = room[:active] - size[:, None]

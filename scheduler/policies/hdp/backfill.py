@@ -1,12 +1,12 @@
-"""Backfill: local jobs in the room that rings leave in their microbatches.
+"""Backfill: move local jobs into the token room that rings leave in their microbatches.
 
-They save `fixed_s` of the microbatches that they would need, and a longer last microbatch hides
-more of the reduction; but ranks whose backfilled jobs take less time wait for the others of the
-ring. Two ways to choose them; the simulator says which is best, if any.
+This saves the `fixed_s` of the microbatches that the jobs would need, and a longer last microbatch
+hides more of the gradient reduction. The price: ranks whose backfilled jobs take less time wait for
+the rest of the ring. There are two variants; the simulator decides which to keep, if any.
 
-* whole     a ring that is the last one of all its ranks takes all of their local jobs, if they fit:
-            what follows the ring then runs inside it, so nobody waits any longer than before
-* anywhere  every ring's room is one more bin of its ranks when they pack their local jobs
+* whole     a ring that is the last one on all of its ranks takes all of their local jobs, if they
+            fit: work that followed the ring now runs inside it, so no rank waits longer than before
+* anywhere  the room of every ring is an extra bin when its ranks pack their local jobs
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .list_schedule import Schedule
 
 
 def backfilled(degrees: Degrees, schedule: Schedule) -> Iterator[Schedule]:
-    """The schedule with backfilled jobs, in both ways, where there is room for any."""
+    """Yield both backfilled variants of the schedule; none if no ring has room or nothing is saved."""
     batch = degrees.batch
     shards = batch.tokens_per_rank(schedule.degree)[schedule.rings.job]
     room = np.maximum(batch.max_tokens_per_rank - shards, 0)

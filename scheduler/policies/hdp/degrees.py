@@ -1,22 +1,23 @@
-"""Which degrees a job may have, and which one it needs to end in a given time.
+"""Degrees: which ones a job may have, and the smallest that meets a deadline.
 
-* legal   with nodes, a ring stays inside one or spans whole ones: 1, 2, .., n, 2n, 3n, ..; without
-          nodes, any degree
-* low     the fewest ranks that memory allows; it is also the least work, because rank-seconds never
-          fall with the degree (`test_work_never_falls`)
-* fit     the fewest ranks with which a job ends in time
+* legal   with nodes of n ranks, a ring stays inside one or spans whole ones: 1, 2, .., n, 2n, 3n,
+          ..; without nodes, any degree
+* low     the smallest degree that memory allows; it also has the least work, because rank-seconds
+          never fall with the degree (`test_work_never_falls`)
+* fit     the smallest degree at which a job meets a deadline
 
-A job's time is that of the cheaper way, round or gathered, so it can have several valleys over all
-degrees. It has one in each of three classes, and there bisection finds the bottom and the fit:
+A job's time is that of the faster mode, passing keys around the ring or gathering them, so over all
+degrees it can have several minima. Within each of three classes it has one, and bisection finds
+both that minimum and the fit:
 
-* inside    rings that go round inside a node: the time falls with the degree up to one point, from
-            which communication wins and it rises (`test_time_has_one_valley`)
-* gathered  gathered rings, also inside a node: the time falls with every rank
+* inside    rings that pass keys around, inside a node: the time falls with the degree until
+            communication dominates, then rises (`test_time_has_one_valley`)
+* gathered  gathered rings, also inside a node: every added rank shortens the time
             (`test_gathered_time_never_rises`)
-* across    rings of whole nodes, which go round: as inside
+* across    rings that pass keys around, over whole nodes: as inside
 
-Times are integer ticks (a power of two of a second): sums are exact, whatever their order, so every
-machine makes the same plan from them.
+Times are integer ticks (a power-of-two fraction of a second): sums are exact in any order, so every
+machine computes the same plan.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from hdp.scheduler.costs.cost_model import GATHER_LEAST_RANKS
 from hdp.scheduler.policies.batch import Batch
 from hdp.scheduler.policies.memory import min_degrees
 
-# The longest job, alone on one rank or on the fewest that hold it, takes about 2^TICK_BITS ticks;
-# wide rings that would take more than 2^_MOST_BITS are no better than with so many.
+# The longest job, on one rank or on the fewest that hold it, takes about 2^TICK_BITS ticks. Times are
+# capped at 2^_MOST_BITS ticks: wide rings that slow are never chosen, so their order is irrelevant.
 TICK_BITS, _MOST_BITS = 36, 50
 _SHORTEST_S = 1e-200
 
@@ -53,15 +54,15 @@ class Degrees:
         self.low_ticks = self.ticks(slice(None), self.low)
 
     def ticks(self, jobs: np.ndarray | slice | int, degree: np.ndarray | int) -> np.ndarray:
-        """int64: ticks of these jobs on each of `degree` ranks, with fixed_s, the cheaper way."""
+        """int64: ticks of these jobs on each of `degree` ranks in the faster mode, with fixed_s."""
         return self._cheaper(jobs, degree, self.some_gather and self.may_gather[jobs])
 
     def round_ticks(self, jobs: np.ndarray, degree: np.ndarray) -> np.ndarray:
-        """The same where all rings go round."""
+        """Like `ticks`, but with no ring gathered."""
         return self._cheaper(jobs, degree, False)
 
     def gathered_ticks(self, jobs: np.ndarray, degree: np.ndarray | int) -> np.ndarray:
-        """The same where all rings are gathered, of jobs that may be."""
+        """Like `ticks`, but with all rings gathered; only for jobs that may be."""
         return self._rounded(self.batch.cost.piece_s(self.tokens[jobs], degree, gathered=True))
 
     def _cheaper(
@@ -80,9 +81,9 @@ class Degrees:
         return np.rint(ticks).astype(np.int64) + self.fixed
 
     def _tick_s(self) -> float:
-        """A power of two, so that the longest job is at most 2^TICK_BITS ticks where it must go.
+        """Seconds per tick: a power of two with which the longest job takes <= 2^TICK_BITS ticks.
 
-        Raises ValueError for a cost model with which that is no number.
+        Raises ValueError if that job's time is zero or not finite.
         """
         longest_s = 0.0
         with np.errstate(over="ignore"):
@@ -101,19 +102,19 @@ class Degrees:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rings:
-    """Rings of one class. Their time falls with the degree from `bottom` to `best`."""
+    """One class of rings. Their time falls with the degree from `bottom` to `best`."""
 
-    at: np.ndarray  # (num,) int64: which jobs of a Widening may have them
-    bottom: np.ndarray  # (num,) int64: degree
-    best: np.ndarray  # (num,) int64: degree with the shortest time
+    at: np.ndarray  # (num,) int64: the jobs of a Widening that may have such rings
+    bottom: np.ndarray  # (num,) int64: smallest degree
+    best: np.ndarray  # (num,) int64: fastest degree
     best_ticks: np.ndarray  # (num,) int64
-    ticks: Callable[[np.ndarray, np.ndarray], np.ndarray]  # of jobs and degrees
+    ticks: Callable[[np.ndarray, np.ndarray], np.ndarray]  # (jobs, degrees) -> ticks
 
 
 class Widening:
-    """Some jobs of a batch, and how wide they become when they must end in time.
+    """Some jobs of a batch, and the degrees at which they meet a deadline.
 
-    cap (num_jobs,) int64 is the degree with the shortest time, best_ticks (num_jobs,) that time.
+    cap (num_jobs,) int64 is the fastest degree of each job, best_ticks (num_jobs,) its time there.
     """
 
     def __init__(self, degrees: Degrees, jobs: np.ndarray) -> None:
@@ -137,9 +138,9 @@ class Widening:
             self.best_ticks[rings.at[better]] = rings.best_ticks[better]
 
     def fit(self, target: int) -> tuple[np.ndarray, np.ndarray]:
-        """The fewest ranks with which each job takes <= target ticks, and its ticks then.
+        """The smallest degree at which each job takes <= target ticks, and its ticks there.
 
-        Jobs that cannot are as fast as they get.
+        Jobs that cannot meet the target get their fastest degree.
         """
         first, *others = self._classes
         degree = self._fewest(first, slice(None), target)
@@ -154,14 +155,14 @@ class Widening:
             fewer = (new < degree[at]) | (ticks[at] > target)
             better = np.where(new_ticks <= target, fewer, new_ticks < ticks[at])
             degree[at[better]], ticks[at[better]] = new[better], new_ticks[better]
-        if self.degrees.some_gather:  # at the same degree the cheaper way
+        if self.degrees.some_gather:  # at the same degree, the faster mode
             ticks = self.degrees.ticks(self.jobs, degree)
         return degree, ticks
 
     def even(self, degree: np.ndarray) -> np.ndarray:
-        """The next degrees that are a k-th of the ranks, or of a node, rounded down: k of them fit.
+        """Round degrees up to the next ranks // k or node // k, so that k rings fit side by side.
 
-        Degrees beyond the one with the shortest time stay as they are.
+        Degrees that would pass the fastest one stay as they are.
         """
         size = self.degrees.batch.hdp_size
         some = {self.node // k for k in range(1, self.node + 1)}
@@ -177,7 +178,7 @@ class Widening:
         top: np.ndarray,
         ticks: Callable[[np.ndarray, np.ndarray], np.ndarray],
     ) -> _Rings:
-        """The class of rings of degrees [bottom, top], up to where a wider one is no faster."""
+        """Rings of degrees [bottom, top], cut off where a wider one is no faster."""
         jobs, low, high = self.jobs[at], self._rung(bottom), self._rung(top)
         while bool((open_ := low < high).any()):
             middle = np.minimum((low + high) // 2, np.maximum(high - 1, 0))
@@ -190,7 +191,7 @@ class Widening:
         return _Rings(at=at, bottom=bottom, best=best, best_ticks=ticks(jobs, best), ticks=ticks)
 
     def _fewest(self, rings: _Rings, some: np.ndarray | slice, target: int) -> np.ndarray:
-        """The fewest ranks of a class with which these jobs of it end in time, else its best."""
+        """The smallest degree of a class at which these jobs meet the target, else its fastest."""
         jobs = self.jobs[rings.at[some]]
         low, high = self._rung(rings.bottom[some]), self._rung(rings.best[some])
         while bool((open_ := low < high).any()):
@@ -201,7 +202,7 @@ class Widening:
         return self._degree(high)
 
     def _rung(self, degree: np.ndarray) -> np.ndarray:
-        """Position of legal degrees in their rising list."""
+        """Index of each degree in the ascending list of legal degrees."""
         return np.where(degree <= self.node, degree - 1, self.node + degree // self.node - 2)
 
     def _degree(self, rung: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""List scheduling: given a target and limits, every job gets its ranks and microbatch. Columnar.
+"""List scheduling: given a target and limits, assign every job its ranks and microbatch. Columnar.
 
-The numbers of the steps are those of search.py.
+Step numbers refer to search.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .degrees import Degrees, Widening
 from .lpt import fill
 from .ring_placement import GuillotineColumns, JoinedColumns, Ring
 
-# At least so many units make a microbatch where its time is limited.
+# Where a microbatch has a time limit, its capacity is at least this many size units.
 _FINE = 1 << 20
 
 
@@ -27,12 +27,12 @@ _FINE = 1 << 20
 class Limits:
     """What a schedule aims at, in ticks."""
 
-    target: int  # finishing time of the ranks, less what pipelines add
-    degree: int  # jobs are widened until they take no longer
-    coarse: int  # longer local jobs are placed among the rings
-    microbatch: int | None = None  # local jobs that share a microbatch take no longer
-    even: bool = False  # rings get the next degree that divides the ranks well
-    entries: int | None = None  # rings may have so many ranks in all
+    target: int  # finishing time of the ranks, without what pipelines add
+    degree: int  # jobs are widened until they take at most this
+    coarse: int  # local jobs that take longer are placed as rings
+    microbatch: int | None = None  # local jobs that share a microbatch take at most this
+    even: bool = False  # round degrees up to ones that divide the ranks evenly
+    entries: int | None = None  # most ranks on rings, summed over all rings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class Spans:
         )
 
     def by_rank(self, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Every rank of every span, and the span's value of a column for it."""
+        """Every rank of every span, and for each the span's value in `column`."""
         along = np.arange(int(self.size.sum())) - np.repeat(
             np.cumsum(self.size) - self.size, self.size
         )
@@ -62,7 +62,7 @@ class Spans:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """How local jobs share microbatches: by size, of tokens or of time, whichever asks for more."""
+    """How local jobs share microbatches: by size in tokens or in time, whichever is larger."""
 
     capacity: int  # of a microbatch
     token: int  # size of one token
@@ -71,11 +71,11 @@ class Packing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """Where everything is. `end` is the finishing time in ticks; with pipelines an estimate."""
+    """Where every job runs. `end` is the finishing time in ticks, an estimate with pipelines."""
 
     degree: np.ndarray  # (num_jobs,) int64
     rings: Spans
-    local: np.ndarray  # (num_local,) int64, jobs that are on one rank and not in `rings`
+    local: np.ndarray  # (num_local,) int64, jobs on one rank that are not in `rings`
     rank: np.ndarray  # (num_local,) int64
     index: np.ndarray  # (num_local,) int64, of the microbatch on that rank
     first_free: np.ndarray  # (hdp_size,) int64, microbatches before those of `local`
@@ -84,7 +84,7 @@ class Schedule:
 
 
 def schedule_jobs(degrees: Degrees, limits: Limits) -> Schedule | None:
-    """Steps 2 to 5 of search.py; None if rings would be on more ranks than `limits.entries`."""
+    """Steps 2 to 5 of search.py; None if the rings exceed `limits.entries`."""
     batch = degrees.batch
     # 2. Degrees. A local job's share of fixed_s is its share of a microbatch.
     degree, ticks = degrees.low.copy(), degrees.low_ticks.copy()
@@ -122,7 +122,7 @@ def schedule_jobs(degrees: Degrees, limits: Limits) -> Schedule | None:
     load += degrees.fixed * num_bins
     np.add.at(load, rank, ticks[local] - degrees.fixed)
     end = int(load.max())
-    if batch.pp_size == 1:  # the fullest last: gradients are reduced during its backward
+    if batch.pp_size == 1:  # the fullest last: its backward hides the gradient reduction
         bins = num_bins[rank] - 1 - bins
     else:
         end += (batch.pp_size - 1) * max(longest, limits.microbatch or 0)
@@ -140,8 +140,8 @@ def schedule_jobs(degrees: Degrees, limits: Limits) -> Schedule | None:
 
 
 def _loose(rings: Spans, degree: np.ndarray, num_ranks: int) -> tuple[np.ndarray, Spans]:
-    """Microbatches up to the last ring of each rank, and the local jobs that come after it: those
-    have a rank, and share microbatches like all others."""
+    """Number of microbatches up to each rank's last ring, and jobs of degree 1 placed after it:
+    those keep their rank but share microbatches like other local jobs."""
     first_free = np.zeros(num_ranks, dtype=np.int64)
     wide = rings.take(degree[rings.job] > 1)
     np.maximum.at(first_free, *wide.by_rank(wide.index + 1))
@@ -151,7 +151,7 @@ def _loose(rings: Spans, degree: np.ndarray, num_ranks: int) -> tuple[np.ndarray
 
 
 def _packing(degrees: Degrees, longest: int | None) -> Packing:
-    """Sizes are exact in tokens; a limit on time is rounded to the safe side."""
+    """Sizes are exact in tokens; a time limit is rounded to the safe side."""
     tokens = max_pack_tokens(degrees.batch)
     if longest is None:
         return Packing(capacity=tokens, token=1, size=np.minimum(degrees.tokens, tokens))
@@ -170,7 +170,7 @@ def _place(
     target: int,
     work: int,
 ) -> tuple[np.ndarray, list[Ring]]:
-    """Step 3: columns, then joined ones. Returns the load of each rank, and the rings."""
+    """Step 3: guillotine columns, then joined ones. Returns the load of each rank and the rings."""
     jobs, low, cap = widening.jobs, widening.low.tolist(), widening.cap.tolist()
     columns = GuillotineColumns(
         num_ranks=degrees.batch.hdp_size,
@@ -204,7 +204,7 @@ def _spans(jobs: np.ndarray, rings: list[Ring]) -> Spans:
 
 
 def build_plan(batch: Batch, schedule: Schedule) -> StepPlan:
-    """The plan of a schedule."""
+    """Build the StepPlan of a schedule."""
     ones = np.ones_like(schedule.rank)
     spans = Spans(
         job=np.concatenate([schedule.rings.job, schedule.local]),

@@ -1,23 +1,23 @@
-"""Lower bounds: no plan can finish a step earlier. The gap to them comes with every plan.
+"""Lower bounds: no plan can finish a step earlier. Every plan comes with its gap to the bound.
 
-A step that ends by time T gives each job (a sequence, or a unit) a degree with which it takes at
-most T, hence at least the work of the fewest such ranks; the sum over all jobs must fit
-hdp_size * T rank-seconds. The bound is the smallest T, up to 0.1 %, for which it does. It contains
+In a step that ends by time T each job (a sequence or a unit) has a degree at which it takes at most
+T, so its work is at least that at the smallest such degree. The sum over all jobs must fit in
+hdp_size * T rank-seconds; the bound is the smallest T for which it does, to within 0.1 %. Terms:
 
-* work     every job at the least degree that memory allows, over all ranks
-* longest  no job ends before its best degree does; with pipeline stages it passes all of them,
-           forward and backward
-* memory   a step has at least tokens / capacity microbatches, and each rank at least one; each
-           costs fixed_s, and some rank has no less than the average. Of jobs that need more than
-           half of the ranks no two run at once, of those that need more than a third no three..
-* numbers  jobs that need more than k * hdp_size ranks together meet on some rank k + 1 times
-* pipeline a microbatch passes all pp_size stages before the last one can start, and again after it
-           is done: fixed_s for each
-* reduce   what of the reduction of gradients no backward can hide (`step_bound_s`)
+* work      every job at the smallest degree that memory allows, spread over all ranks
+* longest   no job ends sooner than at its fastest degree; with pipeline stages it passes all of
+            them, forward and backward
+* memory    a step has at least tokens / capacity microbatches, and each rank at least one; each
+            costs fixed_s, and some rank has at least the average number. Two jobs that each need
+            over half of the ranks cannot overlap; likewise three that need over a third, and so on
+* counts    if jobs need more than k * hdp_size ranks in total, some rank runs k + 1 of them
+* pipeline  a microbatch passes all pp_size stages before the last one can start, and again after it
+            is done: fixed_s for each
+* reduce    the part of the gradient reduction that no backward can hide (`step_bound_s`)
 
-It is a bound for plans in which a ring is one job's, keeps to its nodes and is gathered only where
-costs/gathering.py allows it, and host copies are hidden as memory.py has it: each job has the ranks
-that it needs alone, and nothing that a ring adds is counted on.
+The bound holds for plans in which a ring serves one job, respects node boundaries, and is gathered
+only where costs/gathering.py allows it, and in which host copies are hidden as in memory.py: each
+job has the ranks that it needs alone, and no copy hides behind what a ring adds.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from hdp.scheduler.policies.memory import least_microbatches
 
 from .degrees import Degrees, Widening
 
-_PRECISION = 1000  # the bound is found up to one part of this
-_SOME_JOBS = 4096  # with more jobs, how they divide by the ranks does not matter
+_PRECISION = 1000  # the bound is found to one part in this many
+_SOME_JOBS = 4096  # with more jobs, the `counts` term no longer matters
 
 
 def lower_bound_ticks(degrees: Degrees) -> int:
@@ -38,7 +38,7 @@ def lower_bound_ticks(degrees: Degrees) -> int:
     some = len(low) <= _SOME_JOBS
     fill = (stages - 1) * degrees.fixed
     bottom = needed_ticks(degrees, low, degrees.low_ticks) + fill
-    # Some rank has no less than the average number of microbatches.
+    # Some rank has at least the average number of microbatches.
     count = -(-least_microbatches(degrees.batch) // ranks)
     bottom = max(bottom, count * degrees.fixed + fill)
     bottom = max(bottom, _some_rank_twice(degrees) if some else 0)
@@ -67,10 +67,11 @@ def lower_bound_ticks(degrees: Degrees) -> int:
 
 
 def step_bound_s(degrees: Degrees, bound: int) -> float:
-    """The bound on the whole step, in seconds: `bound` ticks, and the reduction of gradients.
+    """The bound on the whole step, in seconds: `bound` ticks plus the exposed gradient reduction.
 
-    Without pipeline stages the reduction may begin in the backward of the last microbatches, which
-    are at most the whole load of their ranks: not before `forward_share` of the bound.
+    Without pipeline stages the reduction may start in the backward of the last microbatches. Those
+    are at most the whole load of their ranks, so it starts no earlier than `forward_share` of the
+    bound.
     """
     cost, bound_s = degrees.batch.cost, bound * degrees.tick_s
     if degrees.batch.pp_size > 1:
@@ -81,9 +82,9 @@ def step_bound_s(degrees: Degrees, bound: int) -> float:
 def needed_ticks(
     degrees: Degrees, degree: np.ndarray, ticks: np.ndarray, microbatch: int | None = None
 ) -> int:
-    """Rank-ticks of all microbatches over the ranks, rounded up, with jobs on so many ranks.
+    """Mean ticks per rank of all microbatches, rounded up, with each job at its `degree`.
 
-    Local jobs that share a microbatch take at most `microbatch` ticks together, if given.
+    If `microbatch` is given, local jobs that share a microbatch take at most that many ticks.
     """
     batch = degrees.batch
     count = max(int(degree[degree > 1].sum()), least_microbatches(batch), batch.hdp_size)
@@ -96,7 +97,7 @@ def needed_ticks(
 
 
 def _few_at_once(widening: Widening, ranks: int) -> int:
-    """Jobs that need many ranks run one after the other, or few at once."""
+    """Ticks for jobs that need so many ranks that only few of them fit at a time."""
     order = np.argsort(-widening.low, kind="stable")
     order = order[widening.low[order] > 1]
     low, node = widening.low[order], widening.node
@@ -105,11 +106,11 @@ def _few_at_once(widening: Widening, ranks: int) -> int:
 
 
 def _some_rank_twice(degrees: Degrees) -> int:
-    """Jobs with more than k * hdp_size ranks in all: some rank has k + 1 of them."""
+    """If jobs need more than k * hdp_size ranks in total, some rank runs k + 1 of them."""
     ranks, fixed = degrees.batch.hdp_size, degrees.fixed
     widening = Widening(degrees, np.arange(len(degrees.low)))
     order = np.argsort(-widening.best_ticks, kind="stable")
     best, low = widening.best_ticks[order], widening.low[order]
     times = -(-np.cumsum(low) // ranks)
-    on_rings = np.logical_and.accumulate(low > 1)  # local ones may share a microbatch
+    on_rings = np.logical_and.accumulate(low > 1)  # local jobs may share a microbatch
     return int((times * (best - fixed) + fixed * np.where(on_rings, times, 1)).max())

@@ -1,4 +1,4 @@
-"""Filling ranks with local jobs: who gets which, and what shares a microbatch. Columnar.
+"""LPT (longest processing time first): the rank of every local job. Columnar.
 
 Times are integer ticks, so that sums do not depend on the order or the machine.
 """
@@ -11,19 +11,19 @@ import numpy as np
 
 from hdp.scheduler.policies.packing import best_fit
 
-# Rounds of longest_first that place fewer jobs than this go through a heap instead.
+# When a round of longest_first places fewer jobs than this, a heap places the next _HEAP_RUN.
 _FEW = 24
 _HEAP_RUN = 512
-# Best fit aims at the mean load and this part of it.
+# Best fit may exceed the mean load by one part in this many.
 _SLACK = 4096
 
 
 def longest_first(load: np.ndarray, ticks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Longest job to the least loaded rank, again and again (LPT), on top of what ranks have.
+    """LPT on top of existing loads: each job, longest first, goes to the least loaded rank.
 
-    load: (num_ranks,) int64, ticks; ticks: (num_jobs,) int64, falling. Returns the rank of each
+    load: (num_ranks,) int64, ticks; ticks: (num_jobs,) int64, descending. Returns the rank of each
     job (num_jobs,) int64 and the new loads. Jobs are placed in rounds: the k least loaded ranks
-    take one job each, with the largest k for which plain LPT would have done the same.
+    take one job each, for the largest k for which plain LPT would do the same.
     """
     load = load.copy()
     ranks = np.empty(len(ticks), dtype=np.int64)
@@ -32,7 +32,7 @@ def longest_first(load: np.ndarray, ticks: np.ndarray) -> tuple[np.ndarray, np.n
         order = np.argsort(load, kind="stable")[: len(ticks) - at]
         low, sizes = load[order], ticks[at : at + len(order)]
         ends = low + sizes
-        # Job k goes to a fresh rank while that is not fuller than any that got a job this round.
+        # Job k goes to a fresh rank as long as none that got a job this round is less loaded.
         late = low[1:] > np.minimum.accumulate(ends[:-1])
         count = int(np.argmax(late)) + 1 if late.any() else len(order)
         if count < _FEW < len(ticks) - at:
@@ -48,7 +48,7 @@ def longest_first(load: np.ndarray, ticks: np.ndarray) -> tuple[np.ndarray, np.n
 
 def _by_heap(load: np.ndarray, ticks: np.ndarray, ranks: np.ndarray, at: int, stop: int) -> None:
     """Plain LPT for jobs [at, stop), in place."""
-    # Only the least loaded ranks can be reached by so few jobs.
+    # So few jobs can only reach the least loaded ranks.
     order = np.argsort(load, kind="stable")[: stop - at]
     heap = list(zip(load[order].tolist(), order.tolist(), strict=True))  # sorted is a heap
     chosen = []
@@ -64,9 +64,9 @@ def _by_heap(load: np.ndarray, ticks: np.ndarray, ranks: np.ndarray, at: int, st
 def fill(load: np.ndarray, ticks: np.ndarray) -> np.ndarray:
     """(num_jobs,) int64: the rank of each local job; arguments as in longest_first.
 
-    LPT leaves differences of the order of the smallest jobs. Where the fullest rank is above the
-    mean, the last two jobs per rank go by best fit instead, below the mean and a little, if all of
-    them fit.
+    LPT leaves imbalances of about the smallest jobs. If the fullest rank is above the mean, the
+    last two jobs per rank are placed by best fit instead, up to slightly above the mean, provided
+    that all of them fit.
     """
     ranks, ends = longest_first(load, ticks)
     num_ranks = len(load)

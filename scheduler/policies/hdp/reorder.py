@@ -1,12 +1,12 @@
-"""Reordering: same microbatches, same ranks, other indices.
+"""Reordering: the same microbatches on the same ranks, at other indices.
 
-Without pipelines a schedule may be reversed: then its widest rings end it, on all of their ranks,
-which lets the reduction of gradients start during their backward.
+Without pipelines a schedule may be reversed. It then ends with its widest rings, on all of their
+ranks, which lets the gradient reduction start during their backward.
 
-A pipeline loses least when its microbatches rise and then fall in time. Rings keep one index on all
-of their ranks, so all rings move together: they are delayed by some indices, or reversed, and
-on every rank local microbatches fill the indices that its rings leave, small ones rising before the
-last ring and the others falling after it.
+A pipeline has the smallest bubbles when microbatch times rise and then fall. A ring needs one index
+on all of its ranks, so all rings move together: they are delayed by some indices or reversed. On
+every rank local microbatches fill the free indices, short ones in rising order before the last ring
+and the others in falling order after it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _DELAYS = (0, 1, 2, 4, 8)
 
 
 def reversed_order(schedule: Schedule) -> Schedule:
-    """The last microbatch of every rank first, for plans without pipeline stages."""
+    """Reverse the microbatches of every rank; for plans without pipeline stages."""
     last = max(int(schedule.rings.index.max(initial=0)), int(schedule.index.max(initial=0)))
     rings = replace(schedule.rings, index=last - schedule.rings.index)
     return replace(schedule, rings=rings, index=last - schedule.index)
 
 
 def pipeline_orders(schedule: Schedule, num_ranks: int, seconds: np.ndarray) -> Iterator[Schedule]:
-    """Schedules that differ from this one in indices only; seconds: (num_jobs,) of each job."""
+    """Yield variants that differ from this schedule in indices only; seconds: (num_jobs,)."""
     depth = int(schedule.rings.index.max(initial=-1)) + 1
     most_local = 0
     if len(schedule.local):
@@ -43,7 +43,7 @@ def pipeline_orders(schedule: Schedule, num_ranks: int, seconds: np.ndarray) -> 
 
 
 def _filled(schedule: Schedule, num_ranks: int, seconds: np.ndarray) -> Schedule:
-    """Local microbatches in the indices that rings leave on each rank."""
+    """Put local microbatches at the indices that rings leave free on each rank."""
     if not len(schedule.local):
         return schedule
     # Local microbatches as (rank, number on it), with their seconds, rising on each rank.
@@ -57,7 +57,7 @@ def _filled(schedule: Schedule, num_ranks: int, seconds: np.ndarray) -> Schedule
     count = np.bincount(rank, minlength=num_ranks)
     place = np.empty(len(names), dtype=np.int64)
     place[order] = np.arange(len(names)) - (np.cumsum(count) - count)[rank[order]]
-    # Indices below the last ring that no ring uses, on each rank.
+    # Free indices before the last ring of each rank.
     on, index = schedule.rings.by_rank(schedule.rings.index)
     last = np.zeros(num_ranks, dtype=np.int64)
     np.maximum.at(last, on, index + 1)
@@ -67,7 +67,7 @@ def _filled(schedule: Schedule, num_ranks: int, seconds: np.ndarray) -> Schedule
     free = ~used & (np.arange(max(length, 1)) < last[:, None])
     gaps = free.sum(axis=1)
     slots = np.argsort(~free, axis=1, kind="stable")  # free indices first, rising
-    # Small ones rise through the gaps, the others fall after the last ring.
+    # Short ones rise through the gaps, the others fall after the last ring.
     mine_gaps, mine_count = gaps[rank], count[rank]
     in_gap = place < mine_gaps
     at = last[rank] + (mine_count - 1 - place)

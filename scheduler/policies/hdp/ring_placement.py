@@ -1,21 +1,22 @@
 """Ring placement: which ranks a ring gets, and when. Guillotine cuts, then joined columns.
 
-At first all ranks are one column of load 0. A ring goes on top of a column: if it is as wide as the
-column the column grows, if it is narrower the column splits in two, the ring's ranks and the rest.
-So all ranks of a column have the same rings below them, in the same order, hence the same load and
-the same number of microbatches: rings do not wait for their ranks, and with pipeline stages a
-shared microbatch has the same local index everywhere (`test_columns_are_even`).
+All ranks start as one column of load 0. A ring goes on top of a column: if it is as wide as the
+column, the column grows; if it is narrower, the column splits into the ring's ranks and the rest
+(a guillotine cut). So all ranks of a column run the same rings in the same order, and have the same
+load and number of microbatches: no ring waits for its ranks, and with pipeline stages a shared
+microbatch has the same local index everywhere (`test_columns_are_even`).
 
-Rings come by falling degree. For each one:
+Rings are placed in order of falling degree:
 
-1. The narrowest column whose top stays below the target; of equally wide ones the least loaded.
-2. Split a column only if jobs not yet placed and narrow enough can fill the remainder up to the
-   target. Otherwise the ring takes the whole column.
-3. Rings for which no column is low enough come last: each joins several columns. It goes to the
-   least loaded ranks of one node, or to the least loaded whole nodes, which wait for the highest of
-   them. How many ranks: the end of the ring, or of the highest rank if that is later, plus the time
-   that the ring takes from its ranks, waiting included, spread over all ranks; the least sum wins.
-   Without nodes there is one, of all ranks.
+1. Choose the narrowest column whose top stays below the target; among equally wide ones the least
+   loaded.
+2. Split a column only if unplaced narrower jobs can fill the remainder up to the target. Otherwise
+   the ring takes the whole column, if it may be that wide.
+3. Rings that fit in no column come last, and each joins several columns: the least loaded ranks of
+   one node, or the least loaded whole nodes. It starts when the most loaded of them is done. The
+   degree minimizes a sum: the end of the ring (or of the most loaded rank of all, if later) plus
+   the rank-time that the ring takes, waiting included, averaged over all ranks. Without nodes, all
+   ranks form one.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The last rings become at most so many times wider than they must be, or so wide. More would
-# hardly end them sooner, and plans would grow with the number of ranks times that of rings.
+# Joined rings become at most _WIDER times their minimum degree, or _WIDE ranks. More would hardly end
+# them sooner, and plans would grow with ranks times rings.
 _WIDER, _WIDE = 8, 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ring:
-    """Where a job went: the local index of its microbatch on all of its ranks, and the ranks."""
+    """Where a job runs: the local index of its microbatch on all of its ranks, and the ranks."""
 
     depth: int
     degree: int
@@ -62,9 +63,9 @@ class GuillotineColumns:
         self._push(num_ranks, 0, 0, 0)
 
     def place(self, degree: np.ndarray, ticks: np.ndarray, local_work: int) -> list[int]:
-        """Place rings of these degrees and ticks; returns those for which no column is low enough.
+        """Place rings with these degrees and ticks; returns those that fit in no column.
 
-        local_work: rank-ticks of all jobs that are on one rank and not among the rings.
+        local_work: rank-ticks of all jobs that are not placed as rings.
         """
         order = np.lexsort((-ticks, -degree))
         work = np.cumsum((degree * ticks)[order][::-1]) + local_work
@@ -72,14 +73,14 @@ class GuillotineColumns:
         slack = max(self.target * self.num_ranks - works[-1], 0)
 
         def supply(rest: int) -> int:
-            """Work of the jobs that are at most so wide, and what may stay unused."""
+            """Work of the jobs of degree <= rest, plus the idle time that the target allows."""
             return works[bisect_left(degrees, rest + 1)] + slack
 
         wide, own = degree.tolist(), ticks.tolist()
         return [r for r in order.tolist() if not self._place(r, wide[r], own[r], supply)]
 
     def tops(self) -> tuple[np.ndarray, np.ndarray]:
-        """(num_ranks,) int64 each: load in ticks and microbatches of every rank."""
+        """(num_ranks,) int64 each: load in ticks and number of microbatches of every rank."""
         columns = sorted(
             (start, width, load, depth)
             for width, heap in self._by_width.items()
@@ -112,7 +113,7 @@ class GuillotineColumns:
         return False
 
     def _split(self, start: int, width: int, load: int, depth: int, degree: int) -> None:
-        """Return to the columns what a ring of `degree` leaves of one of `width`, node by node."""
+        """Push the columns that a ring of `degree` leaves of one of `width`, split at node edges."""
         at, stop = start + degree, start + width
         if degree < self.node and width > self.node:
             self._push(self.node - degree, load, at, depth)
@@ -155,12 +156,12 @@ class JoinedColumns:
         self.node, self.ticks_at = node, ticks_at
         self.load, self.depth = load.copy(), depth.copy()
         self.highest = int(load.max())
-        # The ranks of each node by rising load, and their loads.
+        # The ranks of each node by rising load, and those loads.
         self._order = np.argsort(self.load.reshape(-1, node), axis=1, kind="stable")
         self._rising = np.take_along_axis(self.load.reshape(-1, node), self._order, axis=1)
 
     def place(self, ring: int, low: int, cap: int) -> Ring:
-        """Put one ring of `low` to `cap` ranks where it ends first."""
+        """Place one ring of `low` to `cap` ranks at the lowest cost (`_counts`)."""
         cap = min(cap, max(_WIDER * low, _WIDE))
         options = []
         if low <= self.node:
@@ -179,7 +180,7 @@ class JoinedColumns:
         return Ring(depth=depth, degree=degree, spans=tuple(spans))
 
     def _inside(self, ring: int, low: int, cap: int) -> tuple[int, int, int, np.ndarray]:
-        """(what counts, degree, end, ranks) of the best place inside a node."""
+        """(cost, degree, end, ranks) of the best place inside a node."""
         degrees = np.arange(low, cap + 1)
         below = np.cumsum(self._rising, axis=1)[:, low - 1 : cap]
         ends = self._rising[:, low - 1 : cap] + self.ticks_at(ring, degrees)
@@ -205,7 +206,7 @@ class JoinedColumns:
         return int(counts[best]), len(ranks), int(ends[best]), ranks
 
     def _counts(self, ends: np.ndarray, taken: np.ndarray) -> np.ndarray:
-        """What a place costs: the later end, and the ranks' time that it takes, over all ranks."""
+        """Cost of a place: the later end, plus the rank-time taken averaged over all ranks."""
         return np.maximum(ends, self.highest) + taken // len(self.load)
 
     def _sort(self, nodes: np.ndarray) -> None:

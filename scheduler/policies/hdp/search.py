@@ -1,26 +1,27 @@
-"""hdp: any degree for each sequence, chosen by work and by memory; near-optimal, in milliseconds.
+"""hdp: list scheduling of moldable tasks with restarts; near-optimal plans in milliseconds.
 
-The objective is the finishing time of the step under the semantics of simulator.py: this is
-scheduling of moldable parallel tasks. What makes it tractable is the long tail of short ones.
+A sequence is a moldable task: it may run on any number of ranks (its degree), and more ranks
+shorten it but cost more rank-seconds in total. The objective is the makespan of the step as
+simulator.py defines it. The long tail of short sequences makes the problem tractable.
 
 1. Target: the lower bound (lower_bound.py) times some head room.
-2. Degrees: the least that memory allows, widened until no job takes longer than the target times
-   `grain`. Wider rings are more work, so the target rises to what the work now needs.
-3. Rings, widest and longest first, go to columns of ranks (ring_placement.py); those for which no
-   column is low enough join several columns.
-4. Local jobs, longest first, go to the least loaded rank, the last ones where they fit (lpt.py).
-5. On each rank local jobs are packed into microbatches by best fit. They come after the rings, so
-   that a rank with local work ends with it (StepPlan.ends_together).
-6. Local jobs may ride on rings that have room (backfill.py), and the order of all microbatches may
-   be turned around (reorder.py): the best of few attempts by simulation.
-7. Steps 1 to 5 are tried with less grain and more head room, with degrees that divide the ranks
-   well, and with large local jobs among the rings (they may then widen too), until a plan is close
-   to the bound or the tries are used up. The first of the best wins.
+2. Degrees: the minimum that memory allows, widened until no job takes longer than the target times
+   `grain`. Wider rings add work, so the target rises to what the work now needs.
+3. Rings, widest and longest first, go to columns of ranks by guillotine cuts; a ring that fits
+   under the target in no column joins several (ring_placement.py).
+4. Local jobs go to ranks by LPT (longest processing time first), the tail by best fit (lpt.py).
+5. Each rank packs its local jobs into microbatches by best fit. They follow the rings, so that a
+   rank with local work ends with it (StepPlan.ends_together).
+6. Backfill the room in ring microbatches with local jobs (backfill.py) and reverse the order of
+   microbatches (reorder.py). The simulator picks the best variant of a few finalists.
+7. Restart steps 1 to 5 over a grid of settings (`_RESTARTS`): more head room, finer grain, degrees
+   that divide the ranks evenly, and large local jobs placed (and possibly widened) as rings. Stop
+   once a plan is close to the bound. Ties go to the earliest restart.
 
 With pipeline stages a rank takes, up to a fraction of one microbatch, the sum of its microbatches
-and pp_size - 1 times the longest of them, in whatever order they come. So in step 2 the time limit
-is that of a microbatch, local jobs share one only up to the limit, and step 7 tries limits around
-the one for which mean load plus (pp_size - 1) * limit is least.
+plus pp_size - 1 times the longest of them, whatever their order. So in step 2 the time limit is
+that of a microbatch, local jobs share a microbatch only up to that limit, and step 7 tries limits
+around the one that minimizes mean load + (pp_size - 1) * limit.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from .list_schedule import Limits, Schedule, build_plan, schedule_jobs
 from .lower_bound import needed_ticks, step_bound_s
 from .reorder import pipeline_orders, reversed_order
 
-# Restarts: (head room, grain, coarse, even). Local jobs over coarse * target are placed like rings;
-# even degrees are those that divide the ranks well. First with as few rings as possible, then
-# with large local jobs among them, over a grid of head room and grain.
+# Restarts: (head room, grain, coarse, even). Local jobs longer than coarse * target are placed as
+# rings; `even` rounds degrees up to ones that divide the ranks evenly. First with as few rings as
+# possible, then with large local jobs as rings, over a grid of head room and grain.
 _HEAD_ROOM = (1.0, 1.02, 1.05, 1.1, 1.3)
 _GRAIN = (1.0, 0.5, 0.25)
 _FEW_RINGS, _MANY_RINGS = 2.0, 0.1
@@ -56,14 +57,14 @@ _RESTARTS = (
     ),
 )
 
-# In batches of so many jobs riders are worth a look only if fixed_s is a part of the step.
+# In batches with at least this many jobs, backfill pays only if fixed_s is 1 % of the bound or more.
 _LARGE = 32768
-# How many attempts may be looked at with riders, in batches of at most how many jobs over that
-# number; and how close to the bound a plan makes more of them needless.
+# Finalists that may be simulated with backfill, fewer if they times the jobs exceed _FEW_JOBS; and
+# the ratio to the bound below which no more of them are simulated.
 _FINALISTS, _FEW_JOBS, _CLOSE = 3, 8192, 1.002
 
-# Pipelines: limits that are tried; the share of the mean load that pipelines may add at the least
-# limit; and what the search may cost, in units of about 10 microseconds.
+# Pipelines: microbatch limits to try; the share of the mean load below which a limit's pipeline
+# overhead is too small to reduce further; and the search budget, in units of about 10 us.
 _LIMITS = 5
 _LEAST_GAIN = 0.04
 _BUDGET = 30_000
@@ -71,7 +72,7 @@ _MOST_RINGS = 20_000
 
 
 def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
-    """The policy of the module docstring; `bound` is the lower bound in ticks."""
+    """Plan with the algorithm of the module docstring; `bound` is the lower bound in ticks."""
     if batch.pp_size > 1:
         return _plan_pipelines(batch, degrees, bound)
     best: Schedule | None = None
@@ -103,10 +104,10 @@ def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
 
 
 def _first_to_end(degrees: Degrees, tried: list[Schedule], bound: int) -> StepPlan:
-    """Step 6: the attempts that end first, as they are, turned around and with riders.
+    """Step 6: the best of the finalists as they are, reversed, and backfilled.
 
-    What riders save, and what the reduction of gradients hides, can turn the order of attempts that
-    are close: of a small batch several are looked at, by simulation.
+    What backfill saves and how much of the gradient reduction is hidden can change the ranking of
+    close attempts, so for a small batch several are simulated.
     """
     batch, reduced = degrees.batch, degrees.batch.cost.reduce_s > 0.0
     count = max(1, min(_FINALISTS, _FEW_JOBS // batch.num_jobs))
@@ -132,7 +133,7 @@ def _first_to_end(degrees: Degrees, tried: list[Schedule], bound: int) -> StepPl
 
 
 def _finalists(tried: Sequence[tuple[float, Schedule]], count: int) -> list[Schedule]:
-    """The first `count` different attempts by their end; of equal ones the first that was tried."""
+    """The `count` earliest-ending distinct attempts; ties go to the one tried first."""
     different: dict[tuple[float, int, int], Schedule] = {}
     for end, schedule in sorted(tried, key=lambda one: one[0]):
         different.setdefault((end, int(schedule.degree.sum()), len(schedule.local)), schedule)
@@ -140,12 +141,12 @@ def _finalists(tried: Sequence[tuple[float, Schedule]], count: int) -> list[Sche
 
 
 def _close_enough(spent: int) -> float:
-    """Gap at which the search stops: the more it has cost, the sooner."""
+    """Ratio to the bound at which the search stops; it relaxes as the search spends more."""
     return 1.0005 + spent / 400_000
 
 
 def _entries(degrees: Degrees) -> int:
-    """Plans with more ranks on rings are not worth their size."""
+    """Most (ring, rank) entries of a restart; plans beyond that are not worth their size."""
     return 4 * int(degrees.low.sum()) + 64 * degrees.batch.hdp_size
 
 
@@ -153,7 +154,7 @@ def _entries(degrees: Degrees) -> int:
 
 
 def _plan_pipelines(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
-    """Step 7 by simulation: limits, then head room and wider rings, then orders."""
+    """Step 7 by simulation: limits, then head room and wider rings, then orders and backfill."""
     best: tuple[float, StepPlan, Schedule, Limits] | None = None
     tried: list[tuple[float, Schedule]] = []
     spent, entries = 0, _entries(degrees)
@@ -192,24 +193,24 @@ def _plan_pipelines(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
         if spent < _BUDGET:
             consider(schedule_jobs(degrees, limits), limits)
     schedule, limits = best[2:]
-    finalists = _finalists(tried, _FINALISTS)  # none has riders yet
+    finalists = _finalists(tried, _FINALISTS)  # none is backfilled yet
     for ordered in pipeline_orders(schedule, batch.hdp_size, batch.seconds(schedule.degree)):
         if spent < _BUDGET:
             consider(ordered, limits)
     for schedule in finalists:
-        for riding in backfilled(degrees, schedule):
+        for variant in backfilled(degrees, schedule):
             if spent < _BUDGET:
-                consider(riding, limits)
+                consider(variant, limits)
     return best[1]
 
 
 def _microbatch_limits(degrees: Degrees, bound: int) -> list[tuple[int, int]]:
-    """(ticks of a microbatch, mean load then), the most promising first."""
+    """(microbatch limit in ticks, mean load under it), most promising first."""
     stages, low = degrees.batch.pp_size, degrees.low
     promise: list[tuple[int, int, int]] = []
 
     def promises(limit: int) -> bool:
-        """Add this limit; whether the next one may be worth a look."""
+        """Add this limit; returns whether the next one may be worth trying."""
         degree, ticks = low.copy(), degrees.low_ticks.copy()
         wide = np.flatnonzero((low > 1) | (ticks > limit))
         if promise and len(wide) > _MOST_RINGS:
@@ -224,7 +225,7 @@ def _microbatch_limits(degrees: Degrees, bound: int) -> list[tuple[int, int]]:
     start = limit = max(bound // stages, 1)
     while promises(limit):
         limit = int(limit * 0.75)
-    # With few jobs, widening them to the least limit may mean one more microbatch for all.
+    # With few jobs, widening them to the smallest limit may cost every rank one more microbatch.
     limit, best = start, min(promise)
     while limit < bound:
         limit = -(-limit * 4 // 3)
