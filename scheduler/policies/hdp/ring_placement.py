@@ -28,8 +28,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Joined rings become at most _WIDER times their minimum degree, or _WIDE ranks. More would hardly end
-# them sooner, and plans would grow with ranks times rings.
+# Joined rings become at most _WIDER times their minimum degree, or _WIDE ranks. More would hardly
+# end them sooner, and plans would grow with ranks times rings.
 _WIDER, _WIDE = 8, 512
 
 
@@ -113,7 +113,7 @@ class GuillotineColumns:
         return False
 
     def _split(self, start: int, width: int, load: int, depth: int, degree: int) -> None:
-        """Push the columns that a ring of `degree` leaves of one of `width`, split at node edges."""
+        """Push what a ring of `degree` leaves of a column of `width`, split at node edges."""
         at, stop = start + degree, start + width
         if degree < self.node and width > self.node:
             self._push(self.node - degree, load, at, depth)

@@ -57,7 +57,7 @@ _RESTARTS = (
     ),
 )
 
-# In batches with at least this many jobs, backfill pays only if fixed_s is 1 % of the bound or more.
+# In batches of at least this many jobs, backfill pays only if fixed_s is 1 % or more of the bound.
 _LARGE = 32768
 # Finalists that may be simulated with backfill, fewer if they times the jobs exceed _FEW_JOBS; and
 # the ratio to the bound below which no more of them are simulated.
