@@ -55,11 +55,10 @@ class Mutant:
 def mutants_of(path: Path, source: str) -> Iterator[Mutant]:
     """Every mutant of a file, one changed expression each."""
     for node in ast.walk(ast.parse(source)):
-        after = _changed(node) if isinstance(node, ast.expr) else None
-        if after is None or not isinstance(node, ast.expr):
+        if not isinstance(node, ast.expr):
             continue
-        before = ast.get_source_segment(source, node)
-        if before is None or "\n" in before:
+        before, after = ast.get_source_segment(source, node), _changed(node)
+        if before is None or after is None or "\n" in before:
             continue
         lines = source.splitlines(keepends=True)
         line = lines[node.lineno - 1].encode()

@@ -150,8 +150,6 @@ class _Upload:
             batches = tuple(batch.to(self._device, non_blocking=True) for batch in step.batches)
         self._stream.synchronize()
         for batch in batches:
-            for tensor in (batch.input_ids, batch.position_ids, batch.labels):
+            for tensor in batch.tensors():
                 tensor.record_stream(self._consumer)
-            for column in batch.columns.values():
-                column.record_stream(self._consumer)
         return replace(step, batches=batches)

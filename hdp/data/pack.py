@@ -42,6 +42,10 @@ class PackedBatch:
         """Rows of this rank, including padding."""
         return len(self.input_ids)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors of the batch."""
+        return [self.input_ids, self.position_ids, self.labels, *self.columns.values()]
+
     def to(self, device: torch.device, *, non_blocking: bool = False) -> PackedBatch:
         """A copy on `device`. non_blocking: copy from pinned memory and do not wait."""
 

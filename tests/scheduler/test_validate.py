@@ -120,6 +120,7 @@ def test_no_rank_without_work() -> None:
         ({"seqlens": [4, 0]}, r"seqlens\[1\] is 0"),
         ({"ring_ranks": [0, 1, 2]}, r"ring_ranks\[2\] is 2"),
         ({"piece_seqs": [0, 0, 5]}, r"piece_seqs\[2\] is 5"),
+        ({"piece_seqs": [0, 0, 2]}, r"piece_seqs\[2\] is 2"),
         ({"offload_ratio": [0.0, 1.5]}, r"offload_ratio\[1\] is 1.5"),
         ({"offload_ratio": [0.0, float("nan")]}, r"offload_ratio\[1\] is nan"),
         ({"offload_ratio": [0.0]}, "1 offload ratios for 2"),
