@@ -2,13 +2,14 @@
 
 The policies, each a function of the same arguments:
 
-    hdp                    any degree, chosen by work and by memory; near-optimal (search.py)
+    hdp                    list scheduling with any degrees; near-optimal (policies/hdp/search.py)
     bytescale, -naive,     the paper's Algorithms 1 and 2 (bytescale.py)
       -dp, -pp
     static                 DP x CP with packed zigzag: the baseline (static_mesh.py)
 
 A plan is a pure function of its arguments: no clock, no random numbers, and no arithmetic whose
-result depends on the machine; every rank computes the same bytes for itself (`test_same_bytes`).
+result depends on the machine. Each rank computes its own copy, byte for byte the same
+(`test_same_bytes`).
 
     from hdp.scheduler import CostModel, plan
     cost = CostModel.from_coefficients(quadratic_s=5.128e-9, linear_s=1.84e-4)
@@ -70,22 +71,23 @@ def plan(
     hdp_size: ranks that share the batch
     max_tokens_per_rank: tokens that a rank can hold in one microbatch (the paper's C)
     cost: seconds and bytes of a piece, the same on all ranks
-    policy: one of `POLICIES`; the module docstring says what each is
-    units: (num_seqs,) integers; sequences with the same one share a microbatch on the same ranks
+    policy: one of `POLICIES`, described in the module docstring
+    units: (num_seqs,) integers; sequences with equal units share a microbatch on the same ranks
     pp_size: pipeline stages of each rank
-    cp_size: static policy only, ranks per ring; default the smallest that holds the longest
-    ranks_per_node: a ring that fits stays inside a node, others take whole nodes; None: no nodes
+    cp_size: ranks per ring, for the static policy only; default: the smallest that fits the longest
+    ranks_per_node: a ring that fits in a node stays inside one, others take whole nodes; None: all
+        ranks form one node
     offload: let activations move to the host where forward hides it, for fewer ranks (Eq. 3)
-    equal_counts: the same number of microbatches on every rank (ranks that share expert parallelism
-        or ZeRO-3 need it); missing ones are empty
+    equal_counts: give every rank the same number of microbatches (expert parallelism and ZeRO-3
+        across ranks need it), padding with empty ones
 
     Returns a plan with its simulated seconds and a lower bound for any plan. Raises ValueError with
-    the values and the remedy for arguments that allow no plan.
+    the values and the remedy if no plan is possible.
     """
     if policy not in POLICIES:
         raise ValueError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
     if cp_size is not None and policy != "static":
-        raise ValueError(f"cp_size={cp_size} is for the static policy, not for {policy!r}")
+        raise ValueError(f"cp_size={cp_size} applies to the static policy only, not {policy!r}")
     batch = Batch.check(
         seqlens,
         hdp_size=hdp_size,

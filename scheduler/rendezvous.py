@@ -1,8 +1,8 @@
-"""Rendezvous: where the ranks of a plan meet, and the walk that shows whether anyone waits forever.
+"""Rendezvous: where the ranks of a plan meet, and the walk that detects deadlocks.
 
-A microbatch on a ring is a meeting: it starts when all ranks of the ring are there. The validator
-asks whether all meetings take place, the simulator when, without and with pipeline stages; all of
-them ask `walk`.
+A microbatch on a ring is a meeting: it starts when all ranks of the ring have arrived. `walk`
+tells the validator whether all meetings take place, and the simulator when, with and without
+pipeline stages.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ def walk(
     """Walk all lanes at once, wave by wave; returns when each operation starts and ends.
 
     Lane i runs operations offsets[i] .. offsets[i + 1] - 1, in this order. Operations of one group
-    start together, when all their lanes are there, and end together, with the slowest.
+    start together, when all their lanes have arrived, and end together, with the slowest.
 
     group, seconds: (num_operations,) of each; after: (num_operations,) the operation whose result
-    each one needs, num_operations for none. Returns two columns of seconds (num_operations,); the
-    end of an operation that never ends is infinite.
+    each one needs, or num_operations for none. Returns two columns of seconds (num_operations,);
+    operations that never run end at infinity.
     """
     count = len(group)
     after = np.full(count, count) if after is None else after
-    missing = np.bincount(group)  # lanes of each group that are still to come
+    missing = np.bincount(group)  # lanes of each group yet to arrive
     start_s, longest_s = np.zeros((2, len(missing)))
     np.maximum.at(longest_s, group, seconds)
     end_s = np.full(count + 1, np.inf)
-    end_s[count] = 0.0  # of the input of operations without one
+    end_s[count] = 0.0  # sentinel for operations without an input
     at, stop = offsets[:-1].copy(), offsets[1:]
     free_s = np.zeros(len(at))
     coming = np.flatnonzero(at < stop)
     waiting = coming[:0]
     while len(coming):
-        # Lanes whose input is there arrive.
+        # Lanes whose input is ready arrive.
         here = at[coming]
         input_s = end_s[after[here]]
         ready = input_s < np.inf
         arrived, groups = coming[ready], group[here[ready]]
         np.maximum.at(start_s, groups, np.maximum(free_s[arrived], input_s[ready]))
         np.subtract.at(missing, groups, 1)
-        # Groups that are complete run, and their lanes go on.
+        # Complete groups run, and their lanes move on.
         waiting = np.concatenate([waiting, arrived])
         here = at[waiting]
         groups = group[here]
@@ -78,7 +78,7 @@ def walk(
 
 
 def stuck(offsets: np.ndarray, end_s: np.ndarray) -> np.ndarray:
-    """The operation in which each lane that never finishes waits, lanes in order; see `walk`."""
+    """The operation at which each lane that never finishes is stuck, in lane order; see `walk`."""
     never = np.flatnonzero(np.isinf(end_s))
     lane = np.searchsorted(offsets, never, side="right") - 1
     return never[np.unique(lane, return_index=True)[1]]

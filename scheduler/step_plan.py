@@ -1,16 +1,16 @@
 """StepPlan: which ranks run which sequences in which order, for one training step.
 
-The plan is plain data, made from sequence lengths alone. Each sequence is a *piece* of one or more
+A plan is plain data, computed from sequence lengths alone. A sequence is a *piece* of one or more
 microbatches: it lives on the ranks of its ring, in ring order (one rank: a local piece). Each rank
-walks its own list of microbatches; lists differ in number and in content. A microbatch that holds a
-piece on several ranks starts when all of them reach it. A ring goes round or is gathered: the plan
-says which, as ranks that run different algorithms would wait for each other for ever.
+runs its own list of microbatches; lists differ in length and content. A microbatch with a piece on
+several ranks starts when all of them reach it. A ring passes keys around or is gathered: the plan
+says which, because ranks that ran different algorithms would wait for each other forever.
 
 Invariants, checked by `StepPlan.validate()` (each has a test of its name in
 tests/scheduler/test_validate.py):
 
 * every_token_once      each sequence sits once on each rank of its ring and nowhere else
-* capacity_kept         the tokens of a (rank, microbatch), with the real uneven chunks and less
+* capacity_kept         the tokens of a (rank, microbatch), with the real uneven chunks and minus
                         what its offload ratio moves to the host, are <= max_tokens_per_rank
 * one_ring_each         the multi-rank pieces of a (rank, microbatch) come first and share one ring,
                         and all ranks of that ring hold the same ones in the same order (hdp plans
@@ -37,7 +37,7 @@ import numpy as np
 
 from .zigzag import rank_tokens
 
-FORMAT_VERSION = 2  # version 1 is read too: all of its rings go round
+FORMAT_VERSION = 2  # version 1 can be read too: it gathers no ring
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,9 @@ class Microbatch:
     """What one rank runs at once: pieces of at most one ring, then local ones. May be empty."""
 
     pieces: tuple[Piece, ...] = ()
-    gathered: bool = False  # whether the ring is gathered: all keys at once, instead of going round
+    gathered: bool = (
+        False  # whether the ring fetches all keys at once instead of passing them around
+    )
     offload_ratio: float = 0.0  # share of the tokens whose activations go to the host, [0, 1]
 
     @property
@@ -77,23 +79,25 @@ class Microbatch:
 
 
 def _frozen(name: str, values: Any, dtype: type) -> np.ndarray:
-    """A read-only column. Raises ValueError for values that it cannot hold as they are."""
+    """A read-only column. Raises ValueError for values that the dtype cannot hold exactly."""
     given = np.asarray(values)
     if given.dtype == dtype and given.flags.c_contiguous and not given.flags.writeable:
         return given
     if given.size and given.dtype.kind not in ("iufb" if dtype is np.bool_ else "iuf"):
-        raise ValueError(f"{name} must be numbers, not {given.dtype}")
+        raise ValueError(f"{name} must be numbers, got {given.dtype}")
     column: np.ndarray = np.array(given, dtype=dtype, order="C", ndmin=1)
     if given.dtype != dtype and not np.array_equal(column, given.reshape(column.shape)):
         bad = int(np.flatnonzero(column != given.ravel())[0])
-        raise ValueError(f"{name}[{bad}] is {given.ravel()[bad]}, which is no {column.dtype}")
+        raise ValueError(
+            f"{name}[{bad}] is {given.ravel()[bad]}, which does not fit in {column.dtype}"
+        )
     column.setflags(write=False)
     return column
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepPlan:
-    """Which ranks hold which sequences, in which microbatches, in one step. `plan` makes it.
+    """Which ranks hold which sequences, in which microbatches, in one step; built by `plan`.
 
     Columns, with CSR offsets:
 
@@ -114,10 +118,10 @@ class StepPlan:
     piece_seqs: np.ndarray  # (num_pieces,) int32
     gathered: np.ndarray  # (num_seqs,) bool, whether the sequence's ring is gathered
     offload_ratio: np.ndarray  # (num_microbatches,) float64
-    offloadable: float = 0.0  # share of a token's activation bytes that can leave, [0, 1)
+    offloadable: float = 0.0  # offloadable share of a token's activation bytes, [0, 1)
     predicted_s: float = float("nan")  # planner's finishing time of the step, seconds
     lower_bound_s: float = float("nan")  # no plan can finish earlier, seconds
-    ranks_per_node: int | None = None  # topology it was planned for; None: all links are alike
+    ranks_per_node: int | None = None  # topology of the plan; None: all links are alike
     notes: dict[str, Any] = field(default_factory=dict)  # planner's remarks
 
     def __post_init__(self) -> None:
@@ -143,7 +147,7 @@ class StepPlan:
 
     @property
     def gap(self) -> float:
-        """How far the planner's time is above its lower bound: 0.02 is 2 %. NaN if not planned."""
+        """Predicted time above the lower bound: 0.02 is 2 %. NaN for plans without predictions."""
         return self.predicted_s / self.lower_bound_s - 1.0
 
     def ring(self, seq: int) -> tuple[int, ...]:
@@ -151,7 +155,7 @@ class StepPlan:
         return tuple(self.ring_ranks[self.ring_offsets[seq] : self.ring_offsets[seq + 1]].tolist())
 
     def microbatches(self, rank: int) -> list[Microbatch]:
-        """The microbatches of one rank in the order in which it runs them."""
+        """The microbatches of one rank, in execution order."""
         if not 0 <= rank < self.hdp_size:
             raise ValueError(f"rank {rank} is not in a plan for hdp_size={self.hdp_size}")
         result = []
@@ -188,10 +192,10 @@ class StepPlan:
 
     @cached_property
     def ends_together(self) -> bool:
-        """Every ring's microbatch is the last one of all of its ranks or of none.
+        """Whether every ring's microbatch is the last one on all of its ranks or on none.
 
-        Then no rank that is in its last microbatch can be waited for by one that is not, and
-        gradients may be reduced while it runs backward.
+        If so, no rank waits for a partner that is in its last microbatch unless it is in its own,
+        so gradients may be reduced during the backward of the last microbatches.
         """
         is_last = np.zeros(len(self.offload_ratio), dtype=bool)
         is_last[self.microbatch_offsets[1:] - 1] = True
@@ -200,7 +204,7 @@ class StepPlan:
         return bool(((num_ends == 0) | (num_ends == self.degrees)).all())
 
     def _positions(self, seqs: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """Ring position of `ranks[i]` in the ring of sequence `seqs[i]`; -1 where it is not in."""
+        """Ring position of `ranks[i]` in the ring of sequence `seqs[i]`; -1 if not in it."""
         owner = np.repeat(np.arange(self.num_seqs), self.degrees)
         key = owner * self.hdp_size + self.ring_ranks
         order = np.argsort(key, kind="stable")
@@ -231,7 +235,7 @@ class StepPlan:
     def __hash__(self) -> int:
         return hash(self.digest)
 
-    # ---- making, JSON ----
+    # ---- construction, JSON ----
 
     @classmethod
     def from_lists(
@@ -244,7 +248,7 @@ class StepPlan:
         offload_ratio: Sequence[Sequence[float]] | None = None,
         **fields: Any,
     ) -> StepPlan:
-        """Plan from plain lists.
+        """Build a plan from plain lists.
 
         `rings[s]` are the ranks of sequence s in ring order and `gathered[s]` whether its ring is
         gathered, `microbatches[r][i]` the sequences of rank r's i-th microbatch, ring pieces first,
@@ -307,8 +311,8 @@ class StepPlan:
 
     @classmethod
     def from_json(cls, text: str) -> StepPlan:
-        """Inverse of `to_json`. Raises ValueError for text that is no plan of this version or an
-        earlier one, and where ranks differ in whether a ring is gathered."""
+        """Inverse of `to_json`. Raises ValueError for text that is not a plan of this or an earlier
+        version, and for plans whose ranks disagree on whether a ring is gathered."""
         try:
             data = json.loads(text)
             version = data["version"]
@@ -324,7 +328,7 @@ class StepPlan:
                 for seq, _ in mb["pieces"][:1]:
                     mode = version > 1 and mb["gathered"]
                     if gathered.setdefault(seq, mode) != mode:
-                        raise ValueError(f"plan gathers sequence {seq} on some of its ranks only")
+                        raise ValueError(f"plan gathers sequence {seq} on only some of its ranks")
             return cls.from_lists(
                 data["seqlens"],
                 rings,

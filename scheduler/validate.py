@@ -1,9 +1,9 @@
-"""Checks of a StepPlan: each invariant of step_plan.py's docstring is one function of its name.
+"""Checks of a StepPlan: one function for each invariant of step_plan.py, of the same name.
 
-A plan may come from a planner with a bug, from another process or from a JSON file, so nothing is
-taken for granted: columns first (shapes, offsets, index ranges), then the invariants in order.
-Every function raises ValueError that starts with the invariant's name and says where it fails.
-Nothing here simulates time; that a plan cannot deadlock is shown by walking all ranks at once.
+A plan may come from a buggy planner, another process or a JSON file, so nothing is taken for
+granted: columns first (shapes, offsets, index ranges), then the invariants in order. Every function
+raises a ValueError that starts with the invariant's name and says where it fails. Nothing here
+simulates time; deadlock freedom is checked by walking all ranks at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .rendezvous import meetings, stuck, walk
 if TYPE_CHECKING:
     from .step_plan import StepPlan
 
-# Tokens times (1 - offload_ratio * offloadable) is not an integer: allow for its rounding only.
+# Tokens times (1 - offload_ratio * offloadable) is not an integer: allow for rounding only.
 _SLACK_TOKENS = 1e-6
 
 
@@ -39,7 +39,7 @@ def validate_plan(plan: StepPlan) -> None:
 
 
 def columns_are_sound(plan: StepPlan) -> None:
-    """Shapes, offsets and index ranges: what every later check relies on."""
+    """Shapes, offsets and index ranges, on which all later checks rely."""
     scalars = (plan.hdp_size, plan.max_tokens_per_rank, plan.pp_size)
     if not all(_is_positive(x) for x in scalars):
         raise ValueError(
@@ -48,11 +48,11 @@ def columns_are_sound(plan: StepPlan) -> None:
         )
     if plan.ranks_per_node is not None and not _is_positive(plan.ranks_per_node):
         raise ValueError(
-            f"columns_are_sound: ranks_per_node={plan.ranks_per_node!r} is no integer >= 1"
+            f"columns_are_sound: ranks_per_node={plan.ranks_per_node!r} must be an integer >= 1"
         )
     for name in ("offloadable", "predicted_s", "lower_bound_s"):
         if not isinstance(getattr(plan, name), (int, float, np.integer, np.floating)):
-            raise ValueError(f"columns_are_sound: {name}={getattr(plan, name)!r} is no number")
+            raise ValueError(f"columns_are_sound: {name}={getattr(plan, name)!r} must be a number")
     if not 0 <= plan.offloadable < 1:
         raise ValueError(f"columns_are_sound: offloadable={plan.offloadable} is not in [0, 1)")
     num_microbatches = len(plan.piece_offsets) - 1
@@ -120,7 +120,7 @@ def every_token_once(plan: StepPlan) -> None:
 
 
 def capacity_kept(plan: StepPlan) -> None:
-    """Tokens of a (rank, microbatch), less what goes to the host, are <= max_tokens_per_rank."""
+    """Tokens of a (rank, microbatch), minus the offloaded ones, are <= max_tokens_per_rank."""
     resident = plan.microbatch_tokens * (1.0 - plan.offload_ratio * plan.offloadable)
     over = np.flatnonzero(resident > plan.max_tokens_per_rank + _SLACK_TOKENS)
     if len(over):
@@ -139,7 +139,7 @@ def one_ring_each(plan: StepPlan) -> None:
     late = np.flatnonzero(wide[1:] & ~wide[:-1] & (owner[1:] == owner[:-1]))
     if len(late):
         raise ValueError(
-            f"one_ring_each: {_name(plan, owner[late[0]])} has a local piece before one of a ring"
+            f"one_ring_each: {_name(plan, owner[late[0]])} has a local piece before a ring piece"
         )
     if int(np.bincount(owner[wide], minlength=1).max()) <= 1:
         return  # one multi-rank piece each: every_token_once has shown the rest
@@ -155,13 +155,13 @@ def one_ring_each(plan: StepPlan) -> None:
                 )
     for seqs in set(lists.values()):
         if len({plan.ring(s) for s in seqs}) > 1:
-            raise ValueError(f"one_ring_each: sequences {seqs} share a microbatch but not one ring")
+            raise ValueError(f"one_ring_each: sequences {seqs} share a microbatch but not a ring")
 
 
 def gathered_alone(plan: StepPlan, meeting: np.ndarray) -> None:
-    """A gathered sequence is on several ranks, and alone on its ring (beside local ones).
+    """A gathered sequence is on several ranks, and alone on its ring (local ones aside).
 
-    The price of a gathered ring, its memory and its node are the planner's concern.
+    Whether gathering pays, fits in memory and stays inside a node is the planner's concern.
     """
     if not plan.gathered.any():
         return
@@ -180,7 +180,7 @@ def gathered_alone(plan: StepPlan, meeting: np.ndarray) -> None:
         first, other = int(of_piece[bad[0]]), int(seqs[bad[0]])
         raise ValueError(
             f"gathered_alone: sequences {first} and {other} share a ring, "
-            "and one of them is gathered; let them go round"
+            "and one of them is gathered; gather only rings of a single sequence"
         )
 
 

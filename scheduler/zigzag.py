@@ -1,17 +1,17 @@
-"""Zigzag chunks: how one sequence is cut over the ranks of its ring.
+"""Zigzag chunks: how a sequence is split over the ranks of its ring.
 
-A causal sequence on `degree` ranks is cut into `2 * degree` chunks and rank k of the ring holds
+A causal sequence on `degree` ranks is split into `2 * degree` chunks, and rank k of the ring holds
 chunks k and 2 * degree - 1 - k (ByteScale section 7, Fig. 14). Early chunks see few keys and late
 chunks see many, so the pair evens out: in every ring step all ranks have the same attention work.
 
-Lengths need not divide: the first `seqlen % (2 * degree)` chunks are one token longer. Three facts
-follow, each with a test of its name in tests/scheduler/test_zigzag.py.
+Lengths need not be divisible: the first `seqlen % (2 * degree)` chunks are one token longer. Three
+facts follow, each with a test of the same name in tests/scheduler/test_zigzag.py.
 
 * chunks_cover_once      chunks are contiguous and cover [0, seqlen) once, in order
 * fullest_rank_is_ceil   the fullest rank holds exactly ceil(seqlen / degree) tokens, so a capacity
                          check on ceil() is exact; nothing is padded to 2 * degree
-* short_is_legal         a sequence shorter than 2 * degree has empty chunks, and ranks may hold no
-                         token of it
+* short_is_legal         a sequence shorter than 2 * degree has empty chunks, and a rank may hold
+                         none of its tokens
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def chunk_bounds(seqlen: int, degree: int) -> list[int]:
 def rank_chunks(
     seqlen: int, degree: int, ring_rank: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The two [start, stop) token spans of position `ring_rank` of the ring, early one first."""
+    """The two [start, stop) token spans of ring position `ring_rank`, the early one first."""
     size, extra = divmod(seqlen, 2 * degree)
 
     def bound(c: int) -> int:
@@ -41,7 +41,7 @@ def rank_chunks(
 
 
 def rank_tokens(seqlen: Any, degree: Any, ring_rank: Any) -> np.ndarray:
-    """Tokens of a sequence on position `ring_rank` of its ring, int64.
+    """Tokens of a sequence at ring position `ring_rank`, int64.
 
     Takes integers or broadcastable integer arrays. Equals the length of the spans of `rank_chunks`.
     """

@@ -1,27 +1,27 @@
-"""Keep, offload or recompute: what happens to what a microbatch's forward saves for backward.
+"""Keep, offload or recompute: the plan for the tensors a microbatch's forward saves for backward.
 
-A decoder layer saves tensors of a few classes. Each byte of them can stay on the device, travel to
-the host and back, or be dropped and recomputed from others (`SavedClass.recompute_s_per_byte`: a
-norm costs next to nothing, a matrix product a little, attention is never recomputed). What is best
-depends on the microbatch, because what the link hides grows with the length of its sequences.
+A decoder layer saves tensors of a few classes. Each byte can stay on the device, be copied to the
+host and back, or be dropped and recomputed (`SavedClass.recompute_s_per_byte`: a norm costs next to
+nothing, a matrix product a little, attention is never recomputed). The best mix depends on the
+microbatch: the longer its sequences, the more bytes its compute hides on the link.
 
-The microbatch has `total` bytes, and room for `device_bytes` of them. With V bytes on the host:
+The microbatch saves `total` bytes and has room for `device_bytes`. With V bytes on the host:
 
-    buffers      w V / l        bytes on the device for copies under way, l layers
-    recomputed   R = total - device_bytes + w V / l - V, the cheapest first, in C(R) seconds
-    late         out: V / B behind forward;  back: V / B behind backward and what is recomputed
+    buffers      w V / l        device bytes for copies in flight, l layers
+    recomputed   R = total - device_bytes + w V / l - V, cheapest first, in C(R) seconds
+    late         out: V / B beyond forward;  back: V / B beyond backward plus recomputation
     cost(V)      max(C(R), V / B - backward_s) + max(0, V / B - forward_s)
 
-C is convex, so cost is, and it is linear between few points: all of them are looked at, and the
-least V with the least cost is taken. What travels are the classes that cost most to recompute.
+C is convex, so cost is convex too, and piecewise linear with few breakpoints: all are evaluated,
+and the smallest V of minimal cost is taken. The classes that cost most to recompute are offloaded.
 
     classes = decoder_classes(cost, hidden_size=4096, ...)
     plan = plan_activations(classes, num_tokens=n, num_layers=32, forward_s=..., backward_s=...,
                             device_bytes=..., host_bytes_per_s=50e9)
     plan.table()
 
-Invariants (tests/scheduler/test_activation_plan.py): no split on a fine grid that fits is
-faster; the shares of a class sum to 1; what does not fit is a ValueError that says what would.
+Invariants (tests/scheduler/test_activation_plan.py): no feasible split on a fine grid is faster;
+the shares of a class sum to 1; if nothing fits, a ValueError says how much memory would.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ import numpy as np
 
 from .cost_model import CostModel
 
-KEEP_ONLY = math.inf  # recompute_s_per_byte of what cannot be recomputed
-# w above: device memory of copies under way, in bytes that a layer sends. tools/simulate_offload.py
-# finds 1.35 to 2.4.
+KEEP_ONLY = math.inf  # recompute_s_per_byte of a class that cannot be recomputed
+# w above: device memory of copies in flight, in units of the bytes that a layer offloads.
+# tools/simulate_offload.py finds 1.35 to 2.4.
 BUFFER_SHARE = 1.9
-LINK_SHARE = 0.9  # of the link's bandwidth that a plan counts on: layers send in bursts
+LINK_SHARE = 0.9  # usable share of the link's bandwidth: layers send in bursts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedClass:
-    """Tensors of all layers that are treated alike. `kind` is how they are made: "pointwise" and
-    "matmul" can be recomputed by the runtime, "other" cannot."""
+    """Saved tensors of all layers that are treated alike. `kind` is the op that produces them: the
+    runtime can recompute "pointwise" and "matmul", but not "other"."""
 
     name: str
     kind: str
@@ -57,9 +57,13 @@ class SavedClass:
         if self.kind not in ("pointwise", "matmul", "other"):
             raise ValueError(f"{self.name}: kind {self.kind!r} is not pointwise, matmul or other")
         if not 0 <= self.bytes_per_token < math.inf:
-            raise ValueError(f"{self.name}: bytes_per_token={self.bytes_per_token}")
+            raise ValueError(
+                f"{self.name}: bytes_per_token={self.bytes_per_token} must be finite and >= 0"
+            )
         if not self.recompute_s_per_byte >= 0:
-            raise ValueError(f"{self.name}: recompute_s_per_byte={self.recompute_s_per_byte}")
+            raise ValueError(
+                f"{self.name}: recompute_s_per_byte={self.recompute_s_per_byte} must be >= 0"
+            )
         if (self.kind == "other") != (self.recompute_s_per_byte == KEEP_ONLY):
             raise ValueError(
                 f"{self.name}: recompute_s_per_byte={self.recompute_s_per_byte} for kind "
@@ -85,8 +89,8 @@ class ActivationPlan:
     shares: tuple[ClassShares, ...]
     num_tokens: int
     num_layers: int
-    host_bytes: float  # that travel
-    device_bytes: float  # that stay, copy buffers included
+    host_bytes: float  # offloaded
+    device_bytes: float  # kept, copy buffers included
     recompute_s: float
     late_s: float  # exposed copies
 
@@ -96,12 +100,12 @@ class ActivationPlan:
         return self.recompute_s + self.late_s
 
     def recomputed_share(self, kind: str) -> float:
-        """Share of the bytes of a kind that is recomputed."""
+        """Recomputed share of the bytes of a kind."""
         return self._share([t for t in self.shares if t.saved.kind == kind], "recompute")
 
     @property
     def offload_ratio(self) -> float:
-        """Share of the bytes not recomputed that travels."""
+        """Offloaded share of the bytes that are not recomputed."""
         left = sum(t.saved.bytes_per_token * (1 - t.recompute) for t in self.shares)
         sent = sum(t.saved.bytes_per_token * t.offload for t in self.shares)
         return min(sent / left, 1.0) if left else 0.0
@@ -119,7 +123,8 @@ class ActivationPlan:
                 f"{t.saved.name:20}{size:10.1f}{t.keep:8.0%}{t.offload:9.0%}{t.recompute:11.0%}"
             )
         lines.append(
-            f"{self.device_bytes / 2**30:.2f} GiB stay, {self.host_bytes / 2**30:.2f} GiB travel, "
+            f"{self.device_bytes / 2**30:.2f} GiB kept, "
+            f"{self.host_bytes / 2**30:.2f} GiB offloaded, "
             f"{1e3 * self.recompute_s:.1f} ms to recompute, {1e3 * self.late_s:.1f} ms late"
         )
         return "\n".join(lines)
@@ -143,15 +148,15 @@ def plan_activations(
     host_bytes: float = math.inf,
     buffer_share: float = BUFFER_SHARE,
 ) -> ActivationPlan:
-    """The fastest way in which a microbatch's saved tensors fit.
+    """The fastest plan with which a microbatch's saved tensors fit.
 
-    num_tokens: of the microbatch on this rank; num_layers: that the rank holds
-    forward_s, backward_s: its kernels, without what is planned here
-    device_bytes: room for saved tensors, working memory of a layer not counted
-    host_bytes_per_s: this rank's part of its host link, each way; 0: nothing travels
+    num_tokens: tokens of the microbatch on this rank; num_layers: layers of the rank
+    forward_s, backward_s: its kernels, without copies and recomputation
+    device_bytes: room for saved tensors, excluding a layer's working memory
+    host_bytes_per_s: this rank's share of its host link, each way; 0: no offload
     host_bytes: room on the host
 
-    Raises ValueError with the least device memory that would do.
+    Raises ValueError with the smallest device memory that would suffice.
     """
     size = np.array([c.bytes_per_token for c in classes], dtype=np.float64) * num_tokens
     price = np.array([c.recompute_s_per_byte for c in classes], dtype=np.float64)
@@ -188,7 +193,7 @@ def plan_activations(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Problem:
-    """The module docstring's formulas. gain: bytes of room won by a byte that travels."""
+    """The module docstring's formulas. gain: device bytes freed per offloaded byte."""
 
     total: float
     device_bytes: float
@@ -211,10 +216,10 @@ class _Problem:
         return back_s + max(0.0, copy_s - self.forward_s)
 
     def limits(self, host_bytes: float) -> tuple[float, float]:
-        """(least, most) bytes that may travel. What is recomputed cannot travel as well."""
+        """(least, most) bytes that may be offloaded; recomputed bytes cannot be offloaded too."""
         most = min(host_bytes, self.total) if self.bytes_per_s > 0 and self.gain > 0 else 0.0
         if self._lacking(0.0) <= 0:
-            return 0.0, 0.0  # there is room for everything
+            return 0.0, 0.0  # everything fits
         recomputable = float(self.steps_bytes[-1])
         least = 0.0
         if self._lacking(0.0) > recomputable:
@@ -228,13 +233,13 @@ class _Problem:
             raise ValueError(
                 f"saved tensors of {self.total / 2**30:.2f} GiB do not fit in "
                 f"{self.device_bytes / 2**30:.2f} GiB: {recomputable / 2**30:.2f} GiB can be "
-                f"recomputed and {most / 2**30:.2f} GiB can travel; {needed / 2**30:.2f} GiB would "
-                "do, or fewer tokens per microbatch"
+                f"recomputed and {most / 2**30:.2f} GiB offloaded; "
+                f"provide {needed / 2**30:.2f} GiB, or put fewer tokens in a microbatch"
             )
         return min(least, most), most
 
     def candidates(self, low: float, high: float) -> np.ndarray:
-        """Every point of [low, high] at which the slope of `cost` may change, sorted."""
+        """All points of [low, high] where the slope of `cost` may change, sorted."""
         points = [low, high, self.bytes_per_s * self.forward_s]
         corners = []
         if self.gain > 0:
@@ -243,7 +248,7 @@ class _Problem:
         points += corners
         if self.bytes_per_s > 0:
             for a, b in itertools.pairwise(corners):
-                # in between, recompute_s falls and the copy back grows: where they meet
+                # in between, recompute_s falls and the copy back grows: find where they cross
                 fa = self.recompute_s(a) - (a / self.bytes_per_s - self.backward_s)
                 fb = self.recompute_s(b) - (b / self.bytes_per_s - self.backward_s)
                 if fa > 0 > fb:
@@ -261,7 +266,7 @@ def _divide(
     sent: float,
     recomputed: float,
 ) -> tuple[ClassShares, ...]:
-    """Recompute the cheapest bytes, send the dearest of the rest."""
+    """Recompute the cheapest bytes; offload the most expensive of the rest."""
     recompute, offload = np.zeros(len(classes)), np.zeros(len(classes))
     for c in order:
         if size[c] and math.isfinite(classes[c].recompute_s_per_byte):
@@ -295,11 +300,11 @@ def decoder_classes(
     memory_bytes_per_s: float = 2.5e12,
     **ignored: Any,
 ) -> list[SavedClass]:
-    """What a Llama-shaped decoder saves, all layers of `cost` together; more of a shape is ignored.
+    """Saved classes of a Llama-shaped decoder, over all layers of `cost`; `ignored` is unused.
 
-    Matrix products take their part of the cost model's linear seconds, a third of which is forward.
+    Matrix products take their share of the cost model's linear seconds (forward: one third).
     Element-wise results move four times their bytes through device memory. eager_norms: norms of
-    several operations, as transformers has them, which also save an fp32 copy of their input.
+    several ops, as in transformers, which also save an fp32 copy of their input.
     """
     head_dim = hidden_size // num_heads if head_dim is None else head_dim
     q_size, kv_size, e = num_heads * head_dim, num_kv_heads * head_dim, bytes_per_element
@@ -337,7 +342,7 @@ def decoder_classes(
 
 
 def scaled(classes: Sequence[SavedClass], bytes_per_token: float) -> list[SavedClass]:
-    """The classes with sizes that sum to what was measured."""
+    """The classes scaled so that their sizes sum to a measured `bytes_per_token`."""
     ratio = bytes_per_token / sum(c.bytes_per_token for c in classes)
     return [replace(c, bytes_per_token=ratio * c.bytes_per_token) for c in classes]
 
@@ -351,10 +356,10 @@ def plan_microbatch(
     offload_ratio: float,
     host_bytes: float = math.inf,
 ) -> ActivationPlan:
-    """The plan for a microbatch that a StepPlan gives an offload ratio.
+    """The plan for a microbatch to which a StepPlan gives an offload ratio.
 
-    The ratio says what must go: of l layers' bytes (l - 2) / l times the ratio (ByteScale Eq. 3,
-    where two layers are at work). How they go is decided here. compute_s: seconds of the
+    The ratio says how much must leave the device: (l - 2) / l times the ratio of l layers' bytes
+    (ByteScale Eq. 3, where two layers stay). This function decides how. compute_s: seconds of the
     microbatch's kernels, forward + backward. Raises ValueError as plan_activations does.
     """
     total = num_tokens * sum(c.bytes_per_token for c in classes)
@@ -368,5 +373,5 @@ def plan_microbatch(
         device_bytes=total * (1 - offload_ratio * moving),
         host_bytes_per_s=cost.host_bytes_per_s / cost.ranks_per_host_link,
         host_bytes=host_bytes,
-        buffer_share=0.0,  # of the two layers at work
+        buffer_share=0.0,  # the two resident layers cover it
     )

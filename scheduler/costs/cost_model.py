@@ -1,7 +1,7 @@
-"""CostModel: seconds and bytes of a piece, from its length and the ranks that it is spread over.
+"""CostModel: seconds and bytes of a piece, from its length and the number of ranks that share it.
 
 All times are seconds for forward plus backward on one rank, over all layers that the rank holds
-(with pipeline parallelism: of one stage). A sequence of L tokens on d ranks takes
+(with pipeline parallelism: those of one stage). A sequence of L tokens on d ranks takes
 
     attention   quadratic_s * (L^2 / d + small_shard_tokens * L)
     the rest    linear_s * L / d
@@ -9,20 +9,20 @@ All times are seconds for forward plus backward on one rank, over all layers tha
     exposed     (d - 1) * max(0, L / d * kv_bytes_per_token / bandwidth - attention / d)
 
 A block of x queries against x keys runs at x / (x + small_shard_tokens) of full speed, and each
-rank runs d such blocks with x = L / d: that is the small-shard term, which no degree makes smaller.
-KV travels while the previous block is computed; only what does not fit under it is exposed. The
-bandwidth is that of the slowest link of the ring: inside a node, or across nodes.
+rank runs d such blocks with x = L / d: hence the small-shard term, which no degree reduces. KV
+travels while the previous block is computed; only the excess is exposed. The bandwidth is that of
+the slowest link of the ring: inside a node, or across nodes.
 
-That is a ring that goes round. One that holds a single sequence may instead be *gathered*: each
-rank fetches all keys at once and runs 3 blocks with 2 merges, whatever d is. Half of the transfer
-(keys, not their gradients) hides under the first block, the rank's own shard:
+These formulas are for a ring that passes keys around. A ring of a single sequence may instead be
+*gathered*: each rank fetches all keys at once and runs 3 blocks with 2 merges, whatever d is. Half
+of the transfer (keys, not their gradients) hides under the first block, the rank's own shard:
 
     attention   quadratic_s * (L^2 / d + small_shard_tokens * L * 3 / d)
     the rest    linear_s * L / d
     ring steps  ring_step_s * 2
     exposed     t - min(t / 2, first block),  t = (d - 1) * L / d * kv_bytes_per_token / bandwidth
 
-When that is allowed, and faster: gathering.py.
+gathering.py says when that is allowed, and when it is faster.
 
 A microbatch takes `fixed_s` plus the sum of its pieces, and a step ends with `reduce_s` for the
 reduction of gradients. Bytes: see `offloadable`, `hidden_ratio` (ByteScale Eq. 3).
@@ -30,10 +30,10 @@ reduction of gradients. Bytes: see `offloadable`, `hidden_ratio` (ByteScale Eq. 
     cost = CostModel.from_coefficients(quadratic_s=5.128e-9, linear_s=1.84e-4)
     cost.piece_s(262144, 32)            # seconds on each of 32 ranks
     cost.save("cost.json"); CostModel.load("cost.json")
-    CostModel.preset("h200")            # one that comes with the package: presets/h200.json
+    CostModel.preset("h200")            # ships with the package: presets/h200.json
 
-A file may have a `report` beside the coefficients: where they come from, what was measured, how far
-the fit is off (`hdp profile` writes it). It is for people; a CostModel does not keep it.
+A file may also have a `report`: where the coefficients come from, what was measured, how far the
+fit is off (`hdp profile` writes it). It is for people; a CostModel does not keep it.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ import numpy as np
 FORMAT_VERSION = 1
 _PRESETS = Path(__file__).with_name("presets")
 
-# A gathered ring runs 3 blocks and 2 merges, which a ring of 3 ranks does anyway.
+# A gathered ring runs 3 blocks and 2 merges, no fewer than a plain ring of 3 ranks.
 GATHER_LEAST_RANKS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """Seconds and bytes of a piece, from its length and the ranks that it is spread over.
+    """Seconds and bytes of a piece, from its length and the number of ranks that share it.
 
     The fields are the coefficients of the formulas in this module's docstring: quadratic_s and
     linear_s are the a and b of ByteScale Eq. 3, over all layers of a rank, forward plus backward.
@@ -66,19 +66,19 @@ class CostModel:
 
     quadratic_s: float  # seconds per token^2 of a sequence: attention
     linear_s: float  # seconds per token: everything else
-    fixed_s: float = 0.0  # seconds per microbatch, whatever it holds
-    small_shard_tokens: float = 0.0  # shard at which attention runs at half its speed, tokens
-    ring_step_s: float = 0.0  # seconds per ring step beside its blocks: launches, merge, latency
+    fixed_s: float = 0.0  # seconds per microbatch, whatever its contents
+    small_shard_tokens: float = 0.0  # shard size at which attention runs at half speed
+    ring_step_s: float = 0.0  # seconds per ring step on top of its blocks: launches, merge, latency
     kv_bytes_per_token: float = 0.0  # bytes sent per token and ring step, forward + backward
     intra_node_bytes_per_s: float = math.inf  # one rank's P2P bandwidth inside a node
     inter_node_bytes_per_s: float = math.inf  # one rank's P2P bandwidth across nodes
-    activation_bytes_per_token: float = 0.0  # bytes that a token keeps for backward
-    temporary_bytes_per_token: float = 0.0  # bytes per token that live only inside a layer
+    activation_bytes_per_token: float = 0.0  # bytes per token saved for backward
+    temporary_bytes_per_token: float = 0.0  # bytes per token that live only within a layer
     num_layers: int = 1  # layers that the rank holds
-    host_bytes_per_s: float = 0.0  # one host link, one direction, while both run; 0: no offload
+    host_bytes_per_s: float = 0.0  # one host link, each direction with both active; 0: none
     ranks_per_host_link: int = 1  # ranks that share it
     host_memory_bytes: float = math.inf  # host memory that one rank's activations may take
-    forward_share: float = 1 / 3  # forward's part of a microbatch's time
+    forward_share: float = 1 / 3  # forward's share of a microbatch's time
     reduce_s: float = 0.0  # seconds of the gradient reduction that ends a step
     name: str = ""
 
@@ -115,7 +115,7 @@ class CostModel:
     def attention_s(self, seqlen: Any, degree: Any, gathered: Any = False) -> np.ndarray:
         """Seconds of attention kernels on each rank, forward + backward. Broadcasts."""
         seqlen = np.asarray(seqlen, dtype=np.float64)
-        blocks = np.where(gathered, 3.0 / np.asarray(degree), 1.0)  # of d that the ring runs
+        blocks = np.where(gathered, 3.0 / np.asarray(degree), 1.0)  # relative to the d of a ring
         return self.quadratic_s * (
             seqlen * seqlen / degree + self.small_shard_tokens * seqlen * blocks
         )
@@ -128,7 +128,7 @@ class CostModel:
         return self.attention_s(seqlen, degree, gathered) + dense_s + self.ring_step_s * steps
 
     def transfer_s(self, seqlen: Any, degree: Any, across_nodes: Any = False) -> np.ndarray:
-        """Seconds that one ring step of a piece is on the wire, forward + backward. Broadcasts."""
+        """Seconds of transfer of one ring step of a piece, forward + backward. Broadcasts."""
         slowest = min(self.inter_node_bytes_per_s, self.intra_node_bytes_per_s)
         bytes_per_s = np.where(across_nodes, slowest, self.intra_node_bytes_per_s)
         return np.asarray(seqlen, dtype=np.float64) / degree * self.kv_bytes_per_token / bytes_per_s
@@ -136,7 +136,7 @@ class CostModel:
     def exposed_s(
         self, seqlen: Any, degree: Any, across_nodes: Any = False, gathered: Any = False
     ) -> np.ndarray:
-        """Seconds of P2P of a piece that attention does not hide, on each rank. Broadcasts."""
+        """Seconds of a piece's P2P that attention does not hide, on each rank. Broadcasts."""
         steps = np.asarray(degree) - 1
         block_s = self.attention_s(seqlen, degree) / degree
         transfer_s = self.transfer_s(seqlen, degree, across_nodes)
@@ -152,9 +152,9 @@ class CostModel:
     ) -> np.ndarray:
         """Seconds of a piece on each of its ranks, forward + backward, without `fixed_s`.
 
-        seqlen: tokens of the whole sequence; degree: ranks that it is spread over; across_nodes:
-        whether they are on more than one node; gathered: whether its ring is gathered instead of
-        going round. Numbers or broadcastable arrays; returns float64.
+        seqlen: tokens of the whole sequence; degree: ranks that share it; across_nodes: whether
+        they span more than one node; gathered: whether its ring is gathered instead of passing keys
+        around. Numbers or broadcastable arrays; returns float64.
         """
         exposed_s = self.exposed_s(seqlen, degree, across_nodes, gathered)
         return self.compute_s(seqlen, degree, gathered) + exposed_s
@@ -169,9 +169,9 @@ class CostModel:
     ) -> np.ndarray:
         """Seconds of pieces that share one ring, on each of its ranks, without `fixed_s`.
 
-        They go round together, so only the sums over the pieces matter: squares of their squared
-        lengths, tokens of their lengths. For one piece this is piece_s; where that `may_gather`, it
-        is the cheaper of the two ways. Broadcasts.
+        They share the ring's steps, so only sums over the pieces matter: `squares` of their squared
+        lengths, `tokens` of their lengths. For one piece this equals piece_s, and where it
+        `may_gather`, the faster of the two modes. Broadcasts.
         """
         steps = np.asarray(degree) - 1
         attention_s = self.quadratic_s * (squares / degree + self.small_shard_tokens * tokens)
@@ -192,7 +192,7 @@ class CostModel:
     def offloadable(self) -> float:
         """Share of a token's memory that offload ratio 1 moves to the host, in [0, 1).
 
-        Two layers stay resident (the one that runs, the one that is fetched), and temporary buffers
+        Two layers stay resident (the one running and the one being fetched), and temporary buffers
         never move: (l - 2) * act / (l * act + temporary), with act bytes per layer and l layers.
         """
         if self.host_bytes_per_s <= 0 or self.activation_bytes_per_token <= 0:
@@ -202,7 +202,7 @@ class CostModel:
 
     @property
     def host_s_per_token(self) -> float:
-        """Seconds that a rank's share of its host link needs for one token at ratio 1, one way."""
+        """Seconds to copy one token one way at ratio 1, over a rank's share of its host link."""
         if self.offloadable == 0.0:
             return 0.0
         moving = (self.num_layers - 2) / self.num_layers * self.activation_bytes_per_token
@@ -211,7 +211,7 @@ class CostModel:
     def hidden_ratio(self, seqlen: Any) -> np.ndarray:
         """Largest offload ratio that forward's compute hides, in [0, 1] (Eq. 3). Broadcasts.
 
-        Work and bytes both divide by the degree, so the ratio is the whole sequence's.
+        Compute and bytes both divide by the degree, so the ratio does not depend on it.
         """
         seqlen = np.asarray(seqlen, dtype=np.float64)
         if self.host_s_per_token == 0.0:
@@ -223,7 +223,8 @@ class CostModel:
         """Seconds of host copies that a microbatch's compute does not hide. Broadcasts.
 
         num_tokens: tokens of the microbatch on the rank; ratio: share of them that is offloaded;
-        compute_s: seconds of its kernels, forward + backward. Out in forward, back in backward.
+        compute_s: seconds of its kernels, forward + backward. Copies go out in forward and return
+        in backward.
         """
         one_way_s = np.asarray(num_tokens) * ratio * self.host_s_per_token
         forward_s = self.forward_share * np.asarray(compute_s)
@@ -231,7 +232,7 @@ class CostModel:
         back_s = np.maximum(one_way_s - (np.asarray(compute_s) - forward_s), 0.0)
         return out_s + back_s
 
-    # ---- making, JSON ----
+    # ---- construction, JSON ----
 
     @classmethod
     def from_coefficients(
@@ -239,7 +240,7 @@ class CostModel:
     ) -> CostModel:
         """Cost model from seconds per token^2, per token and per microbatch (forward + backward).
 
-        `others` are further fields by name; without them communication and memory are free.
+        `others` are further fields by name; by default communication and memory are free.
         """
         return cls(quadratic_s=quadratic_s, linear_s=linear_s, fixed_s=fixed_s, **others)
 
@@ -269,8 +270,8 @@ class CostModel:
         flops_per_s and attention_flops_per_s (default: the same) are what one GPU sustains, not its
         peak. For a mixture of experts, intermediate_size is the sum over the active experts.
         Forward + backward is 3x forward for matmuls, 3.5x for causal attention (2 L^2 heads *
-        head_dim forward FLOPs per layer). KV goes round in forward; KV and fp32 gradients of KV in
-        backward. `others` are further fields by name and override what is derived here.
+        head_dim forward FLOPs per layer). Rings carry KV in forward, and KV and its fp32 gradients
+        in backward. `others` are further fields by name and override derived values.
         """
         if num_layers % pp_size:
             raise ValueError(f"num_layers={num_layers} is not divisible by pp_size={pp_size}")
@@ -308,7 +309,7 @@ class CostModel:
 
     @classmethod
     def from_json(cls, text: str) -> CostModel:
-        """Inverse of `to_json`. Raises ValueError for text that is no cost model."""
+        """Inverse of `to_json`. Raises ValueError for text that is not a cost model."""
         try:
             data = json.loads(text)
             version = data.pop("version")
@@ -321,7 +322,8 @@ class CostModel:
         unknown = sorted(set(data) - {field.name for field in fields(cls)})
         if unknown or not {"quadratic_s", "linear_s"} <= set(data):
             raise ValueError(
-                f"cost model needs quadratic_s and linear_s and has unknown fields {unknown}"
+                "cost model: quadratic_s and linear_s are required, others must be fields of "
+                f"CostModel; has {sorted(data)}, unknown: {unknown}"
             )
         values: dict[str, Any] = {k: math.inf if v is None else v for k, v in data.items()}
         return cls(**values)
@@ -332,13 +334,13 @@ class CostModel:
 
     @classmethod
     def load(cls, path: str | Path) -> CostModel:
-        """Inverse of `save`. Raises ValueError with the path if no cost model is there."""
+        """Inverse of `save`. Raises ValueError with the path if it holds no cost model."""
         try:
             return cls.from_json(Path(path).read_text(encoding="ascii"))
         except (OSError, ValueError) as error:
-            told = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", None) or error
             raise ValueError(
-                f"no cost model in {path}: {told}; `hdp profile` writes one"
+                f"no cost model in {path}: {reason}; `hdp profile` writes one"
             ) from error
 
     @classmethod
@@ -348,9 +350,9 @@ class CostModel:
 
     @classmethod
     def preset(cls, name: str) -> CostModel:
-        """A cost model that comes with the package; "h200" is LLaMA-7B on H200s (h200.py).
+        """A cost model that ships with the package; "h200" is LLaMA-7B on H200s (h200.py).
 
-        Raises ValueError for an unknown name, with those that there are.
+        Raises ValueError for an unknown name, listing the presets.
         """
         if name not in cls.presets():
             raise ValueError(f"no cost model preset {name!r}{_known(name, cls.presets())}")
@@ -358,7 +360,7 @@ class CostModel:
 
     @classmethod
     def find(cls, source: str) -> CostModel:
-        """What `--cost SOURCE` means: the file at this path if there is one, else a preset's name.
+        """The cost model that `--cost SOURCE` names: the file at this path if any, else a preset.
 
         Raises ValueError if it is neither.
         """
@@ -374,7 +376,7 @@ class CostModel:
 
 
 def _known(name: str, presets: Sequence[str]) -> str:
-    """The end of a message about a name that is unknown: the one that was meant, and all."""
+    """End of an error message about an unknown name: the closest preset, and all of them."""
     meant = get_close_matches(name, presets, n=1)
     guess = f"did you mean {meant[0]!r}? " if meant else ""
     return f" ({guess}presets: {', '.join(presets)})"

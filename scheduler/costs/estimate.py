@@ -1,7 +1,7 @@
-"""A cost model where nothing was measured: from a model's shape and the kind of device.
+"""Estimate a cost model without measurements, from the model's shape and the device type.
 
-It makes the first plans reasonable. Relative sizes matter, as they decide how wide rings get;
-`hdp profile` measures the machine, and its file replaces this.
+The estimate is good enough for first plans: what matters is relative sizes, which decide how wide
+rings get. `hdp profile` measures the machine and writes a cost model to use instead.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from collections.abc import Mapping
 
 from .cost_model import CostModel
 
-# What one rank sustains. On a CPU: one thread of a server core, gloo over loopback, and 1.5 ms for
-# each of a ring step's three transfers per layer.
+# Sustained rates of one rank. CPU: one thread of a server core, gloo over loopback, and 1.5 ms for
+# each of the three transfers per layer of a ring step.
 _CPU_FLOPS_PER_S = 30e9
 _CPU_BYTES_PER_S = 1e9
 _CPU_TRANSFER_S = 1.5e-3
 _GPU_FLOPS_PER_S = 400e12
-# One host link, one direction, while both run: PCIe 5 x16; memcpy.
+# One host link, per direction with both active: PCIe 5 x16; memcpy.
 HOST_BYTES_PER_S = {"cuda": 50e9, "cpu": 5e9}
 
 
 def estimate_cost(
     shape: Mapping[str, int], *, device_type: str, bytes_per_element: int
 ) -> CostModel:
-    """CostModel of a decoder on one kind of device, from arithmetic alone.
+    """CostModel of a decoder on one type of device, from arithmetic alone.
 
     shape: num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim and
         vocab_size (`hdp.models.causal_lm.transformer_shape`)

@@ -7,15 +7,16 @@ are the cost model's coefficients:
               + ring_step_s * (d - 1)  +  fixed_s
 
 with small = quadratic_s * small_shard_tokens, as long as no transfer is exposed. Where one is, the
-ring takes d - 1 transfers in place of the d - 1 blocks that they outlast, which is linear again. So
-the fit supposes which microbatches expose theirs, solves, and looks again until both agree.
+ring takes d - 1 transfers instead of the d - 1 blocks that they outlast, which is linear too. So
+the fit guesses which microbatches have exposed transfers, solves, and corrects the guess until it
+agrees with the solution.
 
-The fit minimises *relative* errors, since a short microbatch matters as much as a long one, and
-keeps every coefficient at 0 or above: of all subsets of coefficients it takes the best one whose
+The fit minimizes *relative* errors, since a short microbatch matters as much as a long one, and
+keeps every coefficient >= 0. Of all subsets of coefficients it takes the best one whose
 unconstrained solution is non-negative, which is the exact optimum of the constrained problem
 (`test_fit_is_the_optimum`).
 
-`fit_line` is the same for a link: seconds = latency + bytes / bandwidth.
+`fit_line` does the same for a link: seconds = latency + bytes / bandwidth.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _TERMS = ("quadratic_s", "small_shard_tokens", "linear_s", "ring_step_s", "fixed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """One kind of microbatch, measured: `pieces` (seqlen, degree) each, on the same ring if any."""
+    """A measured microbatch: `pieces` are (seqlen, degree), all rings the same ring."""
 
     pieces: tuple[tuple[int, int], ...]
     seconds: float  # forward + backward, waiting for the ring included
@@ -57,18 +58,18 @@ class Observation:
 
     @property
     def on_ring(self) -> np.ndarray:
-        """(2,) the first two sums over the pieces on the ring alone."""
+        """(2,): the first two sums, over the pieces on the ring only."""
         ring = [(n, d) for n, d in self.pieces if d > 1]
         return np.array([sum(n * n / d for n, d in ring), float(sum(n for n, _ in ring))])
 
     def exposed_s(self, cost: CostModel) -> float:
-        """Transfers less the blocks that hide them, without the floor at 0. Of all steps."""
+        """Transfers minus the blocks that hide them, over all ring steps; not clipped at 0."""
         attention_s = cost.quadratic_s * float(self.on_ring @ (1.0, cost.small_shard_tokens))
         transfer_s = cost.transfer_s(self.on_ring[1], self.degree, self.across_nodes)
         return (self.degree - 1) * (float(transfer_s) - attention_s / self.degree)
 
     def predicted_s(self, cost: CostModel) -> float:
-        """What the cost model says that it takes; `seconds` is not looked at."""
+        """Seconds that `cost` predicts for this microbatch."""
         small = cost.quadratic_s * cost.small_shard_tokens
         terms = [cost.quadratic_s, small, cost.linear_s, cost.ring_step_s, cost.fixed_s]
         return float(np.dot(self.features, terms)) + max(self.exposed_s(cost), 0.0)
@@ -76,7 +77,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """A fitted cost model and how well it explains what it was fitted to."""
+    """A fitted cost model and its errors on the observations."""
 
     cost: CostModel
     relative_errors: np.ndarray  # (num_observations,) float64: predicted / measured - 1
@@ -90,14 +91,14 @@ def fit_cost(
     known_links: bool = False,
     without: Sequence[str] = (),
 ) -> Fit:
-    """Coefficients of time from measurements; everything else as in `base`.
+    """Fit the time coefficients to measurements; all other fields are taken from `base`.
 
-    without: coefficients that are 0, by name: attention alone has no "fixed_s".
+    without: names of coefficients fixed at 0: attention alone, for example, has no "fixed_s".
 
-    known_links: kv_bytes_per_token and the bandwidths of `base` were measured, and stay. Otherwise
-    transfers count as hidden or as part of the fitted terms, and the bandwidths become infinite
-    where ring microbatches were measured. Without observations on more than one rank the ring's
-    coefficients (small_shard_tokens, ring_step_s, bandwidths) stay those of `base`.
+    known_links: keep kv_bytes_per_token and the bandwidths of `base`, which were measured.
+    Otherwise transfers count as hidden or as part of the fitted terms, and the bandwidths become
+    infinite if ring microbatches were measured. Without observations on more than one rank, the
+    ring's coefficients (small_shard_tokens, ring_step_s, bandwidths) stay those of `base`.
     Raises ValueError for fewer observations than coefficients, and for times that are not positive
     or do not grow with the tokens.
     """
@@ -105,11 +106,11 @@ def fit_cost(
     if not (np.isfinite(seconds).all() and (seconds > 0).all()):
         raise ValueError(f"measured seconds must be positive and finite, got {seconds.tolist()}")
     on_rings = any(o.degree > 1 for o in observations)
-    # On one rank L and L / d are the same: only their sum can be told.
-    told = range(5) if on_rings else (0, 2, 4)
+    # On one rank L and L / d are the same: only the sum of their coefficients is identifiable.
+    identifiable = range(5) if on_rings else (0, 2, 4)
     if not on_rings and "linear_s" in without:
-        told = (0, 1, 4)
-    columns = [column for column in told if _TERMS[column] not in without]
+        identifiable = (0, 1, 4)
+    columns = [column for column in identifiable if _TERMS[column] not in without]
     if len(observations) < len(columns):
         raise ValueError(
             f"{len(observations)} observations cannot determine {len(columns)} coefficients: "
@@ -132,21 +133,22 @@ def fit_cost(
             wrong = np.where((late > 0) != exposed, np.abs(late), 0.0)
             if not wrong.any():
                 break
-            exposed[np.argmax(wrong)] ^= True  # one at a time: all at once may go in circles
+            exposed[np.argmax(wrong)] ^= True  # one at a time: flipping all at once may cycle
     assert best is not None
     return best
 
 
 def fit_line(num_bytes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """(latency in s, bytes per s) of a link from times of messages of at least two sizes.
+    """(latency in s, bytes per s) of a link, from message times for at least two sizes.
 
-    Relative errors count, as above. Where messages are too small for their times to grow, which
-    noise can do, all of the largest one's time counts as its bytes': a bandwidth that is not too
-    high.
+    Minimizes relative errors, as above. If times do not grow with size (small messages, noise), the
+    largest message's whole time is attributed to its bytes, which never overstates the bandwidth.
     """
     sizes, times = np.asarray(num_bytes, dtype=float), np.asarray(seconds, dtype=float)
     if len(set(num_bytes)) < 2 or not (times > 0).all():
-        raise ValueError(f"a bandwidth needs two sizes and positive times: {num_bytes}, {seconds}")
+        raise ValueError(
+            f"a bandwidth needs two message sizes and positive times, got {num_bytes}, {seconds}"
+        )
     latency_s, per_byte = _non_negative(
         np.stack([np.ones_like(sizes), sizes], axis=1) / times[:, None], np.ones_like(times)
     ).tolist()
@@ -162,7 +164,7 @@ def _solve(
     exposed: np.ndarray,
     columns: Sequence[int],
 ) -> CostModel:
-    """The best coefficients if the transfers of the `exposed` observations outlast their blocks."""
+    """The best coefficients, assuming the `exposed` observations have exposed transfers."""
     seconds = np.array([o.seconds for o in observations])
     features = np.array([o.features for o in observations])
     known_s = np.zeros(len(seconds))
@@ -171,18 +173,20 @@ def _solve(
             features[i, :2] -= (o.degree - 1) / o.degree * o.on_ring
             transfer_s = base.transfer_s(o.on_ring[1], o.degree, o.across_nodes)
             known_s[i] = (o.degree - 1) * float(transfer_s)
-    if 1 not in columns:  # in proportion to the quadratic one, as `base` has it
+    if 1 not in columns:  # fixed ratio to the quadratic term, from `base`
         features[:, 0] += base.small_shard_tokens * features[:, 1]
     relative, target = features / seconds[:, None], 1.0 - known_s / seconds
     found = np.zeros(5)
     found[columns] = _non_negative(relative[:, columns], target)
-    if found[1] > 0 and found[0] == 0:  # noise: small shards of no attention cost nothing
+    if found[1] > 0 and found[0] == 0:  # noise: no attention, so no small-shard cost
         others = [column for column in columns if column != 1]
         found[1] = 0.0
         found[others] = _non_negative(relative[:, others], target)
     quadratic_s, small, linear_s, ring_step_s, fixed_s = found.tolist()
     if not quadratic_s + linear_s > 0:
-        raise ValueError(f"times {seconds.tolist()} do not grow with tokens: measure longer ones")
+        raise ValueError(
+            f"times {seconds.tolist()} do not grow with tokens: measure longer sequences"
+        )
     changes = {"quadratic_s": quadratic_s, "linear_s": linear_s, "fixed_s": fixed_s}
     if 1 in columns:
         changes["small_shard_tokens"] = small / quadratic_s if quadratic_s > 0 else 0.0

@@ -1,21 +1,21 @@
-"""One H200, for planning on paper: from what was measured on it to a cost model of LLaMA-7B.
+"""The h200 preset: a cost model of LLaMA-7B from measurements on one H200.
 
     python -m hdp.scheduler.costs.h200 scheduler/costs/presets/h200.json     # rebuild the file
     CostModel.preset("h200")                                                 # read it
-    hdp plan lengths.txt --hdp-size 64 ...            # takes it where no --cost is given
+    hdp plan lengths.txt --hdp-size 64 ...            # the default without --cost
 
-A cost model is a fit to measured numbers, and here they stand: attention kernels, steps of a few
-layers, the host link. What one GPU cannot show (links between GPUs, the reduction of gradients) is
-assumed, and `report()` says which field is which, with measured beside predicted times. On GPUs of
-your own `hdp profile` measures all of it.
+This module holds the measurements that the model is fitted to: attention kernels, steps of a few
+layers, the host link. What one GPU cannot show (links between GPUs, the gradient reduction) is
+assumed; `report()` gives the source of each field, and measured next to predicted times. On your
+own GPUs `hdp profile` measures all of it.
 
   1. attention   five measurements give quadratic_s, small_shard_tokens and ring_step_s
   2. the rest    steps of two and three layers, less their attention, give linear_s
-  3. forward     what it costs to compute every layer's forward again gives forward_share
+  3. forward     the cost of recomputing every layer's forward gives forward_share
 
-Invariants (tests/scheduler/test_h200.py): the preset's file is what this module makes; the fit
-of three lengths of one sequence predicts packed short ones and a ring of 8 within 4 %; the steps of
-layers come out within 3 %.
+Invariants (tests/scheduler/test_h200.py): this module reproduces the preset's file; a fit to
+three lengths of single sequences predicts packed short ones and a ring of 8 within 4 %; layer steps
+are predicted within 3 %.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ MACHINE = {
 # ---- measured: random data, bf16, medians of device events ----
 
 MATMUL_FLOPS_PER_S = 799e12  # 8192 x 8192 x 8192
-HOST_BYTES_PER_S = 50.8e9  # pinned copies, each direction while both run; alone 55.3 out, 55.4 back
+HOST_BYTES_PER_S = (
+    50.8e9  # pinned copies, per direction with both active; alone 55.3 out, 55.4 back
+)
 
 # flash-attn 4, causal, 32 heads of 128, forward + backward: (tokens, sequences) -> rate. FLOPs
 # are counted as 3.5 * 4 * tokens^2 * heads * head_dim / 2 per sequence.
@@ -60,24 +62,24 @@ ATTENTION_FLOPS_PER_S = {
     (131072, 1): 635e12,
     (1024, 128): 298e12,
 }
-# One rank of a ring of 8 at 128K tokens, its blocks and fp32 merges on one GPU, transfers at once:
-# speed relative to an eighth of the whole sequence in one call.
+# One rank of a ring of 8 at 128K tokens: its blocks and fp32 merges on one GPU, with instantaneous
+# transfers. Speed relative to an eighth of the whole sequence in one call.
 RING_OF_8_SPEED = 0.958
 
 # Steps of LLaMA-7B-shaped layers with cuDNN's attention: (tokens, layers) -> seconds of forward +
-# backward, and the same with every layer's forward computed again in backward.
+# backward, and the same with every layer's forward recomputed in backward.
 LAYER_STEPS_S = {
     (32768, 3): (0.357, 0.446),
     (65536, 3): (1.046, 1.327),
     (131072, 2): (2.302, 2.934),
     (131072, 3): (3.449, 4.399),
 }
-# cuDNN's attention, forward + backward, as above. 64K was not measured: the mean of its neighbours.
+# cuDNN's attention, forward + backward, as above. 64K was not measured: the mean of the other two.
 CUDNN_FLOPS_PER_S = {32768: 552e12, 65536: 546.5e12, 131072: 541e12}
 
 # ---- assumed ----
 
-HOST_MEMORY_BYTES = 0.9 * 128 * 2**30  # per GPU: most of what the machine had for its one
+HOST_MEMORY_BYTES = 0.9 * 128 * 2**30  # per GPU: 90 % of what the machine had for its one
 INTRA_NODE_BYTES_PER_S = 150e9
 INTER_NODE_BYTES_PER_S = 40e9
 
@@ -124,7 +126,7 @@ def h200_cost() -> CostModel:
 
 
 def attention_flops(seqlen: int) -> float:
-    """Of one causal sequence in one layer, forward + backward."""
+    """FLOPs of one causal sequence in one layer, forward + backward."""
     return 3.5 * 4 * seqlen**2 * LLAMA_7B["hidden_size"] / 2
 
 
@@ -139,13 +141,13 @@ def attention_observations() -> list[Observation]:
 
 
 def fit_attention(observations: Sequence[Observation]) -> Fit:
-    """Attention's coefficients of one layer."""
+    """Fit the attention coefficients of one layer."""
     base = CostModel.from_coefficients(quadratic_s=1.0, linear_s=0.0)
     return fit_cost(observations, base, without=("linear_s", "fixed_s"))
 
 
 def linear_s_per_layer() -> float:
-    """Seconds per token and layer beside attention, forward + backward; least relative squares."""
+    """Seconds per token and layer besides attention, forward + backward; relative least squares."""
     measured = np.array([once for once, _ in LAYER_STEPS_S.values()])
     attention = np.array([_cudnn_s(*step) for step in LAYER_STEPS_S])
     tokens = np.array([seqlen * layers for seqlen, layers in LAYER_STEPS_S])
@@ -154,12 +156,12 @@ def linear_s_per_layer() -> float:
 
 
 def layers_s(seqlen: int, layers: int) -> float:
-    """What the model says of a step of layers with cuDNN's attention."""
+    """Predicted seconds of a step of `layers` layers with cuDNN's attention."""
     return _cudnn_s(seqlen, layers) + seqlen * layers * linear_s_per_layer()
 
 
 def report() -> dict[str, Any]:
-    """Where each field comes from, and measured beside predicted times; ready for JSON."""
+    """The source of each field, and measured next to predicted times; JSON-ready."""
     observations = attention_observations()
     attention = fit_attention(observations).cost
     blind = fit_attention(observations[:3]).cost
@@ -183,15 +185,15 @@ def report() -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the cost model with its report; print measured beside predicted."""
+    """Write the cost model with its report; print measured and predicted times."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print("usage: python -m hdp.scheduler.costs.h200 FILE.json", file=sys.stderr)
         return 2
-    told = report()
-    h200_cost().save(arguments[0], told)
+    summary = report()
+    h200_cost().save(arguments[0], summary)
     for part in ("attention", "layers"):
-        for row in told[part]:
+        for row in summary[part]:
             what = row.get("pieces") or f"{row['layers']} layers of {row['tokens']:,} tokens"
             print(
                 f"{part:9}  {what!s:36} {1e3 * row['measured_s']:9.2f} ms measured, "
@@ -222,7 +224,7 @@ def _row(
 
 
 def _rounded(value: float) -> float:
-    """To five digits, more than were measured: the file is the same on every machine."""
+    """Round to five digits, more than were measured, so that every machine writes the same file."""
     return float(f"{value:.5g}")
 
 

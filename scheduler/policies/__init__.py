@@ -1,1 +1,1 @@
-"""Policies: a Batch in, a StepPlan out; what a rank can hold, and the baselines."""
+"""Policies: a Batch in, a StepPlan out. Memory limits, packing, and the baseline policies."""

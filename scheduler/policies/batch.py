@@ -1,7 +1,7 @@
 """Batch: the checked arguments of plan(), as columns over jobs.
 
 A job is what must be placed together: one sequence, or one unit (sequences that share a microbatch
-on the same ranks, such as the two of a DPO pair). Jobs are in the order of their first sequence.
+on the same ranks, such as a DPO pair). Jobs are ordered by their first sequence.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 from hdp.scheduler.costs.cost_model import CostModel
 from hdp.scheduler.costs.gathering import may_gather
 
-# What columns and float64 hold exactly, and what a planner can be meant for.
+# Limits: what the columns and float64 hold exactly, and sizes no real cluster exceeds.
 _MOST_RANKS, _MOST_STAGES, _MOST_TOKENS = 2**24, 1024, 2**53
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What every policy gets. Job j is `job_seqs[job_offsets[j]:job_offsets[j + 1]]`."""
+    """The input of every policy. Job j is `job_seqs[job_offsets[j]:job_offsets[j + 1]]`."""
 
     seqlens: np.ndarray  # (num_seqs,) int64, tokens
     job_offsets: np.ndarray  # (num_jobs + 1,) int64
@@ -62,7 +62,7 @@ class Batch:
         return np.add.reduceat(per_seq[self.job_seqs], self.job_offsets[:-1])
 
     def tokens_per_rank(self, degree: np.ndarray) -> np.ndarray:
-        """(num_jobs,) int64: tokens of the fullest rank with each job on `degree` ranks."""
+        """(num_jobs,) int64: tokens on the fullest rank with each job on `degree` ranks."""
         if not self.has_units:
             return -(-self.seqlens // degree)
         return self.job_sum(-(-self.seqlens // self.by_seq(degree)))
@@ -74,12 +74,12 @@ class Batch:
         return alone & may_gather(self.cost, self.job_tokens)
 
     def seconds(self, degree: np.ndarray) -> np.ndarray:
-        """(num_jobs,) float64: seconds of each job on each of its `degree` ranks, no fixed_s."""
+        """(num_jobs,) float64: seconds of each job on each of its ranks, without fixed_s."""
         across = degree > (self.ranks_per_node or self.hdp_size)
         return self.cost.unit_s(self.job_squares, self.job_tokens, degree, across, self.may_gather)
 
     def by_seq(self, per_job: np.ndarray) -> np.ndarray:
-        """(num_seqs,): each sequence's value of a column over jobs."""
+        """(num_seqs,): a column over jobs, expanded to their sequences."""
         result = np.empty(self.num_seqs, dtype=per_job.dtype)
         result[self.job_seqs] = np.repeat(per_job, np.diff(self.job_offsets))
         return result
@@ -98,7 +98,7 @@ class Batch:
         offload: bool = False,
         equal_counts: bool = False,
     ) -> Batch:
-        """Validate what the caller gave. Raises ValueError with the values and the remedy."""
+        """Validate the arguments of plan(). Raises ValueError with the values and the remedy."""
         _positive_integer("hdp_size", hdp_size, most=_MOST_RANKS)
         _positive_integer("max_tokens_per_rank", max_tokens_per_rank, most=_MOST_TOKENS)
         _positive_integer("pp_size", pp_size, most=_MOST_STAGES)
@@ -115,14 +115,14 @@ class Batch:
         if float(lengths.sum(dtype=np.float64)) > _MOST_TOKENS:
             raise ValueError(
                 f"{len(lengths)} sequences of {lengths.sum(dtype=np.float64):.3g} tokens, the "
-                f"longest of {lengths.max()}: more than 2**53 cannot be counted; are these tokens?"
+                f"longest of {lengths.max()}: the sum must be at most 2**53; check the units"
             )
         if ranks_per_node is not None:
             _positive_integer("ranks_per_node", ranks_per_node)
             if hdp_size % ranks_per_node and hdp_size > ranks_per_node:
                 raise ValueError(
                     f"hdp_size={hdp_size} is not a multiple of ranks_per_node={ranks_per_node}; "
-                    "use whole nodes, or leave ranks_per_node out"
+                    "use whole nodes, or omit ranks_per_node"
                 )
             ranks_per_node = min(ranks_per_node, hdp_size)
         offsets, seqs = np.arange(len(lengths) + 1), np.arange(len(lengths))
@@ -146,24 +146,24 @@ def _positive_integer(name: str, value: object, most: int | None = None) -> None
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name}={value!r} must be an integer >= 1")
     if most is not None and value > most:
-        raise ValueError(f"{name}={value} must be at most {most}; is it another quantity?")
+        raise ValueError(f"{name}={value} must be at most {most}; did you pass another quantity?")
 
 
 def _integers(name: str, values: Sequence[int] | np.ndarray) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != 1:
-        raise ValueError(f"{name} must be one-dimensional, not of shape {array.shape}")
+        raise ValueError(f"{name} must be one-dimensional, got shape {array.shape}")
     if not len(array):
         return array.astype(np.int64)
     if array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be integers, not {array.dtype}, for example {array[0]!r}")
+        raise ValueError(f"{name} must be integers, got {array.dtype} such as {array[0]!r}")
     if array.dtype.kind == "u" and int(array.max()) > np.iinfo(np.int64).max:
-        raise ValueError(f"{name} has {int(array.max())}, which is no int64")
+        raise ValueError(f"{name} contains {int(array.max())}, which does not fit in int64")
     return array.astype(np.int64)
 
 
 def _group(units: np.ndarray, num_seqs: int) -> tuple[np.ndarray, np.ndarray]:
-    """CSR of sequences by unit, units in the order of their first sequence."""
+    """(offsets, sequences): CSR of sequences by unit, units ordered by their first sequence."""
     if len(units) != num_seqs:
         raise ValueError(f"{len(units)} units for {num_seqs} sequences; give one unit per sequence")
     _, first, inverse = np.unique(units, return_index=True, return_inverse=True)

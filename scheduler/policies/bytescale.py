@@ -1,21 +1,22 @@
 """ByteScale's own policies: naive HDP (Algorithm 1) and the balance scheduler (Algorithm 2).
 
-Both use as many ranks for a sequence as memory asks for, D(s), and pack short ones by best fit.
+Both give a sequence D(s) ranks, the fewest that memory allows, and pack short ones by best fit.
 
     bytescale-naive  Algorithm 1: no balance
-    bytescale-dp     Algorithm 2, DP-balance: longest first, to the ranks that are behind
-    bytescale-pp     Algorithm 2, PP-balance: from all buckets in turn
+    bytescale-dp     Algorithm 2, DP-balance: longest first, to the least loaded ranks
+    bytescale-pp     Algorithm 2, PP-balance: draws from all buckets in turn
     bytescale        Algorithm 2 as in the paper: PP-balance with pipeline stages, else DP-balance
 
-What the paper leaves open is decided as follows.
+Choices that the paper leaves open:
 
-* Algorithm 1's "assign": time steps of hdp_size ranks are filled in the order of the batch, each
-  unit on contiguous ranks of the first time step that has room (as in the paper's Fig. 8).
-* The first step of Algorithm 2, when no rank is behind: all ranks are targets.
-* Fewer targets than D(s): the ranks that are the least ahead join them, and all start together.
-* delta is 0, and ties go to the lower rank. NUM_BUCKETS buckets of equal work.
+* Algorithm 1's "assign": time steps of hdp_size ranks are filled in batch order, each unit on
+  contiguous ranks of the first time step with room (as in the paper's Fig. 8).
+* The first iteration of Algorithm 2, when no rank is behind: all ranks are targets.
+* Fewer targets than D(s): the next least loaded ranks join them, and all start together.
+* delta is 0, and ties go to the lower rank. There are NUM_BUCKETS buckets of equal work.
 * Rings are gathered where that is faster, as under every policy (to_step_plan.py).
-* With pp_size > 1 a shared microbatch has one local index; ranks that are behind get empty ones.
+* With pp_size > 1 a shared microbatch has one local index; ranks that are behind get empty
+  microbatches.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ NUM_BUCKETS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Units:
-    """What Algorithm 1 assigns, in the order of the batch: long jobs and packs of short ones."""
+    """What both algorithms assign, in batch order: long jobs and packs of short ones."""
 
     unit_of_job: np.ndarray  # (num_jobs,) int64
     degree: np.ndarray  # (num_units,) int64
@@ -45,7 +46,7 @@ class _Units:
 
 
 def plan_naive(batch: Batch) -> StepPlan:
-    """Algorithm 1: D(s) ranks each, packed short ones, time steps filled in order."""
+    """Algorithm 1: D(s) ranks each, short jobs packed, time steps filled in order."""
     units = _units(batch)
     # 3. Assign by map_d, without balance: first fit into time steps of hdp_size ranks.
     filled: list[int] = []
@@ -93,7 +94,7 @@ def _balance(batch: Batch, *, pipeline: bool) -> StepPlan:
     work = np.cumsum((units.seconds * units.degree)[order])
     edges = work[-1] * np.arange(1, NUM_BUCKETS) / NUM_BUCKETS
     buckets = [b.tolist() for b in np.split(order, np.searchsorted(work, edges)) if len(b)]
-    # 3. While there are sequences, draw one and give it to the ranks that are behind.
+    # 3. While sequences remain, draw one and give it to the least loaded ranks.
     turn = 0
     while buckets:
         turn = turn % len(buckets) if pipeline else 0
@@ -114,7 +115,7 @@ def _balance(batch: Batch, *, pipeline: bool) -> StepPlan:
 
 def _units(batch: Batch) -> _Units:
     """Steps 1 and 2 of Algorithm 1: D(s) and r of long jobs, best-fit packs of short ones."""
-    # 1. Eq. 3 for what does not fit a rank.
+    # 1. Eq. 3 for jobs that do not fit on one rank.
     degree = min_degrees(batch)
     tokens = batch.job_tokens
     long = tokens > batch.max_tokens_per_rank

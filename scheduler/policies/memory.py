@@ -1,15 +1,16 @@
-"""What fits: the fewest ranks that hold a job, and what must go to the host (ByteScale Eq. 3).
+"""Memory: the fewest ranks that hold a job, and how much must be offloaded (ByteScale Eq. 3).
 
-A rank holds max_tokens_per_rank tokens. With offload a share r of a microbatch's tokens sends its
-activations to the host, except those of two layers; what stays of n tokens is n * (1 - r * o),
-o = `CostModel.offloadable`. The paper's D(s) follows, with two corrections: temporary buffers never
-move and make o smaller, and ranks that share a host link divide its bandwidth, so that forward
-hides less (`CostModel.hidden_ratio`).
+A rank holds max_tokens_per_rank tokens. With offload, a share r of a microbatch's tokens sends its
+activations to the host, except those of two layers; of n tokens, n * (1 - r * o) stay, with
+o = `CostModel.offloadable`. This gives the paper's D(s), with two corrections: temporary buffers
+never move, which lowers o, and ranks that share a host link split its bandwidth, so forward hides
+less (`CostModel.hidden_ratio`).
 
-1. r_max = what forward's compute hides, at most 1.
-2. D = the smallest degree whose fullest shard fits at r_max; what leaves fits in host memory.
-3. r = the smallest ratio that still fits on the degree that is used: the least traffic. It is 0
-   where offload saves no rank, which is the paper's lower limit on r.
+1. r_max = the ratio whose copies forward's compute hides, at most 1.
+2. D = the smallest degree whose fullest shard fits at r_max, with what leaves fitting in host
+   memory.
+3. r = the smallest ratio that fits at the chosen degree, for the least traffic. It is 0 where
+   offload saves no rank, which is the paper's lower limit on r.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from .batch import Batch
 
 
 def _hidden_ratio(batch: Batch) -> np.ndarray:
-    """(num_jobs,) float64: offload ratio that each job's work hides; may exceed 1.
+    """(num_jobs,) float64: offload ratio whose copies each job's compute hides; may exceed 1.
 
-    Copies go out during forward and come back during backward. The work is that of one rank, as in
-    Eq. 3: it divides by the degree, and so do the bytes. What a ring adds (its steps, its small
-    shards) is not counted on.
+    Copies go out during forward and come back during backward. As in Eq. 3, compute is that of one
+    rank: it divides by the degree, and so do the bytes. What a ring adds (ring steps, small shards)
+    hides nothing here.
     """
     cost = batch.cost
     one_way_s = min(cost.forward_share, 1.0 - cost.forward_share)
@@ -38,9 +39,9 @@ def _hidden_ratio(batch: Batch) -> np.ndarray:
 
 
 def _capacity(batch: Batch, ratio: Any) -> np.ndarray:
-    """int64: tokens that a rank can hold at offload ratios up to `ratio`, like `ratio`.
+    """int64, shape of `ratio`: tokens that a rank can hold at offload ratios up to `ratio`.
 
-    Beside the tokens that it holds anyway, host memory takes host_memory_bytes / bytes per token.
+    Host memory adds at most host_memory_bytes / bytes per token to max_tokens_per_rank.
     """
     device, cost = batch.max_tokens_per_rank, batch.cost
     bytes_per_token = cost.activation_bytes_per_token + cost.temporary_bytes_per_token
@@ -51,14 +52,14 @@ def _capacity(batch: Batch, ratio: Any) -> np.ndarray:
 
 
 def max_shard_tokens(batch: Batch) -> np.ndarray:
-    """(num_jobs,) int64: tokens that a rank can hold if its microbatch is this job's alone."""
+    """(num_jobs,) int64: tokens that a rank can hold if each job has a microbatch to itself."""
     if not batch.offload or batch.cost.offloadable == 0.0:
         return np.full(batch.num_jobs, batch.max_tokens_per_rank, dtype=np.int64)
     return _capacity(batch, _hidden_ratio(batch))
 
 
 def shard_capacity(seqlens: np.ndarray, *, max_tokens_per_rank: int, cost: CostModel) -> np.ndarray:
-    """(num_seqs,) int64: most tokens of each that a rank can hold, for plan(offload=True)."""
+    """(num_seqs,) int64: most tokens of each sequence on one rank under plan(offload=True)."""
     batch = Batch.check(
         seqlens,
         hdp_size=1,
@@ -70,10 +71,10 @@ def shard_capacity(seqlens: np.ndarray, *, max_tokens_per_rank: int, cost: CostM
 
 
 def max_pack_tokens(batch: Batch) -> int:
-    """Tokens that a rank can hold of any local jobs together.
+    """Tokens that a microbatch of local jobs can hold, whatever the jobs.
 
-    Any token hides at least what one of a very short sequence does. More tokens in a microbatch
-    only save fixed_s, so without it nothing goes to the host.
+    Every token hides at least as much as one of a very short sequence. More tokens per microbatch
+    only save fixed_s, so with fixed_s = 0 local jobs are not offloaded.
     """
     cost = batch.cost
     if not batch.offload or cost.offloadable == 0.0 or cost.fixed_s == 0.0:
@@ -84,10 +85,10 @@ def max_pack_tokens(batch: Batch) -> int:
 
 
 def least_microbatches(batch: Batch) -> int:
-    """No plan has fewer microbatches, over all ranks, if its host copies are hidden.
+    """Fewest microbatches, over all ranks, of any plan whose host copies are hidden.
 
-    By tokens; and by jobs of more than half a microbatch: of those that are local no two share one,
-    the others take at least two each.
+    Bounded by tokens, and by jobs of more than half a microbatch: two local ones cannot share a
+    microbatch, and any other takes at least two.
     """
     tokens, capacity = batch.job_tokens, batch.max_tokens_per_rank
     kept, most = float(tokens.sum()), float(capacity)
@@ -127,7 +128,7 @@ def min_degrees(batch: Batch) -> np.ndarray:
 
 
 def least_ratio(batch: Batch, tokens: np.ndarray) -> np.ndarray:
-    """float64, like `tokens`: the smallest offload ratio with which so many tokens fit a rank."""
+    """float64, shape of `tokens`: the smallest offload ratio at which the tokens fit on a rank."""
     over = tokens > batch.max_tokens_per_rank
     ratio = np.zeros(len(tokens))
     if over.any():

@@ -1,14 +1,14 @@
-"""static: DP x CP with packed zigzag, the baseline that HDP is measured against.
+"""static: DP x CP with packed zigzag, the baseline for HDP.
 
 The mesh is fixed: ranks [g * cp_size, (g + 1) * cp_size) form ring g, and every sequence, however
-short, is cut over all ranks of one ring (with cp_size 1 it is local).
+short, is split over all ranks of one ring (with cp_size 1 it is local).
 
 1. Pack: best fit, longest first. A pack is one microbatch of a whole ring; its fullest rank holds
    at most max_tokens_per_rank tokens.
-2. Deal the packs to the rings in turn, in the order in which they were opened.
+2. Deal the packs to the rings round-robin, in the order in which they were opened.
 
-A pack of one sequence is gathered where that is faster, as under every policy: what is compared
-with HDP is the mesh, not its attention.
+A pack of one sequence is gathered where that is faster, as under every policy, so that comparisons
+with HDP measure the mesh and not the attention.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .to_step_plan import assemble
 
 def plan_static(batch: Batch, *, cp_size: int | None = None) -> StepPlan:
     """Static plan; cp_size defaults to the smallest divisor of hdp_size that holds every job."""
-    batch = replace(batch, offload=False)  # the baseline has none
+    batch = replace(batch, offload=False)  # the baseline does not offload
     ranks = batch.hdp_size
     need = int(min_degrees(batch).max())
     if cp_size is None:
@@ -41,7 +41,7 @@ def plan_static(batch: Batch, *, cp_size: int | None = None) -> StepPlan:
             f"a sequence or unit of {int(batch.job_tokens.max())} tokens needs {need} ranks of "
             f"{batch.max_tokens_per_rank}, cp_size={cp_size}; raise cp_size to {need} or more"
         )
-    # 1. Pack whole jobs; ceil() per sequence is exact for one and safe for several.
+    # 1. Pack whole jobs. ceil() per sequence is exact for one sequence and safe for several.
     shard = batch.tokens_per_rank(np.full(batch.num_jobs, cp_size))
     packs = best_fit(shard, batch.max_tokens_per_rank)
     # 2. Deal.

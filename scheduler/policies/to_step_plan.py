@@ -1,8 +1,8 @@
-"""From where pieces were put to the columns of a StepPlan.
+"""Build a StepPlan from what a policy decided.
 
-Policies decide two things, each in flat arrays: the ring of every sequence, and for every
-(sequence, rank of its ring) the index of the microbatch in that rank's list. The rest follows,
-also which rings are gathered: those of any policy where the cost model says that it is faster.
+A policy decides two things, each in flat arrays: the ring of every sequence, and for every
+(sequence, rank of its ring) the index of the microbatch in that rank's list. Everything else is
+derived, including which rings are gathered: under any policy, those for which it is faster.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def assemble(
     index: np.ndarray,
     notes: dict[str, Any] | None = None,
 ) -> StepPlan:
-    """StepPlan from rings and microbatch indices.
+    """Build a StepPlan from rings and microbatch indices.
 
-    degree (num_seqs,) and ring_ranks (sum of degree,) are the rings of the sequences in order;
-    index (sum of degree,) is for each entry of ring_ranks the local index of its microbatch on
-    that rank. An index that nothing uses is closed up; but with pp_size > 1, when a shared
-    microbatch has one index, or with equal counts, it is an empty microbatch. Microbatches that are
-    over the capacity get the smallest offload ratio with which they fit; notes["ranks_saved"] says
-    how many ranks fewer sequences have than without offload. A sequence that is alone on its ring,
-    inside a node, is gathered where that is faster (costs/gathering.py).
+    degree (num_seqs,) and ring_ranks (sum of degree,) give the ring of each sequence; index
+    (sum of degree,) is the local index, on each rank of ring_ranks, of the microbatch that holds
+    the sequence. Unused indices are closed up, except with pp_size > 1 (a shared microbatch needs
+    one index on all ranks) or equal counts, where they become empty microbatches. Microbatches over
+    the capacity get the smallest offload ratio at which they fit; notes["ranks_saved"] counts the
+    ranks that offload saves, summed over sequences. A sequence alone on its ring, inside a node, is
+    gathered where that is faster (costs/gathering.py).
     """
     seq = np.repeat(np.arange(batch.num_seqs), degree)
     if batch.pp_size == 1 and not batch.equal_counts:
@@ -79,7 +79,7 @@ def assemble(
 def _gathered(
     batch: Batch, degree: np.ndarray, ring_ranks: np.ndarray, microbatch: np.ndarray
 ) -> np.ndarray:
-    """(num_seqs,) bool: whose ring is gathered."""
+    """(num_seqs,) bool: whether the ring of each sequence is gathered."""
     gathered = np.zeros(batch.num_seqs, dtype=bool)
     some = np.flatnonzero(degree >= GATHER_LEAST_RANKS)
     some = some[may_gather(batch.cost, batch.seqlens[some])]
@@ -97,7 +97,7 @@ def _gathered(
 
 
 def _closed_up(ranks: np.ndarray, index: np.ndarray, hdp_size: int) -> np.ndarray:
-    """The same microbatches with indices 0, 1, .. on every rank."""
+    """Renumber the microbatches of every rank as 0, 1, .. without gaps."""
     width = int(index.max()) + 1
     used = np.zeros(hdp_size * width, dtype=bool)
     used[ranks * width + index] = True

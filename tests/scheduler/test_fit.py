@@ -183,5 +183,5 @@ def test_bad_measurements_are_refused():
         fit_cost([Observation(pieces=((5, 1),), seconds=1.0)], TRUE)
     with pytest.raises(ValueError, match="positive and finite"):
         fit_cost([Observation(pieces=((5, 1),), seconds=0.0)] * 5, TRUE)
-    with pytest.raises(ValueError, match="measure longer ones"):
+    with pytest.raises(ValueError, match="measure longer sequences"):
         fit_cost([Observation(pieces=((n, 1),), seconds=1.0) for n in (1, 2, 3)], TRUE)

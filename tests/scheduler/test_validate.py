@@ -53,7 +53,7 @@ def test_one_ring_each() -> None:
     make([4, 4], [[0, 1], [0, 1]], [[[0, 1]], [[0, 1]]]).validate()  # packed zigzag
     refused(
         make([4, 4], [[0, 1], [1, 0]], [[[0, 1]], [[0, 1]]]),
-        r"one_ring_each: sequences \(0, 1\) share a microbatch but not one ring",
+        r"one_ring_each: sequences \(0, 1\) share a microbatch but not a ring",
     )
     refused(
         make([4, 4], [[0, 1], [0, 1]], [[[0, 1]], [[1, 0]]]),
@@ -128,10 +128,10 @@ def test_no_rank_without_work() -> None:
         ({"ring_offsets": [0, 3, 2]}, "ring_offsets must rise"),
         ({"microbatch_offsets": [0, 2]}, "microbatch_offsets must rise"),
         ({"piece_offsets": [1, 1, 3]}, "piece_offsets must rise"),
-        ({"ranks_per_node": 0}, "ranks_per_node=0 is no integer >= 1"),
-        ({"ranks_per_node": "8"}, "ranks_per_node='8' is no integer"),
-        ({"offloadable": "x"}, "offloadable='x' is no number"),
-        ({"predicted_s": None}, "predicted_s=None is no number"),
+        ({"ranks_per_node": 0}, "ranks_per_node=0 must be an integer >= 1"),
+        ({"ranks_per_node": "8"}, "ranks_per_node='8' must be an integer"),
+        ({"offloadable": "x"}, "offloadable='x' must be a number"),
+        ({"predicted_s": None}, "predicted_s=None must be a number"),
         ({"hdp_size": True}, "hdp_size, max_tokens_per_rank, pp_size = .True"),
     ],
 )

@@ -23,7 +23,7 @@ from .list_schedule import Schedule
 
 
 def backfilled(degrees: Degrees, schedule: Schedule) -> Iterator[Schedule]:
-    """Both backfilled variants of the schedule; none if no ring has room or nothing is saved."""
+    """Yield both backfilled variants; none if no ring has room or nothing could be saved."""
     batch = degrees.batch
     shards = batch.tokens_per_rank(schedule.degree)[schedule.rings.job]
     room = np.maximum(batch.max_tokens_per_rank - shards, 0)

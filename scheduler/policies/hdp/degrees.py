@@ -33,8 +33,7 @@ from hdp.scheduler.policies.batch import Batch
 from hdp.scheduler.policies.memory import min_degrees
 
 # The longest job, on one rank or on the fewest that hold it, takes about 2^TICK_BITS ticks. Times
-# are capped at 2^_MOST_BITS ticks: wide rings that slow are never chosen, so their order is
-# irrelevant.
+# are capped at 2^_MOST_BITS: rings that slow need no exact order.
 TICK_BITS, _MOST_BITS = 36, 50
 _SHORTEST_S = 1e-200
 

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Joined rings become at most _WIDER times their minimum degree, or _WIDE ranks. More would hardly
-# end them sooner, and plans would grow with ranks times rings.
+# Joined rings get at most _WIDER times their minimum degree, or _WIDE ranks if that is more. Wider
+# ones would hardly end sooner, and plans would grow with ranks times rings.
 _WIDER, _WIDE = 8, 512
 
 

@@ -57,10 +57,10 @@ _RESTARTS = (
     ),
 )
 
-# In batches of at least this many jobs, backfill pays only if fixed_s is 1 % or more of the bound.
+# Batches with at least this many jobs skip step 6 unless fixed_s is over 1 % of the bound.
 _LARGE = 32768
-# Finalists that may be simulated with backfill, fewer if they times the jobs exceed _FEW_JOBS; and
-# the ratio to the bound below which no more of them are simulated.
+# Step 6: most finalists; most finalists times jobs (one is always allowed); and the ratio to the
+# bound below which the remaining ones are skipped.
 _FINALISTS, _FEW_JOBS, _CLOSE = 3, 8192, 1.002
 
 # Pipelines: microbatch limits to try; the share of the mean load below which a limit's pipeline
