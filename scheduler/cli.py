@@ -1,13 +1,13 @@
-"""`python -m hdp.scheduler plan|simulate|compare`, also `hdp plan ...`: plans from a shell.
+"""`python -m hdp.scheduler plan|simulate|compare`, also `hdp plan ...`: plan from a shell.
 
     hdp plan workload:github-like --num-sequences 2000 --hdp-size 64 --max-tokens-per-rank 32K
     hdp compare lengths.txt --hdp-size 128 --max-tokens-per-rank 16K --plot plans.png
     hdp simulate --plan plan.json --cost cost.json --trace step.json
 
-`plan` makes one plan and shows it, `compare` makes one per policy for the same batch, `simulate`
-runs a saved plan. All print an aligned table and a text timeline, or JSON; `--plot` draws the plans
-and `--trace` writes Perfetto JSON (https://ui.perfetto.dev). Needs no torch, no GPU and no cluster.
-Bad input is one line on stderr and exit code 2.
+`plan` plans a batch and shows the plan, `compare` does so under several policies, `simulate` runs a
+saved plan. All print an aligned table and a text timeline, or JSON; `--plot` draws the plans and
+`--trace` writes Perfetto JSON (https://ui.perfetto.dev). No torch, GPU or cluster needed. Bad input
+gives one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .planner import POLICIES, plan
 from .step_plan import StepPlan
 
 _COMPARED = ("static", "bytescale-naive", "bytescale", "hdp")
-# What a saved plan has of its own, and fields of a cost model that are counts.
+# Options that a saved plan already fixes, and cost model fields that are counts.
 _OF_A_PLAN = ("hdp_size", "max_tokens_per_rank", "cp_size", "pp_size", "ranks_per_node", "offload",
               "equal_counts", "num_sequences", "num_tokens", "max_length")  # fmt: skip
 _INTEGERS = ("num_layers", "ranks_per_host_link")
@@ -44,13 +44,13 @@ _EPILOG = "named workloads: " + ", ".join(f"workload:{name}" for name in WORKLOA
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `plan`, `simulate` or `compare` with `argv` (None: the process's own). Returns the exit
+    """Run `plan`, `simulate` or `compare` with `argv` (default: sys.argv[1:]). Returns the exit
     code: 0, or 2 after one line on stderr about bad input."""
     parser = _parser()
     try:
         arguments, unknown = parser.parse_known_args(argv)
         if unknown:
-            parser.error(f"unknown: {' '.join(unknown)}", arguments.command)
+            parser.error(f"unknown arguments: {' '.join(unknown)}", arguments.command)
         text = _COMMANDS[arguments.command](arguments)
     except SystemExit as stop:  # argparse: --help
         return stop.code if isinstance(stop.code, int) else 2
@@ -69,23 +69,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str, command: str = "") -> NoReturn:
-        """An option that is refused is bad input like any other: no page of usage before it."""
+        """Report a bad option like any other bad input: one line, without the usage text."""
         prog = f"{self.prog} {command}".rstrip()
         raise ValueError(f"{message} ({prog} --help lists the options)")
 
 
 def _parser() -> _Parser:
     parser = _Parser(
-        prog="hdp", description="Plan training steps of mixed-length batches; no GPU needed."
+        prog="hdp", description="Plan training steps for batches of mixed lengths; no GPU needed."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, what in (
+    for name, summary in (
         ("plan", "plan one batch and show the plan"),
         ("simulate", "run a saved plan (--plan), or a new one, in the simulator"),
         ("compare", "plan one batch by several policies and show them side by side"),
     ):
         command = commands.add_parser(
-            name, help=what, description=what, epilog=_EPILOG, allow_abbrev=False
+            name, help=summary, description=summary, epilog=_EPILOG, allow_abbrev=False
         )
         _add_batch(command)
         _add_cluster(command, required=name != "simulate")
@@ -113,16 +113,18 @@ def _add_batch(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lengths",
         metavar="FILE|workload:NAME",
-        help="text (a length per line), .npy, .json, a token cache's folder, or workload:NAME",
+        help="text (one length per line), .npy, .json, a token cache folder, or workload:NAME",
     )
     group.add_argument(
         "--num-sequences", type=count, metavar="N", help="default for a workload: 1024"
     )
-    group.add_argument("--num-tokens", type=count, metavar="N", help="as many as make N tokens")
-    group.add_argument("--seed", type=int, default=0, help="of a named workload")
+    group.add_argument(
+        "--num-tokens", type=count, metavar="N", help="enough sequences for N tokens"
+    )
+    group.add_argument("--seed", type=int, default=0, help="for a named workload")
     group.add_argument("--max-length", type=count, metavar="N", help="longest sequence, tokens")
     group.add_argument(
-        "--overlong", choices=OVERLONG, default="error", help="what happens to longer ones"
+        "--overlong", choices=OVERLONG, default="error", help="what to do with longer ones"
     )
 
 
@@ -137,11 +139,13 @@ def _add_cluster(command: argparse.ArgumentParser, *, required: bool) -> None:
         help="tokens that a rank holds in one microbatch (32768 or 32K)",
     )
     group.add_argument("--cp-size", type=count, metavar="N", help="ranks per ring of policy static")
-    group.add_argument("--pp-size", type=count, metavar="N", help="pipeline stages (1)")
-    group.add_argument("--ranks-per-node", type=count, metavar="N", help="default: one big node")
+    group.add_argument("--pp-size", type=count, metavar="N", help="pipeline stages (default: 1)")
+    group.add_argument(
+        "--ranks-per-node", type=count, metavar="N", help="default: all ranks on one node"
+    )
     group.add_argument("--offload", action="store_true", help="let activations move to the host")
     group.add_argument(
-        "--equal-counts", action="store_true", help="the same number of microbatches everywhere"
+        "--equal-counts", action="store_true", help="same number of microbatches on every rank"
     )
 
 
@@ -150,7 +154,7 @@ def _add_cost(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cost",
         metavar="FILE|PRESET",
-        help="a file of `hdp profile`, or one of "
+        help="a file from `hdp profile`, or a preset: "
         f"{', '.join(CostModel.presets())} (default: h200, LLaMA-7B on H200s)",
     )
     group.add_argument(
@@ -158,7 +162,7 @@ def _add_cost(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="set one field of it, repeatable: quadratic_s, linear_s, fixed_s, kv_bytes_per_token, "
+        help="override one field, repeatable: quadratic_s, linear_s, fixed_s, kv_bytes_per_token, "
         "inter_node_bytes_per_s, ...",
     )
 
@@ -206,7 +210,7 @@ def _simulate_command(arguments: argparse.Namespace) -> str:
         for option in ("hdp_size", "max_tokens_per_rank"):
             if getattr(arguments, option) is None:
                 flag = "--" + option.replace("_", "-")
-                raise ValueError(f"give --plan FILE, or lengths with {flag}")
+                raise ValueError(f"give --plan FILE, or lengths and {flag}")
         _check_policy(arguments, [arguments.policy])
         result = _run_policy(arguments.policy, _seqlens(arguments), arguments, cost)
         return _render([result], cost, arguments)
@@ -215,7 +219,7 @@ def _simulate_command(arguments: argparse.Namespace) -> str:
     for option in _OF_A_PLAN:
         if getattr(arguments, option):
             flag = "--" + option.replace("_", "-")
-            raise ValueError(f"{flag} is for making a plan: {arguments.plan} has its own")
+            raise ValueError(f"{flag} applies to new plans: {arguments.plan} has its own; omit it")
     try:
         saved = StepPlan.from_json(Path(arguments.plan).read_text(encoding="utf-8")).validate()
     except ValueError as error:
@@ -247,7 +251,7 @@ def _compare_command(arguments: argparse.Namespace) -> str:
 
 def _check_policy(arguments: argparse.Namespace, names: Sequence[str]) -> None:
     if arguments.cp_size and "static" not in names:
-        raise ValueError(f"--cp-size {arguments.cp_size} is for policy static: others choose it")
+        raise ValueError(f"--cp-size {arguments.cp_size} applies to policy static only: omit it")
 
 
 _COMMANDS = {"plan": _plan_command, "simulate": _simulate_command, "compare": _compare_command}
@@ -265,7 +269,7 @@ def _seqlens(arguments: argparse.Namespace) -> np.ndarray:
         overlong=arguments.overlong,
     )
     if not len(seqlens):
-        raise ValueError(f"no sequence is within --max-length {arguments.max_length}: raise it")
+        raise ValueError(f"all sequences exceed --max-length {arguments.max_length}: raise it")
     return seqlens
 
 
@@ -286,7 +290,7 @@ def _cost(arguments: argparse.Namespace) -> CostModel:
     cost = replace(cost, **changes) if changes else cost
     if arguments.offload and cost.offloadable == 0.0:
         raise ValueError(
-            "--offload: the cost model moves nothing to the host; it needs host_bytes_per_s="
+            "--offload: this cost model cannot offload; it needs host_bytes_per_s="
             f"{cost.host_bytes_per_s}, activation_bytes_per_token={cost.activation_bytes_per_token}"
             f" above 0 and num_layers={cost.num_layers} above 2 (--cost, or --coefficient)"
         )
@@ -297,7 +301,7 @@ def _run_policy(
     name: str, seqlens: np.ndarray, arguments: argparse.Namespace, cost: CostModel
 ) -> _Result:
     started = time.perf_counter()
-    made = plan(
+    result = plan(
         seqlens,
         hdp_size=arguments.hdp_size,
         max_tokens_per_rank=arguments.max_tokens_per_rank,
@@ -309,7 +313,7 @@ def _run_policy(
         offload=arguments.offload,
         equal_counts=arguments.equal_counts,
     )
-    return _simulated(made, cost, planning_s=time.perf_counter() - started)
+    return _simulated(result, cost, planning_s=time.perf_counter() - started)
 
 
 def _simulated(plan: StepPlan, cost: CostModel, planning_s: float | None = None) -> _Result:

@@ -1,20 +1,20 @@
-"""Adapters: our balance for frameworks that have their own runtime.
+"""Adapters: our planner for frameworks that have their own runtime.
 
-Megatron's development branch, and verl through it, ask a class for
+Megatron's development branch, and verl through it, call a class's
 
     get_groups_and_subsamples([(id, length), ...]) -> [microbatch][rank][ids]
 
-where all ranks run every microbatch, the ranks of a context-parallel group are neighbours that
-hold the same ids, a group's size is a power of two (or all ranks) and divides its first rank, and
-no rank is ever idle. Three lines replace their planner by ours, in either framework:
+where all ranks run every microbatch, a context-parallel group is contiguous ranks that hold the
+same ids, its size is a power of two (or all ranks) that divides its first rank, and no rank is ever
+idle. Three lines replace their planner with ours, in either framework:
 
     from megatron.core.datasets.data_schedule import DefaultDynamicCPScheduler
     from hdp.scheduler.export.megatron import get_groups_and_subsamples
     DefaultDynamicCPScheduler.get_groups_and_subsamples = get_groups_and_subsamples
 
-`GroupScheduler` is the same thing as a class of its own. With `powers_of_two=False` it hands out
-`plan()`'s own plan, with equal numbers of microbatches and any degree: for runtimes that take a
-ring per sequence (all ranks that list an id in a microbatch) beside local sequences.
+`GroupScheduler` is the same as a standalone class. With `powers_of_two=False` it returns `plan()`'s
+own plan, with equal microbatch counts and any degree: for runtimes that accept a ring per sequence
+(all ranks that list its id in a microbatch) next to local sequences.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .power_of_two import DEFAULT_COST, Groups, ids_and_lengths, power_of_two_gr
 
 
 def get_groups_and_subsamples(self: object, sample_id_seqlens: Sequence[tuple[int, int]]) -> Groups:
-    """[microbatch][rank][ids] for Megatron's scheduler classes, to be assigned to one of them.
+    """[microbatch][rank][ids] as a method to assign to one of Megatron's scheduler classes.
 
-    Reads from `self`: max_seqlen_per_dp_cp_rank, cp_size, dp_size; where present also min_cp_size,
+    Reads from `self`: max_seqlen_per_dp_cp_rank, cp_size, dp_size; and, if present, min_cp_size,
     microbatch_group_size_per_vp_stage (the number of microbatches becomes a multiple of it) and
     hdp_cost, a CostModel. Raises ValueError for lengths that do not fit.
     """
@@ -45,7 +45,7 @@ def get_groups_and_subsamples(self: object, sample_id_seqlens: Sequence[tuple[in
 
 
 class GroupScheduler:
-    """Our planner behind the constructor and the method that Megatron and verl call."""
+    """Our planner with the constructor and method that Megatron and verl call."""
 
     def __init__(
         self,
@@ -79,21 +79,23 @@ class GroupScheduler:
         from hdp.scheduler.planner import plan
 
         ids, lengths = ids_and_lengths(sample_id_seqlens)
-        made = plan(
+        step_plan = plan(
             lengths,
             hdp_size=self.cp_size * self.dp_size,
             max_tokens_per_rank=self.max_seqlen_per_dp_cp_rank,
             cost=self.hdp_cost,
-            pp_size=max(self.pipeline_model_parallel_size, 2),  # shared ones at the same index
+            pp_size=max(
+                self.pipeline_model_parallel_size, 2
+            ),  # aligns indices of shared microbatches
             equal_counts=True,
         )
-        return plan_to_groups(made, ids)
+        return plan_to_groups(step_plan, ids)
 
 
 def plan_to_groups(plan: StepPlan, ids: Sequence[int] | None = None) -> Groups:
     """[microbatch][rank][ids] of any plan whose shared microbatches have equal local indices.
 
-    Ranks with fewer microbatches get empty ones at their end. Raises ValueError otherwise.
+    Ranks with fewer microbatches are padded with empty ones. Raises ValueError if indices differ.
     """
     names = range(plan.num_seqs) if ids is None else ids
     lists = [

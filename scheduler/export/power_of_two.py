@@ -1,20 +1,20 @@
 """Groups for other runtimes: powers of two, on contiguous ranks, all ranks in every microbatch.
 
-Megatron's development branch and verl want more of a plan than our own runtime does: every rank has
+Megatron's development branch and verl require more of a plan than our runtime does: every rank has
 a sequence in every microbatch, the ranks of a context-parallel group hold the same sequences, and a
-group is 2^k neighbouring ranks (or all) whose first is a multiple of its size
+group is 2^k contiguous ranks (or all) whose first is a multiple of its size
 (`test_groups_keep_the_contract`). That costs little: see `test_groups_are_near_the_ideal`.
 
-How they are found; a *bin* is one group of ranks in one microbatch:
+The algorithm, where a *bin* is one group of ranks in one microbatch:
 
 1. Choose the number of microbatches (the fewest that memory allows, then a few more) and a time per
    bin. A sequence's degree is the smallest that fits memory and that time.
 2. Long sequences, longest first, open bins or join the emptiest bin of their degree.
-3. The rest goes, longest first, to the bin that ends first so far, among those with room: to all
-   bins, or to the narrowest only, where it needs no communication.
-4. Bins left without work are given to their neighbours, which become wider.
-5. Bins of one microbatch are dealt to blocks of ranks, the longest to the least loaded block.
-6. The best of all choices of step 1 by finishing time wins; within 0.5 % of ideal, the first.
+3. The rest goes, longest first, to the earliest-ending bin that has room: either any bin, or only
+   the narrowest ones, which need no communication.
+4. Ranks of empty bins go to other bins of the microbatch, which become wider.
+5. The bins of a microbatch are assigned to blocks of ranks, the longest to the least loaded block.
+6. The choice of step 1 with the earliest finish wins; the search stops within 0.5 % of ideal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 
 from hdp.scheduler.costs.cost_model import CostModel
 
-# Attention against the rest of a layer of a 7B model; only the ratio matters here.
+# Attention and the rest of a layer of a 7B model; only their ratio matters here.
 DEFAULT_COST = CostModel.from_coefficients(quadratic_s=5.128e-9, linear_s=1.84e-4)
 _SLACK = (1.0, 1.04, 1.1, 1.25, 1.5, 2.0)
 _MORE_MICROBATCHES = (0, 1, 2, 4)
@@ -71,10 +71,10 @@ def power_of_two_groups(
     min_degree: int = 1,
     multiple: int = 1,
 ) -> Groups:
-    """[microbatch][rank][ids]: aligned groups of 2^k neighbouring ranks (or of all), none empty.
+    """[microbatch][rank][ids]: aligned groups of 2^k contiguous ranks (or of all), none empty.
 
     sample_id_seqlens: (id, tokens) each; min_degree: smallest group; multiple: the number of
-    microbatches is a multiple of it. Raises ValueError with the values for what cannot fit.
+    microbatches is a multiple of it. Raises ValueError with the values if something cannot fit.
     """
     ids, lengths = ids_and_lengths(sample_id_seqlens)
     problem = _problem(lengths, num_ranks, max_tokens_per_rank, cost, min_degree)
@@ -99,8 +99,8 @@ def power_of_two_groups(
         tried += 1
         if best is None and tried > 4 * len(lengths) + 64:
             raise ValueError(
-                f"{len(lengths)} sequences on {num_ranks} ranks make no number of microbatches "
-                f"that is a multiple of {multiple} with every rank at work; give more sequences"
+                f"{len(lengths)} sequences cannot fill {num_ranks} ranks in a number of "
+                f"microbatches that is a multiple of {multiple}; give more sequences"
             )
     return _with_ids(best[1], ids)
 
@@ -114,11 +114,11 @@ def ids_and_lengths(samples: Sequence[tuple[int, int]]) -> tuple[list[int], np.n
         raise ValueError("no samples: give at least one (id, length)")
     for sample in samples:
         if len(sample) != 2 or int(sample[1]) != sample[1]:
-            raise ValueError(f"{sample!r} is no (id, number of tokens)")
+            raise ValueError(f"{sample!r} is not an (id, number of tokens) pair")
     ids = [sample[0] for sample in samples]
     if len(set(ids)) < len(ids):
         twice = next(name for i, name in enumerate(ids) if name in ids[:i])
-        raise ValueError(f"id {twice!r} is that of two samples; groups are told by ids")
+        raise ValueError(f"two samples have id {twice!r}; ids must be unique")
     lengths = np.array([int(sample[1]) for sample in samples], dtype=np.int64)
     if lengths.min() < 1:
         at = int(np.argmin(lengths))
@@ -158,9 +158,9 @@ def _problem(
 
 
 def _fill(problem: _Problem, count: int, target_s: float, share_wide: bool) -> list[_Bin] | None:
-    """Steps 1 to 4 for `count` microbatches of `target_s`; None if it does not work out.
+    """Steps 1 to 4 for `count` microbatches of `target_s`; None if not everything fits.
 
-    share_wide: short sequences may fill wide groups up too, where they cost communication.
+    share_wide: short sequences may also fill up wide groups, where they cost communication.
     """
     degrees, capacity = problem.degrees, problem.capacity
     # 1. The smallest degree that fits memory and time, else the fastest that fits memory.
@@ -170,12 +170,12 @@ def _fill(problem: _Problem, count: int, target_s: float, share_wide: bool) -> l
     fastest = np.argmin(np.where(fits, problem.seconds, np.inf), axis=0)
     level = np.where(good.any(axis=0), np.argmax(good, axis=0), fastest)
     order = np.lexsort((-problem.seqlens, -level)).tolist()
-    free = [problem.num_ranks] * count  # ranks of each microbatch that no bin has yet
+    free = [problem.num_ranks] * count  # ranks of each microbatch without a bin
     bins: list[_Bin] = []
     at_level: list[list[tuple[float, int]]] = [[] for _ in degrees]
     rest: list[int] = []
     seconds, levels, needs = problem.seconds, level.tolist(), need
-    # 2. Long ones.
+    # 2. Long sequences.
     for seq in order:
         k = levels[seq]
         if k == 0:
@@ -215,8 +215,8 @@ def _put(bin: _Bin, seq: int, seconds: float, tokens: int) -> float:
 
 
 def _by_block(problem: _Problem, bins: list[_Bin]) -> list[_Queue]:
-    """The narrowest bins, by the ranks that will run them: those which long ones load least now
-    run more of them later."""
+    """The narrowest bins, queued by the ranks that will run them: ranks that long sequences load
+    least can then take more."""
     wide = [bin for bin in bins if bin.degree > problem.degrees[0]]
     narrow: dict[int, list[_Bin]] = {}
     for bin in bins:
@@ -233,9 +233,9 @@ def _by_block(problem: _Problem, bins: list[_Bin]) -> list[_Queue]:
 
 
 def _fill_rest(problem: _Problem, queues: list[_Queue], rest: Sequence[int]) -> bool:
-    """Each sequence to the queue with the least time among those that have room for it.
+    """Assign each sequence to the least loaded queue that has room for it.
 
-    A queue is a time and bins that one group runs after each other.
+    A queue is a load in seconds and the bins that one group runs one after another.
     """
     level_of = {degree: k for k, degree in enumerate(problem.degrees)}
 
@@ -312,7 +312,7 @@ def _rebuilt(problem: _Problem, members: list[int], degree: int, wave: int) -> _
 def _place(
     problem: _Problem, bins: list[_Bin], load: np.ndarray
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Step 5: blocks of ranks for bins, microbatch by microbatch; sets `bin.first`.
+    """Step 5: assign bins to blocks of ranks, microbatch by microbatch; sets `bin.first`.
 
     Returns the ranks' finishing times, and per microbatch the (num_ranks,) bool of ranks left over.
     """
@@ -321,7 +321,7 @@ def _place(
     for bin in bins:
         waves.setdefault(bin.wave, []).append(bin)
     left: dict[int, np.ndarray] = {}
-    # Wide groups first: their ranks are in step from the start.
+    # Wide groups first: at the start all ranks are in sync.
     for number in sorted(waves, key=lambda w: (-max(bin.degree for bin in waves[w]), w)):
         free = np.ones(problem.num_ranks, dtype=bool)
         for degree in sorted({bin.degree for bin in waves[number]}, reverse=True):

@@ -1,7 +1,7 @@
-"""Colours of sequences, the same in every picture: strong for long ones, pale for short ones.
+"""Colors of sequences, the same in every figure: strong for long ones, pale for short ones.
 
-A sequence is long if no rank can hold it alone, so it is on several ranks in every plan that allows
-it, and has the same colour there. Lengths that follow each other get hues far apart.
+A sequence is long if no single rank can hold it, so it is on several ranks in every plan, always in
+the same color. Sequences of adjacent lengths get hues far apart.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from hdp.scheduler.step_plan import StepPlan
 
-# Strong hues for sequences on several ranks, in the order of their lengths; neighbours differ.
+# Strong hues for long sequences, in order of length; adjacent ones differ.
 STRONG = (
     "#d1495b", "#00798c", "#edae49", "#30638e", "#7b4b94", "#3f9b57", "#e07a3f", "#b5477f",
     "#4c6fbf", "#8a9a2b", "#a1503c", "#2a9d8f",
@@ -24,8 +24,8 @@ def colours_of(plan: StepPlan) -> np.ndarray:
     order = np.argsort(-plan.seqlens, kind="stable")
     place = np.empty(plan.num_seqs, dtype=np.int64)
     place[order] = np.arange(plan.num_seqs)
-    strong = np.array([rgb(colour) for colour in STRONG])[place % len(STRONG)]
-    # Golden-ratio steps around the colour circle: neighbours in length get hues far apart.
+    strong = np.array([rgb(color) for color in STRONG])[place % len(STRONG)]
+    # Golden-ratio steps around the color circle: adjacent lengths get hues far apart.
     hue = (place * 0.61803398875) % 1.0
     light = 0.80 + 0.08 * ((place * 0.7548776662) % 1.0)
     soft = [pale(h, v) for h, v in zip(hue.tolist(), light.tolist(), strict=True)]
@@ -33,9 +33,9 @@ def colours_of(plan: StepPlan) -> np.ndarray:
 
 
 def is_long(plan: StepPlan) -> np.ndarray:
-    """(num_seqs,) bool: sequences to show in a strong colour.
+    """(num_seqs,) bool: sequences to show in a strong color.
 
-    If a rank can hold every sequence, those that were spread and are far over the median.
+    If one rank can hold every sequence: those on several ranks and at least 4x the median.
     """
     long = plan.seqlens > plan.max_tokens_per_rank
     if not long.any():
@@ -44,10 +44,10 @@ def is_long(plan: StepPlan) -> np.ndarray:
 
 
 def pale(hue: float, lightness: float = 0.83) -> tuple[float, float, float]:
-    """RGB of a soft colour; hue in [0, 1)."""
+    """RGB of a soft color; hue in [0, 1)."""
     return colorsys.hls_to_rgb(hue, lightness, 0.34)
 
 
-def rgb(colour: str) -> tuple[float, ...]:
-    """Hexadecimal colour (#rrggbb) as three numbers in [0, 1]."""
-    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+def rgb(color: str) -> tuple[float, ...]:
+    """Hexadecimal color (#rrggbb) as three numbers in [0, 1]."""
+    return tuple(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))

@@ -1,18 +1,17 @@
-"""Pictures of plans: ranks down, time across, one colour per sequence, idle time left empty.
+"""Figures of plans: ranks down, time across, one color per sequence, idle time left empty.
 
     from hdp.scheduler.render.figure import draw_plans
     draw_plans([("static DP x CP", static, simulate(static, cost)),
                 ("HDP", hdp, simulate(hdp, cost))], "plan.png")
 
-How to read one. A sequence that sits on several ranks is one block in a strong colour, with its
-length written on it; short sequences on one rank are pale. Grey hatching is communication that
-nothing hides. Whatever is empty is a rank that waits. All plans share one time axis, so the shorter
-picture is the faster step.
+How to read one: a sequence on several ranks is one block in a strong color, labeled with its
+length; short sequences on one rank are pale. Gray hatching is exposed communication. Empty space is
+a waiting rank. All plans share one time axis, so the shorter panel is the faster step.
 
-Up to MAX_VECTOR_ROWS rows each box is drawn as a shape (sharp at any size, also in SVG); above it
-the plan becomes an image of at most 900 evenly spaced ranks, so 10,000 stay readable and small.
-With a pipeline all ranks are drawn once per stage, backward darker than forward.
-matplotlib is imported here only, when a picture is asked for.
+Up to MAX_VECTOR_ROWS rows, each box is drawn as a shape (sharp at any size, also in SVG); beyond
+that the plan becomes an image of at most 900 evenly spaced ranks, so 10,000 stay readable and
+small. With a pipeline, all ranks are drawn once per stage, backward darker than forward. matplotlib
+is imported only when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -50,11 +49,11 @@ def draw_plans(
     width_in: float = 11.0,
     dpi: int = 160,
 ) -> None:
-    """Draw plans below each other on one time axis and write them to `path` (.png, .svg or .pdf).
+    """Draw plans one below another on one time axis and write them to `path` (.png, .svg or .pdf).
 
     plans: (title, plan, timeline) each; the step's time and bubble are added to the title.
-    cost: divides a microbatch's time among its pieces exactly; without it, roughly.
-    Raises ValueError for another kind of file, or for no plans.
+    cost: splits a microbatch's time among its pieces exactly; without it, roughly.
+    Raises ValueError for other file types, or for no plans.
     """
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
@@ -108,7 +107,7 @@ class _Panel:
 
 
 def figure_class() -> Any:
-    """matplotlib's Figure, without pyplot: no display, no global state. For other pictures too."""
+    """matplotlib's Figure, without pyplot: no display, no global state. Also for other figures."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -216,7 +215,7 @@ def _merge(boxes: Boxes, scale: float) -> _Blocks:
 
 
 def _draw_shapes(axes: Any, panel: _Panel, scale: float) -> None:
-    """Each block as a rectangle; the blocks of a ring on neighbouring ranks are one."""
+    """Draw each block as a rectangle; a ring on neighboring ranks is one block."""
     from matplotlib.collections import PolyCollection
 
     blocks, rows = _merge(panel.boxes, scale), panel.boxes.num_rows
@@ -240,7 +239,7 @@ def _draw_shapes(axes: Any, panel: _Panel, scale: float) -> None:
     if not mine.any():
         return
     face = _fill(panel.plan, blocks.seq[mine], blocks.backward[mine])
-    # Narrow blocks without an edge: a hundred short pieces must not become one white bar.
+    # No edge on narrow blocks: a hundred short pieces must not become one white bar.
     wide = (blocks.end - blocks.start)[mine] > 0.003 * float(blocks.end.max())
     axes.add_collection(
         PolyCollection(list(corners[mine]), facecolor=face, edgecolor="white",
@@ -258,9 +257,9 @@ def _fill(plan: StepPlan, seq: np.ndarray, backward: np.ndarray) -> np.ndarray:
 
 
 def _label(axes: Any, plan: StepPlan, blocks: _Blocks) -> None:
-    """Write the length on long sequences' blocks that have the room for it.
+    """Write the length on blocks of long sequences that have room for it.
 
-    A measured ring is many blocks, one per wait: the widest on a rank speaks for the others.
+    A measured ring is many blocks, one per wait: only the widest on a rank gets the label.
     """
     long = (blocks.kind == COMPUTE) & (blocks.seq >= 0)
     long[long] = is_long(plan)[blocks.seq[long]]
@@ -289,7 +288,7 @@ def _label(axes: Any, plan: StepPlan, blocks: _Blocks) -> None:
 
 
 def _text_that_fits(tokens: str, degree: int, width_in: float, height_in: float) -> str | None:
-    """The longest of "63K on 8 ranks", the same on two lines, "63K" that a block has room for."""
+    """The longest that fits of "63K on 8 ranks", the same on two lines, and "63K"."""
     texts = [tokens]
     if degree > 1:
         texts = [f"{tokens} on {degree} ranks", f"{tokens}\non {degree} ranks", tokens]
@@ -301,7 +300,7 @@ def _text_that_fits(tokens: str, degree: int, width_in: float, height_in: float)
 
 
 def _draw_image(axes: Any, panel: _Panel, scale: float) -> None:
-    """All boxes as pixels; of more ranks than the panel has lines, evenly spaced ones."""
+    """Draw all boxes as pixels; if there are too many ranks, evenly spaced ones."""
     boxes, plan = panel.boxes, panel.plan
     width, end_s = 2000, axes.get_xlim()[1] / scale
     shown = np.unique(np.linspace(0, boxes.num_rows - 1, min(boxes.num_rows, 900)).astype(int))
@@ -329,11 +328,11 @@ def _draw_image(axes: Any, panel: _Panel, scale: float) -> None:
 # ---- the key ----
 
 
-_Swatches = tuple[float, list[dict[str, Any]]]  # inches of each, and how each is drawn
+_Swatches = tuple[float, list[dict[str, Any]]]  # width of each in inches, and how each is drawn
 
 
 def _draw_key(figure: Any, panels: Sequence[_Panel]) -> None:
-    """One line below the panels that says what the colours are, made smaller where it is long."""
+    """Draw a one-line color key below the panels, scaled down to fit."""
     from matplotlib.patches import Rectangle
 
     width, height = figure.get_size_inches()
@@ -355,7 +354,7 @@ def _draw_key(figure: Any, panels: Sequence[_Panel]) -> None:
 
 
 def _key(panels: Sequence[_Panel]) -> list[tuple[_Swatches, str]]:
-    """What the panels show, in the order of the key."""
+    """Entries of the key for what the panels show, in order."""
     kinds = {code for panel in panels for code in np.unique(panel.boxes.kind).tolist()}
     pales = [{"facecolor": pale(hue)} for hue in (0.55, 0.12, 0.33, 0.8)]
     entries: list[tuple[_Swatches, str]] = [

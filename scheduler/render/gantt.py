@@ -1,10 +1,10 @@
-"""Boxes: a plan laid on a timeline, one box per stretch of time, for people to look at.
+"""Boxes: a plan laid out on a timeline, for drawing.
 
-A timeline knows *when* each microbatch of a rank ran, the plan knows *what* was in it. Put
-together, a microbatch's compute becomes one box per piece, as wide as its share of the work.
-Pictures and the text timeline are both drawn from these columns.
+A timeline knows *when* each microbatch of a rank ran, the plan knows *what* was in it. Combined, a
+microbatch's compute becomes one box per piece, as wide as its share of the work. Figures and the
+text timeline are both drawn from these columns.
 
-A span belongs to the microbatch whose local index its name carries: "3", "F3" or "B3", as
+A span belongs to the microbatch whose local index is in its name: "3", "F3" or "B3", as
 `simulate()` and the runtime write it. Spans with other names keep their kind and have no sequence.
 """
 
@@ -31,17 +31,17 @@ class Boxes:
     start_s: np.ndarray  # float64
     end_s: np.ndarray  # float64
     kind: np.ndarray  # int64: index into timeline.KINDS
-    seq: np.ndarray  # int64: sequence of a compute box, the ring's first of others; -1 if none
+    seq: np.ndarray  # int64: sequence of a compute box, else the ring's first one; -1 if none
     backward: np.ndarray  # bool: pipeline backward
     num_ranks: int
     num_rows: int  # num_ranks * num_stages
 
 
 def make_boxes(plan: StepPlan, timeline: Timeline, cost: CostModel | None = None) -> Boxes:
-    """Boxes of a plan and a timeline of it, planned or measured. Waiting makes no box.
+    """Boxes of a plan and its timeline, planned or measured. Waiting has no box.
 
-    cost: divides a microbatch's compute among its pieces; without it, attention and the rest of a
-    layer are taken to cost the same at 32K tokens.
+    cost: splits a microbatch's compute among its pieces; without it, attention and the rest of a
+    layer are assumed to cost the same at 32K tokens.
     """
     if timeline.num_ranks != plan.hdp_size:
         raise ValueError(
@@ -78,7 +78,7 @@ def _split(
     timeline: Timeline,
     cost: CostModel | None,
 ) -> Boxes:
-    """Cut each compute span of a microbatch into one box per piece, by the pieces' work."""
+    """Split each compute span of a microbatch into one box per piece, by the pieces' work."""
     pieces = np.diff(plan.piece_offsets)
     is_split = (columns["kind"] == COMPUTE) & (microbatch >= 0)
     is_split[is_split] = pieces[microbatch[is_split]] > 0

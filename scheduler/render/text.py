@@ -1,12 +1,12 @@
-"""Reports for a terminal: what a plan costs, as an aligned table, and how it looks, as text.
+"""Terminal reports: an aligned table of a plan's numbers, and its timeline as text.
 
     summary = summarise(plan, cost, timeline)          # numbers, also what --json prints
     print(table([summary]))
     print(ascii_timeline(plan, timeline))
 
-The text timeline has ranks down and time across. A letter is one long sequence (the legend gives
-its length and its ranks), `=` are short sequences, `~` communication that nothing hides, `%` host
-copies, `+` the reduction of gradients, and blank is a rank that waits.
+In the text timeline ranks run down and time runs across. A letter is one long sequence (the legend
+gives its length and number of ranks), `=` short sequences, `~` exposed communication, `%` exposed
+host copies, `+` the gradient reduction, and a blank a waiting rank.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def summarise(
 
 
 def kv_token_steps(plan: StepPlan) -> int:
-    """Sum over rings of tokens times ring steps: what travels, in tokens' KV.
+    """Sum over rings of tokens times ring steps: the traffic, in units of one token's KV.
 
-    Round a ring everything passes everybody; of a gathered ring a quarter is seen by nobody.
+    In a plain ring every block visits every rank; a gathered ring sends three quarters of that.
     """
     quarters = np.where(plan.gathered, 3, 4)
     return int((plan.seqlens * (plan.degrees - 1) * quarters).sum()) // 4
@@ -108,7 +108,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def align(rows: Sequence[Sequence[str]], *, gap: int = 3) -> str:
-    """Columns of text: the first to the left, the others to the right, a rule below the head."""
+    """Text table: first column left-aligned, others right-aligned, a rule below the header."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for cells in rows:
@@ -165,7 +165,7 @@ def _range(value: Mapping[str, int]) -> str:
 
 
 def _rings(counts: Mapping[int, int]) -> str:
-    """1x412 2x9 8x1; beyond four degrees, the middle ones together."""
+    """1x412 2x9 8x1; beyond four degrees, the middle ones are merged."""
     items = sorted(counts.items())
     if len(items) <= 4:
         return " ".join(f"{degree}x{count}" for degree, count in items)
@@ -186,11 +186,11 @@ def ascii_timeline(
     max_lines: int = MAX_LINES,
     end_s: float | None = None,
 ) -> str:
-    """Text picture of a plan (module docstring), at most `max_lines` ranks and `width` columns.
+    """Text timeline of a plan (module docstring), at most `max_lines` ranks and `width` columns.
 
-    width: columns of text; default that of the terminal. Neighbouring ranks that do the same share
-    a line; if there are still too many, evenly spaced ones are shown. end_s: time at the right
-    edge; default the end of this timeline.
+    width: columns of text; default: the terminal's. Identical neighboring ranks share a line; if
+    there are still too many, evenly spaced ones are shown. end_s: time at the right edge; default:
+    the end of this timeline.
     """
     width = shutil.get_terminal_size((100, 24)).columns if width is None else width
     boxes = make_boxes(plan, timeline, cost)
@@ -252,14 +252,14 @@ def _letters(plan: StepPlan) -> tuple[np.ndarray, list[str]]:
     names = string.ascii_uppercase + string.ascii_lowercase
     order = np.argsort(-plan.seqlens, kind="stable")
     long = [s for s in order.tolist() if plan.seqlens[s] > plan.max_tokens_per_rank]
-    if not long:  # all fit on one rank: show those that were spread nevertheless
+    if not long:  # all fit on one rank: show those on several anyway
         long = [s for s in order.tolist() if plan.degrees[s] > 1]
     legend = []
     for name, seq in zip(names, long, strict=False):
         letters[seq] = name
-        how = ", gathered" if plan.gathered[seq] else ""
+        mode = ", gathered" if plan.gathered[seq] else ""
         tokens = tokens_text(int(plan.seqlens[seq]))
-        legend.append(f"{name} {tokens} on {int(plan.degrees[seq])}{how}")
+        legend.append(f"{name} {tokens} on {int(plan.degrees[seq])}{mode}")
     letters[long[len(names) :]] = "#"
     if len(long) > len(names):
         legend.insert(0, f"# {len(long) - len(names)} more long ones")
@@ -279,7 +279,7 @@ def _symbols(boxes: Boxes, letters: np.ndarray) -> np.ndarray:
 
 
 def _line(start: np.ndarray, end: np.ndarray, symbols: np.ndarray, columns: int) -> str:
-    """Each cell shows what fills most of it; idle counts too. Times in columns."""
+    """Each cell shows what fills most of it, idle included. Times are in columns."""
     cells = []
     for x in range(columns):
         share = np.minimum(end, x + 1) - np.maximum(start, x)

@@ -1,1 +1,1 @@
-"""The simulator: when everything in a plan starts and ends."""
+"""The simulator: when each operation of a plan starts and ends."""

@@ -1,7 +1,7 @@
 """Events: when each operation of a plan without pipeline stages runs.
 
-All ranks walk at once, from ring to ring (rendezvous.py); local microbatches in a row are one step
-of that walk, so that it takes as many waves as there are rings in a row, not microbatches.
+All ranks advance together from ring to ring (rendezvous.py). Consecutive local microbatches are one
+step of that walk, so the number of waves depends on the rings of a rank, not on its microbatches.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from hdp.scheduler.step_plan import StepPlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operations:
-    """Columns over the operations of a step. A ring's operation ends on all ranks with the slowest.
+    """Columns over the operations of a step. On a ring, all ranks end with the slowest.
 
-    With pp_size 1 there is one operation for each microbatch, in the plan's order.
+    With pp_size 1 there is one operation per microbatch, in plan order.
     """
 
     microbatch: np.ndarray  # int64
     stage: np.ndarray  # int64
     part: np.ndarray  # "F" forward, "B" backward, "" both
-    ready_s: np.ndarray  # the device is free
-    start_s: np.ndarray  # it starts, on all ranks of the ring
-    own_s: np.ndarray  # seconds that it takes by itself
+    ready_s: np.ndarray  # when the device is free
+    start_s: np.ndarray  # when it starts, on all ranks of the ring
+    own_s: np.ndarray  # seconds that it takes on its own
     end_s: np.ndarray
 
 
 def deadlock(waiting: Iterable[str]) -> ValueError:
-    """What to raise when these never end."""
+    """The error for operations that never end."""
     names = "; ".join(islice(waiting, 8))
     return ValueError(f"acyclic_order: deadlock: {names} wait for each other")
 
@@ -41,7 +41,7 @@ def deadlock(waiting: Iterable[str]) -> ValueError:
 def run_flat(plan: StepPlan, total_s: np.ndarray) -> Operations:
     """Operations of a plan with pp_size 1; total_s: (num_microbatches,) seconds of each.
 
-    Raises ValueError if the plan deadlocks, and says who waits.
+    Raises ValueError naming the waiting ranks if the plan deadlocks.
     """
     count, first = len(total_s), plan.microbatch_offsets[:-1]
     meeting = meetings(plan)

@@ -2,8 +2,8 @@
 
 Stage s of n microbatches runs w = min(pp_size - 1 - s, n) forwards, then F(w) B(0) F(w + 1) B(1)
 .., then the remaining backwards. So forward i is operation max(i, 2 i - w) of its stage and
-backward i is operation min(w + 2 i + 1, n + i). Forward needs that of the stage before, backward
-that of the stage after, and ring partners meet in each stage, in forward and in backward.
+backward i is operation min(w + 2 i + 1, n + i). A forward needs that of the previous stage, a
+backward that of the next, and ring partners meet in each stage, in forward and in backward.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from .events import Operations, deadlock
 
 
 def run_1f1b(plan: StepPlan, total_s: np.ndarray, forward_share: float) -> Operations:
-    """Operations, of every stage of every rank; total_s: (num_microbatches,) seconds of each.
+    """Operations of every stage of every rank; total_s: (num_microbatches,) seconds of each.
 
-    Raises ValueError if the plan deadlocks, and says who waits.
+    Raises ValueError naming the waiting ranks if the plan deadlocks.
     """
     forward, backward, offsets = _positions(plan)
     seconds, start_s, end_s = _walk(plan, total_s, forward_share)
@@ -50,17 +50,17 @@ def run_1f1b(plan: StepPlan, total_s: np.ndarray, forward_share: float) -> Opera
 
 
 def finish_1f1b(plan: StepPlan, total_s: np.ndarray, forward_share: float) -> float:
-    """When the last operation ends: that of `run_1f1b`, without its columns."""
+    """When the last operation of `run_1f1b` ends, without building its columns."""
     end_s = float(_walk(plan, total_s, forward_share)[2].max())
     if np.isinf(end_s):
-        run_1f1b(plan, total_s, forward_share)  # says who waits
+        run_1f1b(plan, total_s, forward_share)  # raises, naming the waiting ranks
     return end_s
 
 
 def _positions(plan: StepPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where each forward and backward is, (pp_size, num_microbatches), and the lanes' offsets.
+    """Position of each forward and backward, (pp_size, num_microbatches), and the lane offsets.
 
-    Operations are in the order of ranks, on each rank in the order of stages.
+    Operations are ordered by rank, then by stage.
     """
     pp_size, rank = plan.pp_size, plan.microbatch_ranks
     first, n = plan.microbatch_offsets[rank], plan.num_microbatches[rank]

@@ -1,18 +1,19 @@
-"""The simulator: a discrete-event run of a StepPlan, with the semantics that the runtime has.
+"""The simulator: a discrete-event run of a StepPlan, with the semantics of the runtime.
 
-1. Each rank walks its microbatches in order; a microbatch takes `fixed_s`, its pieces, and the host
-   copies that they do not hide. Pieces that share a ring go round together.
-2. A microbatch on a ring starts when all ranks of the ring are there and lasts, on all of them, as
+1. Each rank runs its microbatches in order; a microbatch takes `fixed_s`, its pieces, and the host
+   copies that they do not hide. Pieces that share a ring share its steps.
+2. A microbatch on a ring starts when all ranks of the ring are ready and takes, on all of them, as
    long as on the slowest.
 3. With pp_size > 1 each rank is a pipeline. Its stages run 1F1B: stage s runs min(pp - 1 - s, n)
-   forwards, then alternates, then drains; forward of a stage follows that of the stage before,
-   backward follows that of the stage after. Ring partners meet in each stage, in forward and in
-   backward. Stages take the same time.
-4. The reduction of gradients starts when all ranks are done; if every rank's last microbatch is
-   local, it starts as soon as all ranks are in that microbatch's backward.
+   forwards, then alternates, then drains; a forward waits for that of the previous stage, a
+   backward for that of the next. Ring partners meet in each stage, in forward and in backward. All
+   stages take the same time.
+4. The gradient reduction starts when all ranks are done. If every ring's microbatch is the last one
+   on all of its ranks or on none (StepPlan.ends_together), it starts once all ranks are in the
+   backward of their last microbatch.
 
-This is the verifier of deadlock freedom: if ranks wait for each other in a circle the run stops
-short and the circle is reported (`test_deadlock_is_found`).
+The simulator also verifies deadlock freedom: if ranks wait for each other in a cycle, the run stops
+early and an error names them (`test_deadlock_is_found`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .timeline import Span, Timeline
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicrobatchTimes:
-    """Columns of seconds, (num_microbatches,) float64 each, forward + backward (of one stage)."""
+    """Seconds of each microbatch, (num_microbatches,) float64, forward + backward of one stage."""
 
     compute_s: np.ndarray  # kernels, fixed_s included
     comm_s: np.ndarray  # exposed P2P
@@ -45,9 +46,9 @@ class MicrobatchTimes:
 def microbatch_times(plan: StepPlan, cost: CostModel) -> MicrobatchTimes:
     """Seconds of each microbatch of the plan, columnar.
 
-    Pieces of one microbatch that share a ring go round together: a long one hides the transfer of a
-    short one, and they take the ring's steps once (`test_pieces_of_a_ring_go_round_together`). A
-    gathered one is alone on its ring and has a price of its own (`test_price_of_a_gathered_ring`).
+    Pieces of one microbatch that share a ring also share its steps: a long one hides the transfer
+    of a short one, and the steps are paid once (`test_pieces_of_a_ring_go_round_together`). A
+    gathered one is alone on its ring and priced separately (`test_price_of_a_gathered_ring`).
     """
     degrees, num_microbatches = plan.degrees, len(plan.offload_ratio)
     owner = np.repeat(np.arange(num_microbatches), np.diff(plan.piece_offsets))
@@ -80,7 +81,7 @@ def microbatch_times(plan: StepPlan, cost: CostModel) -> MicrobatchTimes:
 
 
 def rings_across_nodes(plan: StepPlan) -> np.ndarray:
-    """(num_seqs,) bool: whether the ranks of each sequence are on more than one node."""
+    """(num_seqs,) bool: whether each sequence's ring spans more than one node."""
     if plan.ranks_per_node is None or not plan.num_seqs:
         return np.zeros(plan.num_seqs, dtype=bool)
     nodes = plan.ring_ranks // plan.ranks_per_node
@@ -91,7 +92,7 @@ def rings_across_nodes(plan: StepPlan) -> np.ndarray:
 def simulate(plan: StepPlan, cost: CostModel) -> Timeline:
     """Run the plan with the times of `cost` and return the planned timeline.
 
-    Raises ValueError, with the ranks that wait for each other, if the plan deadlocks.
+    Raises ValueError naming the ranks that wait for each other if the plan deadlocks.
     """
     times = microbatch_times(plan, cost)
     operations = _run(plan, times, cost)
@@ -102,7 +103,7 @@ def simulate(plan: StepPlan, cost: CostModel) -> Timeline:
 
 
 def finish_s(plan: StepPlan, cost: CostModel) -> float:
-    """Seconds at which the simulated step of a plan ends, by `cost`, without making a timeline."""
+    """Seconds at which the simulated step ends under `cost`, without building a timeline."""
     times = microbatch_times(plan, cost)
     if plan.pp_size > 1:
         return finish_1f1b(plan, times.total_s, cost.forward_share) + cost.reduce_s
@@ -116,7 +117,7 @@ def _run(plan: StepPlan, times: MicrobatchTimes, cost: CostModel) -> Operations:
 
 
 def _reduction(plan: StepPlan, operations: Operations, cost: CostModel) -> tuple[float, float]:
-    """(start, end) seconds of the gradient reduction; its end is the step's."""
+    """(start, end) seconds of the gradient reduction, which ends the step."""
     all_done_s = float(operations.end_s.max())
     start_s = all_done_s
     if plan.pp_size == 1 and cost.reduce_s > 0.0 and plan.ends_together:
@@ -127,7 +128,7 @@ def _reduction(plan: StepPlan, operations: Operations, cost: CostModel) -> tuple
 
 
 def _spans(plan: StepPlan, times: MicrobatchTimes, operations: Operations) -> list[Span]:
-    """Spans of all operations: waiting for partners, compute, exposed copies, waiting for them."""
+    """Spans of all operations: wait for partners, compute, exposed transfers and copies, wait."""
     m = operations.microbatch
     share = operations.own_s / np.maximum(times.total_s[m], 1e-300)
     compute_s = operations.start_s + times.compute_s[m] * share
@@ -156,7 +157,7 @@ def _spans(plan: StepPlan, times: MicrobatchTimes, operations: Operations) -> li
 
 
 def _tail(plan: StepPlan, operations: Operations, cost: CostModel) -> list[Span]:
-    """From each device's last operation to the end of the step: waiting, then the reduction."""
+    """Spans from each device's last operation to the end of the step: wait, then reduction."""
     start_s, end_s = _reduction(plan, operations, cost)
     free_s = np.zeros((plan.hdp_size, plan.pp_size))
     rank = plan.microbatch_ranks[operations.microbatch]

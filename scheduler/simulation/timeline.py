@@ -1,15 +1,15 @@
-"""Timeline: who did what from when to when, in one step; planned and measured ones look the same.
+"""Timeline: what each rank did when in one step, planned or measured, in the same format.
 
-A span is one stretch of time on one rank (and pipeline stage). `simulate()` makes the planned
-timeline, the runtime makes the measured one from its own events, and both write the same Perfetto
-JSON (https://ui.perfetto.dev), so that a prediction is checked by laying one over the other.
+A span is one stretch of time on one rank (and pipeline stage). `simulate()` builds the planned
+timeline, the runtime builds the measured one from its own events, and both write the same Perfetto
+JSON (https://ui.perfetto.dev), so that you can check a prediction by overlaying the two.
 
 * compute, comm, offload, reduce   the rank is busy: kernels, exposed P2P, exposed host copies, the
-                                   reduction of gradients
-* wait                             it is there and has nothing to do: a partner of its ring is late,
-                                   a pipeline stage has not delivered, or others still work
+                                   gradient reduction
+* wait                             the rank is idle: a ring partner is late, a pipeline stage has not
+                                   delivered, or other ranks are still working
 
-What is not covered by a span is waiting too. Busy time counts "compute" only, so the bubble is the
+Time not covered by any span is waiting too. Busy time counts "compute" only, so the bubble is the
 share of the step in which a rank does no useful work: 1 - busy / makespan.
 """
 
@@ -25,8 +25,8 @@ import numpy as np
 
 KINDS = ("compute", "comm", "offload", "wait", "reduce")
 
-# Perfetto's reserved colour names: one hue per kind in its legacy JSON importer.
-_COLOURS = {
+# Perfetto's reserved color names: one hue per kind in its legacy JSON importer.
+_COLORS = {
     "compute": "good",
     "comm": "bad",
     "offload": "yellow",
@@ -48,7 +48,7 @@ class Span:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"span kind {self.kind!r} is none of {', '.join(KINDS)}")
+            raise ValueError(f"span kind {self.kind!r} must be one of {', '.join(KINDS)}")
         if not self.end_s >= self.start_s:
             raise ValueError(
                 f"span {self.name!r} of rank {self.rank} ends at {self.end_s} s, "
@@ -63,7 +63,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """All spans of one step. `title` names it in pictures and traces ("planned", "measured")."""
+    """All spans of one step. `title` names it in figures and traces ("planned", "measured")."""
 
     spans: tuple[Span, ...]
     num_ranks: int
@@ -108,7 +108,7 @@ class Timeline:
         return float(self.bubble.mean())
 
     def of_rank(self, rank: int) -> list[Span]:
-        """Spans of one rank in order of their start."""
+        """Spans of one rank, by stage and start."""
         return sorted(
             (span for span in self.spans if span.rank == rank),
             key=lambda span: (span.stage, span.start_s, span.end_s),
@@ -117,8 +117,8 @@ class Timeline:
     def to_perfetto(self, path: str | Path, *, others: Iterable[Timeline] = ()) -> None:
         """Write Chrome trace JSON that https://ui.perfetto.dev opens.
 
-        One process per timeline (this one, then `others`: planned beside measured), one thread
-        per rank and stage. Times are microseconds.
+        One process per timeline (this one, then `others`, such as the measured one), one thread per
+        rank and stage. Times are microseconds.
         """
         events = []
         for pid, timeline in enumerate((self, *others)):
@@ -127,8 +127,8 @@ class Timeline:
         Path(path).write_text(text, encoding="ascii")
 
     def _events(self, pid: int) -> list[dict[str, Any]]:
-        def named(what: str, tid: int, name: str) -> dict[str, Any]:
-            return {"ph": "M", "pid": pid, "tid": tid, "name": what, "args": {"name": name}}
+        def named(event: str, tid: int, name: str) -> dict[str, Any]:
+            return {"ph": "M", "pid": pid, "tid": tid, "name": event, "args": {"name": name}}
 
         events = [named("process_name", 0, self.title)]
         for rank in range(self.num_ranks):
@@ -143,7 +143,7 @@ class Timeline:
                     "tid": span.rank * self.num_stages + span.stage,
                     "name": span.name or span.kind,
                     "cat": span.kind,
-                    "cname": _COLOURS[span.kind],
+                    "cname": _COLORS[span.kind],
                     "ts": span.start_s * 1e6,
                     "dur": span.duration_s * 1e6,
                 }

@@ -1,1 +1,1 @@
-"""Sequence lengths: read from files, or drawn from named distributions."""
+"""Sequence lengths, read from files or drawn from named distributions."""

@@ -1,19 +1,19 @@
-"""Workloads: where the lengths of a batch come from, when there is no dataset at hand.
+"""Workloads: generators of batch lengths, for planning without a dataset.
 
-Long-context batches are long-tailed: most *samples* are short, yet a few long ones hold a good part
-of all *tokens*. Both halves matter to a planner (short ones want no communication, long ones want
-many ranks), so each generator here is built from published shares of tokens, and its shares of
-samples follow from them:
+Long-context batches are long-tailed: most *samples* are short, yet a few long ones hold a large
+share of all *tokens*. Both matter to a planner (short ones should not communicate, long ones need
+many ranks), so the corpora here are built from published token shares, from which the sample shares
+follow:
 
     bucket i holds a share t_i of all tokens
     =>  it holds a share (t_i / mean_i) / sum_j (t_j / mean_j) of all samples
 
 * `github-like`, `byted-like`: the two corpora of the ByteScale paper (Fig. 4): shares per octave
   from 2K to 2M tokens.
-* `wikipedia-like`, `lognormal`, `bimodal`: the shapes that planners are usually compared on, up to
+* `wikipedia-like`, `lognormal`, `bimodal`: the usual distributions for comparing planners, up to
   256K tokens.
-* `rl-rollout*`: groups of responses to one prompt, log-normal, cut at the response cap; responses
-  of one group are alike because half of the log-variance belongs to the prompt.
+* `rl-rollout*`: groups of responses to one prompt, log-normal, truncated at the response cap;
+  responses of one group are correlated, as half of the log-variance belongs to the prompt.
 
 Everything is seeded (`numpy.random.Generator`, PCG64): the same name, count and seed give the same
 lengths on every machine. `hdp.scheduler.workloads.read.read_lengths` takes real ones.
@@ -52,13 +52,13 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Buckets:
-    """Mixture of length buckets that is specified by shares of *tokens*.
+    """Mixture of length buckets, specified by shares of *tokens*.
 
-    `edges` has one entry more than `token_share`; bucket i is (edges[i], edges[i + 1]]. Samples are
+    `edges` has one more entry than `token_share`; bucket i is (edges[i], edges[i + 1]]. Samples are
     uniform in the first bucket; in the others *tokens* are spread evenly over the logarithm of the
     length, as they are over octaves in the corpora that this describes (density of samples: 1 /
-    length^2). With `last_at_edge` all samples of the last bucket have exactly its upper edge: what
-    a corpus looks like whose longest documents were cut there.
+    length^2). With `last_at_edge` all samples of the last bucket are exactly at its upper edge, as
+    in a corpus whose longest documents were truncated there.
     """
 
     edges: tuple[int, ...]
@@ -95,7 +95,7 @@ class Buckets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogNormal:
-    """Log-normal lengths cut to [1, cap]; with `group` > 1 members of a group share half of the
+    """Log-normal lengths clipped to [1, cap]; with `group` > 1 members of a group share half of the
     log-variance."""
 
     median: float
@@ -129,9 +129,9 @@ class Bimodal:
 
 
 # The paper's Fig. 4: shares of tokens per octave; labels are upper edges. For GitHub the figure
-# gives one number less than it has octaves up to 128K: the 34.0 % below 4K are divided so that 72 %
-# of the samples are <= 2K, as its other half says. For Byted the order of 10.7 and 14.2 is not
-# known, and the one octave that is not 7.6 % is taken to be the first.
+# gives one number fewer than it has octaves up to 128K: the 34.0 % below 4K are split so that 72 %
+# of the samples are <= 2K, as its other half states. For Byted the order of 10.7 and 14.2 is
+# unknown, and the one octave that is not 7.6 % is assumed to be the first.
 _OCTAVES = (128, *(KI << k for k in range(1, 12)))
 _GITHUB = (22.0, 12.0, 11.4, 10.4, 9.7, 9.5, 8.8, 6.4, 4.5, 3.0, 2.3)
 _BYTED = (10.2, 7.6, 7.6, 7.6, 7.6, 7.6, 7.6, 7.3, 14.2, 10.7, 12.1)
@@ -207,10 +207,10 @@ def draw(
     max_length: int | None = None,
     overlong: str = "truncate",
 ) -> np.ndarray:
-    """(n,) int64 lengths of the named workload: `num_sequences` of them, or as many as make
+    """(n,) int64 lengths of the named workload: `num_sequences` of them, or enough for
     `num_tokens` tokens.
 
-    With `num_tokens` the batch is filled in order of drawing and the last sequence is cut, so the
+    With `num_tokens` the batch is filled in draw order and the last sequence is truncated, so the
     total is exact (the fixed token batch of pre-training). `max_length` limits lengths first, as
     `limit_lengths` does. Raises ValueError for an unknown name or counts that are not positive.
     """
@@ -240,13 +240,12 @@ def draw(
         parts.append(part)
         missing -= int(part.sum())
     lengths = np.concatenate(parts)
-    lengths[-1] += missing  # missing <= 0: cut the last one
+    lengths[-1] += missing  # missing <= 0: truncate the last one
     return lengths
 
 
 def with_longest(seqlens: np.ndarray, longest: int) -> np.ndarray:
-    """The same lengths with the longest one set to `longest`: "one forced", as planner comparisons
-    do."""
+    """A copy with the longest sequence set to `longest`, as planner comparisons do."""
     seqlens = seqlens.copy()
     seqlens[int(np.argmax(seqlens))] = longest
     return seqlens
@@ -254,7 +253,7 @@ def with_longest(seqlens: np.ndarray, longest: int) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkSet:
-    """One row of the planner comparison: lengths, a cluster and the capacity that go with them."""
+    """One row of the planner comparison: lengths, a cluster and its capacity."""
 
     label: str
     workload: str
@@ -297,8 +296,8 @@ def _by_tokens(ranks: int, tokens_per_rank: int) -> BenchmarkSet:
 # Two published comparisons of planners. The first (16,384 tokens per rank, lengths up to 256K)
 # names median, number of sequences and ranks; the second (32,768 per rank, one sequence of 256K)
 # names median, sigma, tokens and ranks. What they leave open is fixed here: sigma 1.7 in the first,
-# at which Megatron's released scheduler scores what was published for it; bimodal's two ranges;
-# one 256K article in Wikipedia.
+# with which Megatron's released scheduler reproduces its published score; bimodal's two ranges; one
+# 256K article in Wikipedia.
 BENCHMARK_SETS: tuple[BenchmarkSet, ...] = (
     _by_count("lognormal", 512, 64),
     _by_count("lognormal", 2048, 64),
@@ -318,5 +317,5 @@ BENCHMARK_SETS: tuple[BenchmarkSet, ...] = (
 
 def _get(name: str) -> Workload:
     if name not in WORKLOADS:
-        raise ValueError(f"no workload {name!r}; there are {', '.join(WORKLOADS)}")
+        raise ValueError(f"no workload {name!r}; choose one of {', '.join(WORKLOADS)}")
     return WORKLOADS[name]

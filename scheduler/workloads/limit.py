@@ -1,4 +1,4 @@
-"""A maximum for lengths: what happens to a document that is longer."""
+"""Maximum length: what to do with longer sequences."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ OVERLONG = ("error", "drop", "truncate", "split")
 def limit_lengths(
     seqlens: np.ndarray, max_length: int | None, overlong: str = "truncate"
 ) -> np.ndarray:
-    """Lengths no longer than `max_length`: longer ones are an "error", or "drop", "truncate",
-    "split" them."""
+    """Limit lengths to `max_length`. `overlong` says what to do with longer ones: raise an "error",
+    "drop", "truncate" or "split" them."""
     if overlong not in OVERLONG:
         raise ValueError(f"overlong must be one of {', '.join(OVERLONG)}, not {overlong!r}")
     if max_length is None:

@@ -1,11 +1,10 @@
-"""Lengths of a batch: from a file, from a named workload; cut to a maximum where asked.
+"""Read the lengths of a batch from a file or a named workload, optionally limited to a maximum.
 
     from hdp.scheduler.workloads.read import read_lengths
     seqlens = read_lengths("lengths.txt")
     seqlens = read_lengths("workload:github-like", num_tokens=32 * 2**20, max_length=2**20)
 
-A document is never cut silently: what happens to one longer than `max_length` is always named by
-`overlong`.
+No document is truncated silently: `overlong` says what to do with one longer than `max_length`.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ def read_lengths(
 
     Files: text with one length per line (`#` starts a comment), `.npy` with a one-dimensional
     integer array, `.json` with a list of integers or an object that has one under "seqlens" or
-    "lengths" (a StepPlan in JSON will do), or the folder of a token cache (its `seqlens.npy`). With
-    `seed` a file is not shuffled: its order is kept. Raises ValueError for a source that is none of
+    "lengths" (a StepPlan in JSON works), or a token cache folder (its `seqlens.npy`). `seed`
+    does not shuffle a file: its order is kept. Raises ValueError for a source that is none of
     these, with the line or the value at fault.
     """
     text = str(source)
@@ -52,7 +51,9 @@ def read_lengths(
     seqlens = limit_lengths(_read_file(Path(text)), max_length, overlong)
     if num_sequences is not None:
         if num_sequences > len(seqlens):
-            raise ValueError(f"{text} has {len(seqlens)} lengths, {num_sequences} were asked for")
+            raise ValueError(
+                f"{text} has {len(seqlens)} lengths, fewer than num_sequences={num_sequences}"
+            )
         seqlens = seqlens[:num_sequences]
     if num_tokens is not None:
         seqlens = seqlens[: int(np.searchsorted(np.cumsum(seqlens), num_tokens)) + 1]
@@ -123,5 +124,7 @@ def _checked(values: np.ndarray, where: str) -> np.ndarray:
         at = int(np.argmin(values))
         raise ValueError(f"{where}: length {at} is {values[at]}; lengths must be at least 1 token")
     if int(values.max()) > np.iinfo(np.int64).max:
-        raise ValueError(f"{where}: length {int(np.argmax(values))} is {values.max()}, no int64")
+        raise ValueError(
+            f"{where}: length {int(np.argmax(values))} is {values.max()}, which does not fit in int64"
+        )
     return values.astype(np.int64)

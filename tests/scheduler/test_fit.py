@@ -133,7 +133,7 @@ def test_a_line_is_found(latency_s, bytes_per_s):
 
 
 def test_a_line_needs_sizes_that_differ():
-    with pytest.raises(ValueError, match="two sizes"):
+    with pytest.raises(ValueError, match="two message sizes"):
         fit_line([1024, 1024], [1.0, 1.0])
 
 

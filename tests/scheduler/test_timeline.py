@@ -51,7 +51,7 @@ def test_perfetto(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "sleep"}, "'sleep' is none of compute"),
+        ({"kind": "sleep"}, "'sleep' must be one of compute"),
         ({"end_s": -1.0}, "before its start"),
         ({"end_s": float("nan")}, "before its start"),
     ],
