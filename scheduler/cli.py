@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from hdp.scheduler.costs.cost_model import CostModel
-from hdp.scheduler.render.text import ascii_timeline, seconds_text, summarise, table, tokens_text
+from hdp.scheduler.render.text import ascii_timeline, seconds_text, summarize, table, tokens_text
 from hdp.scheduler.simulation.simulator import simulate
 from hdp.scheduler.simulation.timeline import Timeline
 from hdp.scheduler.workloads.generate import WORKLOADS
@@ -318,7 +318,7 @@ def _run_policy(
 
 def _simulated(plan: StepPlan, cost: CostModel, planning_s: float | None = None) -> _Result:
     timeline = replace(simulate(plan, cost), title=plan.policy)
-    summary = summarise(plan, cost, timeline, planning_s=planning_s)
+    summary = summarize(plan, cost, timeline, planning_s=planning_s)
     return _Result(plan=plan, timeline=timeline, summary=summary)
 
 

@@ -19,7 +19,7 @@ STRONG = (
 )  # fmt: skip
 
 
-def colours_of(plan: StepPlan) -> np.ndarray:
+def colors_of(plan: StepPlan) -> np.ndarray:
     """(num_seqs, 3) float64 RGB of each sequence."""
     order = np.argsort(-plan.seqlens, kind="stable")
     place = np.empty(plan.num_seqs, dtype=np.int64)

@@ -27,7 +27,7 @@ from hdp.scheduler.costs.cost_model import CostModel
 from hdp.scheduler.simulation.timeline import Timeline
 from hdp.scheduler.step_plan import StepPlan
 
-from .colors import STRONG, colours_of, is_long, pale, rgb
+from .colors import STRONG, colors_of, is_long, pale, rgb
 from .gantt import COMM, COMPUTE, OFFLOAD, REDUCE, Boxes, make_boxes
 from .text import tokens_text
 
@@ -251,7 +251,7 @@ def _draw_shapes(axes: Any, panel: _Panel, scale: float) -> None:
 def _fill(plan: StepPlan, seq: np.ndarray, backward: np.ndarray) -> np.ndarray:
     """(n, 3) RGB of compute boxes; a pipeline's backward is darker than its forward."""
     face = np.full((len(seq), 3), 0.88)
-    face[seq >= 0] = colours_of(plan)[seq[seq >= 0]]
+    face[seq >= 0] = colors_of(plan)[seq[seq >= 0]]
     face[backward] *= _BACKWARD_SHADE
     return face
 
@@ -271,8 +271,8 @@ def _label(axes: Any, plan: StepPlan, blocks: _Blocks) -> None:
     page_width, page_height = axes.figure.get_size_inches()
     inch_per_x = place.width * page_width / axes.get_xlim()[1]
     inch_per_row = place.height * page_height / axes.get_ylim()[0]
-    colours = _fill(plan, blocks.seq[which], blocks.backward[which])
-    for i, colour in zip(which.tolist(), colours, strict=True):
+    colors = _fill(plan, blocks.seq[which], blocks.backward[which])
+    for i, color in zip(which.tolist(), colors, strict=True):
         seq = int(blocks.seq[i])
         width = (blocks.end[i] - blocks.start[i]) * inch_per_x
         height = (blocks.bottom[i] - blocks.top[i]) * inch_per_row
@@ -281,7 +281,7 @@ def _label(axes: Any, plan: StepPlan, blocks: _Blocks) -> None:
         )
         if text is None:
             continue
-        ink = "white" if colour @ (0.299, 0.587, 0.114) < 0.62 else _INK
+        ink = "white" if color @ (0.299, 0.587, 0.114) < 0.62 else _INK
         axes.text((blocks.start[i] + blocks.end[i]) / 2, (blocks.top[i] + blocks.bottom[i]) / 2,
                   text, ha="center", va="center", fontsize=7.5, color=ink, linespacing=1.1,
                   clip_on=True)  # fmt: skip
@@ -306,12 +306,12 @@ def _draw_image(axes: Any, panel: _Panel, scale: float) -> None:
     shown = np.unique(np.linspace(0, boxes.num_rows - 1, min(boxes.num_rows, 900)).astype(int))
     line_of_row = np.full(boxes.num_rows, -1)
     line_of_row[shown] = np.arange(len(shown))
-    colours = np.empty((len(boxes.row), 3))
-    for code, colour in ((COMM, _COMM_FLAT), (OFFLOAD, _OFFLOAD), (REDUCE, _REDUCE)):
-        colours[boxes.kind == code] = rgb(colour)
+    colors = np.empty((len(boxes.row), 3))
+    for code, color in ((COMM, _COMM_FLAT), (OFFLOAD, _OFFLOAD), (REDUCE, _REDUCE)):
+        colors[boxes.kind == code] = rgb(color)
     mine = boxes.kind == COMPUTE
-    colours[mine] = _fill(plan, boxes.seq[mine], boxes.backward[mine])
-    pixels = np.round(colours * 255).astype(np.uint8)
+    colors[mine] = _fill(plan, boxes.seq[mine], boxes.backward[mine])
+    pixels = np.round(colors * 255).astype(np.uint8)
     left = np.round(boxes.start_s / end_s * width).astype(np.int64)
     right = np.round(boxes.end_s / end_s * width).astype(np.int64)
     line = line_of_row[boxes.row]
@@ -358,12 +358,12 @@ def _key(panels: Sequence[_Panel]) -> list[tuple[_Swatches, str]]:
     kinds = {code for panel in panels for code in np.unique(panel.boxes.kind).tolist()}
     pales = [{"facecolor": pale(hue)} for hue in (0.55, 0.12, 0.33, 0.8)]
     entries: list[tuple[_Swatches, str]] = [
-        ((0.17, [{"facecolor": colour} for colour in STRONG[:3]]), "long sequence on its ring"),
+        ((0.17, [{"facecolor": color} for color in STRONG[:3]]), "long sequence on its ring"),
         ((0.12, pales), "short sequences"),
     ]
     if any(panel.boxes.backward.any() for panel in panels):
         shades = [[part * shade for part in rgb(STRONG[0])] for shade in (1.0, _BACKWARD_SHADE)]
-        entries.append(((0.17, [{"facecolor": colour} for colour in shades]), "forward, backward"))
+        entries.append(((0.17, [{"facecolor": color} for color in shades]), "forward, backward"))
     waiting: dict[str, Any] = {"facecolor": _COMM, "hatch": "//////", "edgecolor": _HATCH}
     if all(panel.boxes.num_rows > MAX_VECTOR_ROWS for panel in panels):  # pixels have no hatching
         waiting = {"facecolor": _COMM_FLAT}

@@ -1,6 +1,6 @@
 """Terminal reports: an aligned table of a plan's numbers, and its timeline as text.
 
-    summary = summarise(plan, cost, timeline)          # numbers, also what --json prints
+    summary = summarize(plan, cost, timeline)          # numbers, also what --json prints
     print(table([summary]))
     print(ascii_timeline(plan, timeline))
 
@@ -28,7 +28,7 @@ MAX_LINES = 24
 MAX_LEGEND_LINES = 3
 
 
-def summarise(
+def summarize(
     plan: StepPlan, cost: CostModel, timeline: Timeline, *, planning_s: float | None = None
 ) -> dict[str, Any]:
     """Numbers of one simulated plan; seconds, bytes and shares, JSON-ready."""

@@ -2,11 +2,11 @@
 
 A span is one stretch of time on one rank (and pipeline stage). `simulate()` builds the planned
 timeline, the runtime builds the measured one from its own events, and both write the same Perfetto
-JSON (https://ui.perfetto.dev), so that you can check a prediction by overlaying the two.
+JSON (https://ui.perfetto.dev); overlay the two to check a prediction.
 
 * compute, comm, offload, reduce   the rank is busy: kernels, exposed P2P, exposed host copies, the
                                    gradient reduction
-* wait                             the rank is idle: a ring partner is late, a pipeline stage has not
+* wait                             the rank is idle: a ring partner is late, a stage has not
                                    delivered, or other ranks are still working
 
 Time not covered by any span is waiting too. Busy time counts "compute" only, so the bubble is the

@@ -125,6 +125,6 @@ def _checked(values: np.ndarray, where: str) -> np.ndarray:
         raise ValueError(f"{where}: length {at} is {values[at]}; lengths must be at least 1 token")
     if int(values.max()) > np.iinfo(np.int64).max:
         raise ValueError(
-            f"{where}: length {int(np.argmax(values))} is {values.max()}, which does not fit in int64"
+            f"{where}: length {int(np.argmax(values))} is {values.max()}, too large for int64"
         )
     return values.astype(np.int64)

@@ -162,9 +162,9 @@ def test_cost_model_decides_the_degree() -> None:
     ("samples", "options", "message"),
     [
         ([], {}, "no samples"),
-        ([(4, 1.5)], {}, r"\(4, 1.5\) is no .id, number of tokens"),
-        ([(4,)], {}, r"\(4,\) is no .id, number of tokens"),
-        ([(3, 5), (4, 5), (4, 6)], {}, "id 4 is that of two samples"),
+        ([(4, 1.5)], {}, r"\(4, 1.5\) is not an .id, number of tokens"),
+        ([(4,)], {}, r"\(4,\) is not an .id, number of tokens"),
+        ([(3, 5), (4, 5), (4, 6)], {}, "two samples have id 4"),
         ([(4, 0)], {}, "sample 4 has 0 tokens"),
         ([(4, 1000)], {}, "1000 tokens needs 10 ranks of 100, there are 4"),
         ([(4, 10)], {"num_ranks": 0}, "ranks=0"),

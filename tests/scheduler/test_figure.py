@@ -14,7 +14,7 @@ from hdp.scheduler.render.text import (
     kv_token_steps,
     markdown,
     seconds_text,
-    summarise,
+    summarize,
     table,
     tokens_text,
 )
@@ -151,7 +151,7 @@ def test_more_long_sequences_than_letters() -> None:
 
 def test_summary_adds_up() -> None:
     made, timeline = _planned("static")
-    summary = summarise(made, COST, timeline)
+    summary = summarize(made, COST, timeline)
     assert summary["step_s"] == timeline.makespan_s == pytest.approx(made.predicted_s)
     assert summary["gap"] == pytest.approx(made.predicted_s / made.lower_bound_s - 1)
     assert summary["bubble"] == pytest.approx(1 - timeline.busy_s.mean() / timeline.makespan_s)
@@ -167,12 +167,12 @@ def test_gathered_rings_are_told() -> None:
     )
     made = plan([1000], hdp_size=8, max_tokens_per_rank=500, cost=cost)
     timeline = simulate(made, cost)
-    summary = summarise(made, cost, timeline)
+    summary = summarize(made, cost, timeline)
     assert summary["gathered_rings"] == 1 and summary["sent_bytes"] == 1000 * 7 * 3 / 4
     assert "  of them gathered" in table([summary])
     assert "A 1000 on 8, gathered" in ascii_timeline(made, timeline, cost=cost, width=60)
     around = plan([1000], hdp_size=2, max_tokens_per_rank=500, cost=cost)
-    assert "gathered" not in table([summarise(around, cost, simulate(around, cost))])
+    assert "gathered" not in table([summarize(around, cost, simulate(around, cost))])
     assert "gathered" not in ascii_timeline(around, simulate(around, cost), cost=cost, width=60)
 
 

@@ -209,14 +209,14 @@ def test_bad_arrays_are_clear_errors(tmp_path) -> None:
     with pytest.raises(ValueError, match="timedelta64"):
         read_lengths(tmp_path / "a.npy")
     np.save(tmp_path / "a.npy", np.array([1, 2**63 + 5], dtype=np.uint64))
-    with pytest.raises(ValueError, match="length 1 is 9223372036854775813, no int64"):
+    with pytest.raises(ValueError, match="length 1 is 9223372036854775813, too large for int64"):
         read_lengths(tmp_path / "a.npy")
 
 
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("workload:nope", {}, "no workload 'nope'; there are github-like"),
+        ("workload:nope", {}, "no workload 'nope'; choose one of github-like"),
         ("no-such-file", {}, "no file no-such-file"),
         ("workload:bimodal", {"num_sequences": 0}, "at least 1, not 0"),
         ("workload:bimodal", {"num_tokens": -5}, "at least 1, not -5"),
@@ -233,7 +233,7 @@ def test_bad_requests_are_clear_errors(source: str, options: dict, message: str)
 
 def test_more_lengths_than_the_file_has(tmp_path) -> None:
     (tmp_path / "a.txt").write_text("5\n")
-    with pytest.raises(ValueError, match="has 1 lengths, 2 were asked for"):
+    with pytest.raises(ValueError, match="has 1 lengths, fewer than num_sequences=2"):
         read_lengths(tmp_path / "a.txt", num_sequences=2)
 
 
