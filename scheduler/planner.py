@@ -75,8 +75,7 @@ def plan(
     units: (num_seqs,) integers; sequences with equal units share a microbatch on the same ranks
     pp_size: pipeline stages of each rank
     cp_size: ranks per ring, for the static policy only; default: the smallest that fits the longest
-    ranks_per_node: a ring that fits in a node stays inside one, others take whole nodes; None: all
-        ranks form one node
+    ranks_per_node: rings that fit stay inside a node, others take whole nodes; None: one node
     offload: let activations move to the host where forward hides it, for fewer ranks (Eq. 3)
     equal_counts: give every rank the same number of microbatches (expert parallelism and ZeRO-3
         across ranks need it), padding with empty ones

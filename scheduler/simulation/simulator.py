@@ -103,7 +103,7 @@ def simulate(plan: StepPlan, cost: CostModel) -> Timeline:
 
 
 def finish_s(plan: StepPlan, cost: CostModel) -> float:
-    """Seconds at which the simulated step ends under `cost`, without building a timeline."""
+    """Seconds at which the simulated step of `plan` ends under `cost`, without a timeline."""
     times = microbatch_times(plan, cost)
     if plan.pp_size > 1:
         return finish_1f1b(plan, times.total_s, cost.forward_share) + cost.reduce_s
