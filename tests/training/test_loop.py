@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import re
 import shutil
 
@@ -13,56 +12,14 @@ import pytest
 
 from hdp.config import TrainConfig
 from hdp.scheduler import CostModel
-from tests.patience import patience
 from tests.run_ranks import RankError, run_ranks
-
-MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 272,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-}
+from tests.training.runs import MODEL, config, write_inputs
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A folder of long-tailed text files and a model's config."""
-    root = tmp_path_factory.mktemp("inputs")
-    rng = random.Random(0)
-    words = ["alpha", "beta", "gamma", "delta", "ring", "rank", "plan", "\n"]
-    (root / "text").mkdir()
-    for i in range(60):
-        length = min(700, int(rng.lognormvariate(4.0, 1.2)) + 1)
-        text = " ".join(rng.choice(words) for _ in range(length))[:length]
-        (root / "text" / f"{i:03}.txt").write_text(text)
-    (root / "model").mkdir()
-    (root / "model" / "config.json").write_text(json.dumps(MODEL))
-    return root
-
-
-def config(inputs, run_dir, **options) -> TrainConfig:
-    defaults = {
-        "model": str(inputs / "model"),
-        "random_init": True,
-        "data": str(inputs / "text"),
-        "tokenizer": "bytes",
-        "cache_dir": str(inputs / "cache"),
-        "device": "cpu",
-        "steps": 30,
-        "batch_tokens": 900,
-        "max_tokens_per_rank": 704,
-        "warmup_steps": 5,
-        "lr": 1e-2,
-        "run_dir": str(run_dir),
-        "tensorboard": False,
-        "timeout_s": patience(60),
-    }
-    return TrainConfig(**{**defaults, **options})
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def _train(rank, world, options):
