@@ -49,7 +49,11 @@ if TYPE_CHECKING:
     from hdp.scheduler import CostModel as CostModel
     from hdp.scheduler import StepPlan as StepPlan
     from hdp.scheduler import plan as plan
+    from hdp.training.callbacks import Callback as Callback
     from hdp.training.loop import train as train
+    from hdp.training.metrics import StepMetrics as StepMetrics
+    from hdp.training.progress import Progress as Progress
+    from hdp.training.setup import Run as Run
     from hdp.training.step import StepContext as StepContext
     from hdp.training.step import StepResult as StepResult
     from hdp.training.step import forward_step as forward_step
@@ -72,6 +76,10 @@ _EXPORTS = {  # module -> its public names, in the order of docs/api.md
     "hdp.objectives": ("Objective", "Share", "cross_entropy", "token_cross_entropy"),
     "hdp.training.step": ("train_step", "forward_step", "StepContext", "StepResult"),
     "hdp.training.loop": ("train",),
+    "hdp.training.callbacks": ("Callback",),
+    "hdp.training.setup": ("Run",),
+    "hdp.training.progress": ("Progress",),
+    "hdp.training.metrics": ("StepMetrics",),
     "hdp.config": ("TrainConfig",),
     "hdp.errors": (
         "HDPError",

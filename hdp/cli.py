@@ -23,6 +23,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from hdp.config import TrainConfig
+    from hdp.training.callbacks import Callback
+    from hdp.training.progress import Progress
+    from hdp.training.setup import Run
 
 Config = TypeVar("Config")
 
@@ -117,17 +120,26 @@ def _train(argv: Sequence[str]) -> int:
     return run_training(parse_config(TrainConfig, argv, prog="hdp train"))
 
 
-def run_training(config: TrainConfig) -> int:
-    """Run train(config) for a command line; returns the exit code.
+def run_training(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> int:
+    """Run train(config, callbacks) for a command line; returns the exit code.
 
-    Errors are printed once, as a message; the traceback goes to the run folder. Errors that concern
-    all ranks are raised on all; those of a single rank reach rank 0 through the watchdog.
+    A run that a signal stopped exits with 128 + the signal's number, as a shell reports it. Errors
+    are printed once, as a message; the traceback goes to the run folder. Errors that concern all
+    ranks are raised on all; those of a single rank reach rank 0 through the watchdog.
     """
     from hdp.checkpoint.directory import committed
+    from hdp.training.callbacks import Callback
     from hdp.training.loop import train
 
+    class Outcome(Callback):
+        stop_signal = 0
+
+        def on_train_end(self, run: Run, progress: Progress) -> None:
+            self.stop_signal = progress.stop_signal
+
+    outcome = Outcome()
     try:
-        train(config)
+        train(config, [*callbacks, outcome])
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             hint = f"run the same command to resume from the last checkpoint in {config.run_dir}"
@@ -138,7 +150,7 @@ def run_training(config: TrainConfig) -> int:
                 )
             print(f"hdp: interrupted; {hint}", file=sys.stderr, flush=True)
         return 130
-    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
+    except Exception as error:
         rank = os.environ.get("RANK", "0")
         trace = Path(config.run_dir) / f"traceback-{rank}.txt"
         where = f"\n(traceback: {trace})"
@@ -153,4 +165,4 @@ def run_training(config: TrainConfig) -> int:
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             print(f"hdp: error: {kind}{error}{where}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
-    return 0
+    return 128 + outcome.stop_signal if outcome.stop_signal else 0

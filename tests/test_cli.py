@@ -98,7 +98,7 @@ def test_scheduler_commands_are_reached(command: str, capsys: pytest.CaptureFixt
 def test_an_error_of_a_run_is_a_message_and_keeps_its_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(config: TrainConfig) -> None:
+    def fail(config: TrainConfig, callbacks: object) -> None:
         raise error
 
     monkeypatch.setattr("hdp.training.loop.train", fail)
@@ -111,6 +111,10 @@ def test_an_error_of_a_run_is_a_message_and_keeps_its_traceback(
     error = RuntimeError("a lost rank")
     assert run_training(config) == 1
     assert "RuntimeError: a lost rank" in capsys.readouterr().err
+    error = KeyError("q_proj")  # nothing that we raise on purpose
+    assert run_training(config) == 1
+    captured = capsys.readouterr().err
+    assert captured.startswith("hdp: error: KeyError: 'q_proj'\n") and "Traceback" not in captured
     error = KeyboardInterrupt()
     assert run_training(config) == 130
     expected = "will start over (use --save-every N to save during training)"

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from hdp.checkpoint.checkpointer import Checkpointer
 from hdp.config import TrainConfig
+from hdp.data.feed import StepBatch
 from hdp.distributed.agree import agree_on_values, on_rank_0
 from hdp.distributed.fsdp import full_state_dict
 from hdp.distributed.mesh import HDPMesh
@@ -24,23 +28,30 @@ from hdp.distributed.watchdog import Watchdog
 from hdp.errors import CheckpointError
 from hdp.models.export import check_target, export_model
 
+from .callbacks import Callback, Callbacks
 from .metrics import MetricsWriter, StepMetrics
 from .observe import Observer, write_trace
 from .optim import learning_rate, set_learning_rate
+from .progress import Progress
+from .saves import Saves
 from .setup import Run, set_up
+from .signals import StopSignals
 from .step import train_step
 
 _PATHS = ("model", "data", "tokenizer", "cache_dir", "run_dir", "cost", "export_hf")
 _LONG_S = 3600.0  # time limit for loading, saving and exporting before a rank counts as hung
 
 
-def train(config: TrainConfig) -> list[StepMetrics]:
+def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> list[StepMetrics]:
     """Train as `config` says, on all ranks that torchrun started (without torchrun: on one).
 
-    Returns the metrics of the logged steps, on all ranks. Raises ValueError for a configuration
-    that cannot run, NonFiniteError before a bad update is applied, RankFailure when another rank is
-    lost, and CheckpointError if the last save failed.
+    callbacks: your code at named points of the run; see `Callback`. Returns the metrics of the
+    logged steps, on all ranks. SIGTERM, SIGINT, SIGUSR1 and SIGHUP end the run after the current
+    step, with a checkpoint. Raises ValueError for a configuration that cannot run, NonFiniteError
+    before a bad update is applied, RankFailure when another rank is lost, and CheckpointError if
+    the last save failed.
     """
+    events = Callbacks(callbacks)
     device = None if config.device == "auto" else config.device
     with (
         HDPMesh.create(hdp_size=config.hdp_size, device=device, timeout_s=_LONG_S) as mesh,
@@ -64,10 +75,14 @@ def train(config: TrainConfig) -> list[StepMetrics]:
             if run.is_main:
                 (Path(config.run_dir) / "config.json").write_text(config.to_json() + "\n")
             with watchdog.allow(_LONG_S, "loading a checkpoint"):
-                last_step, total_tokens = _resume(run, checkpointer)
-            metrics = list(_steps(run, checkpointer, last_step + 1, total_tokens))
-            with watchdog.allow(_LONG_S, "writing the last checkpoint and the model"):
-                _finish(run, checkpointer)
+                progress = _resume(run, checkpointer)
+            with StopSignals(run.say) as signals:
+                saves = Saves(run, checkpointer, events)
+                events.on_train_start(run, progress)
+                metrics = list(_steps(run, saves, progress, events, signals))
+                with watchdog.allow(_LONG_S, "writing the last checkpoint and the model"):
+                    _finish(run, saves, progress)
+                events.on_train_end(run, progress)
     return metrics
 
 
@@ -87,34 +102,29 @@ def _check_same_options(config: TrainConfig, mesh: HDPMesh) -> None:
 
 
 def _steps(
-    run: Run, checkpointer: Checkpointer, first_step: int, total_tokens: int
+    run: Run, saves: Saves, progress: Progress, events: Callback, signals: StopSignals
 ) -> Iterator[StepMetrics]:
-    """Run steps first_step .. config.steps and yield the metrics of the logged ones.
-
-    total_tokens: tokens the run has already trained on.
-    """
-    config, watchdog, sampler = run.config, run.context.watchdog, run.sampler
+    """Run the steps from progress.step + 1 on and yield the metrics of the logged ones."""
+    config, watchdog = run.config, run.context.watchdog
     observer = Observer(run)
     with (
         MetricsWriter(
             Path(config.run_dir),
             tensorboard=config.tensorboard,
             enabled=run.is_main,
-            first_step=first_step,
+            first_step=progress.first_step,
             say=run.say,
         ) as writer,
         run.feed() as feed,
     ):
         batches, began = iter(feed), time.perf_counter()
-        for step in range(first_step, config.steps + 1):
+        for step in range(progress.first_step, config.steps + 1):
             watchdog.progress(step=step, what="waiting for the plan and tokens")
             batch = next(batches)
             lr = learning_rate(config, step)
             set_learning_rate(run.optimizer, lr)
             result = train_step(run.context, batch)
-            assert batch.next_position is not None
-            sampler.position = batch.next_position
-            total_tokens += int(batch.plan.seqlens.sum())
+            _advance(run, progress, batch)
             ended = time.perf_counter()
             if step % config.log_every == 0 or step == config.steps:
                 metrics = observer.measure(
@@ -123,24 +133,52 @@ def _steps(
                     result,
                     lr=lr,
                     step_s=ended - began,
-                    total_tokens=total_tokens,
+                    total_tokens=progress.total_tokens,
                 )
                 run.say(metrics.line(config.steps))
                 writer.write(metrics)
+                events.on_step_end(run, progress, metrics)
                 yield metrics
             began = ended
             if step == config.trace_step:
                 write_trace(run, step, batch)
-            if step == config.steps or (config.save_every and step % config.save_every == 0):
+            stop = _agree(run, saves, progress, signals)
+            is_due = config.save_every and step % config.save_every == 0
+            if step == config.steps or is_due or stop:
                 with watchdog.allow(_LONG_S, f"saving step {step}"):
-                    _save(run, checkpointer, step, total_tokens)
+                    saves.start(progress)
+            if stop:
+                break
 
 
-def _resume(run: Run, checkpointer: Checkpointer) -> tuple[int, int]:
-    """(last step trained, tokens trained on) of the newest checkpoint; (0, 0) for a new run."""
+def _advance(run: Run, progress: Progress, batch: StepBatch) -> None:
+    """Count the step that has just been trained."""
+    assert batch.next_position is not None
+    run.sampler.position = batch.next_position
+    progress.step += 1
+    progress.total_tokens += int(batch.plan.seqlens.sum())
+
+
+def _agree(run: Run, saves: Saves, progress: Progress, signals: StopSignals) -> bool:
+    """Whether to stop after this step; also ends a save that all ranks have written. Collective.
+
+    Ranks receive signals and finish writing at different times, so both are settled by one small
+    all-reduce per step.
+    """
+    code = 1 + signals.received if signals.received else progress.stop_code
+    state = torch.tensor([code, int(saves.busy)], device=run.mesh.device)
+    dist.all_reduce(state, op=dist.ReduceOp.MAX, group=run.mesh.hdp_group)
+    code, busy = state.tolist()
+    if not busy:
+        saves.finish(progress)
+    return progress.settle_stop(code)
+
+
+def _resume(run: Run, checkpointer: Checkpointer) -> Progress:
+    """The progress stored in the newest checkpoint, which is loaded; that of a new run if none."""
     newest = checkpointer.latest()
     if newest is None:
-        return 0, 0
+        return Progress()
     if not run.config.resume:
         raise ValueError(
             f"{newest} exists but --no-resume was given: choose another --run-dir, or delete it"
@@ -162,35 +200,25 @@ def _resume(run: Run, checkpointer: Checkpointer) -> tuple[int, int]:
             f"all {run.config.steps} steps are done: raise --steps to train longer, or choose "
             "another --run-dir to start a new run"
         )
-    return restored.step, restored.extra["total_tokens"]
-
-
-def _save(run: Run, checkpointer: Checkpointer, step: int, total_tokens: int) -> None:
-    """Start a save. If the previous one failed, report that and keep training."""
-    try:
-        checkpointer.wait()
-    except CheckpointError as error:
-        run.say(f"{error}; training continues")
-    checkpointer.save(
-        step,
-        model=run.model,
-        optimizer=run.optimizer,
-        extra={
-            "sampler": run.sampler.state_dict(),
-            "total_tokens": total_tokens,
-            "data": run.dataset.fingerprint,
-        },
+    return Progress(
+        step=restored.step,
+        first_step=restored.step + 1,
+        total_tokens=restored.extra["total_tokens"],
     )
 
 
-def _finish(run: Run, checkpointer: Checkpointer) -> None:
+def _finish(run: Run, saves: Saves, progress: Progress) -> None:
     """Wait for the last save, then export; a failed save must not cost the export."""
     failed = None
     try:
-        checkpointer.wait()
+        saves.wait(progress)
     except CheckpointError as error:
         failed = error
-    if run.config.export_hf:
+    if progress.stop_reason:
+        run.say(f"stopped after step {progress.step} of {run.config.steps}: {progress.stop_reason}")
+    if run.config.export_hf and progress.stop_signal:  # whoever sent it will not wait for long
+        run.say("the model was not exported; run the same command to go on")
+    elif run.config.export_hf:
         _export(run, Path(run.config.export_hf))
     if failed is not None:
         raise failed

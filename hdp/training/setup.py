@@ -40,14 +40,17 @@ class Run:
 
     @property
     def mesh(self) -> HDPMesh:
+        """The ranks, and this rank's place among them."""
         return self.context.mesh
 
     @property
     def model(self) -> CausalLM:
+        """The sharded model; the transformers model is `run.model.model`."""
         return cast(CausalLM, self.context.model)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of the sharded parameters."""
         assert self.context.optimizer is not None
         return self.context.optimizer
 
