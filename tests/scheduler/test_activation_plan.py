@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -202,6 +203,8 @@ def test_a_table_for_people():
     assert len(lines) == len(classes) + 2
     assert lines[0].split() == ["class", "KB/token", "keep", "offload", "recompute"]
     assert "offloaded" in lines[-1]
+    slow = replace(plan, recompute_s=0.25, late_s=0.002)
+    assert "250.0 ms to recompute, 2.0 ms late" in slow.table()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdp.scheduler import CostModel, plan
+from hdp.scheduler.policies.batch import Batch
+from hdp.scheduler.policies.hdp.degrees import Degrees
+from hdp.scheduler.policies.hdp.lower_bound import needed_ticks
 from tests.scheduler.batches import COMPUTE_ONLY, WITH_COMM, lognormal
 from tests.scheduler.test_cost_model import costs
 
@@ -69,6 +72,18 @@ def test_bound_counts_microbatches() -> None:
     made = plan([10] * 7, hdp_size=2, max_tokens_per_rank=20, cost=cost)
     assert made.lower_bound_s == pytest.approx(2.0)
     assert made.predicted_s == pytest.approx(2.0)
+
+
+def test_needed_ticks_count_the_microbatches_of_local_jobs() -> None:
+    """A ring of 2 and six local jobs of 10 ticks (+ 3 fixed) in microbatches of 20: 2 + 3."""
+    cost = CostModel.from_coefficients(quadratic_s=0.0, linear_s=1.0, fixed_s=3.0)
+    batch = Batch.check([20] + [10] * 6, hdp_size=2, max_tokens_per_rank=20, cost=cost)
+    degrees = Degrees(batch)
+    degree = np.array([2] + [1] * 6)
+    one = round(1.0 / degrees.tick_s)
+    want = math.ceil((80 * one + 3 * one * 5) / 2)
+    got = needed_ticks(degrees, degree, degrees.ticks(slice(None), degree), 20 * one)
+    assert got == pytest.approx(want, abs=8)  # ticks are rounded
 
 
 CASES = [

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdp.scheduler import POLICIES, plan
+from hdp.scheduler.policies.batch import Batch
+from hdp.scheduler.policies.memory import max_pack_tokens
 from tests.scheduler.batches import WITH_COMM, batches
 
 
@@ -37,6 +39,16 @@ def test_more_host_memory_means_fewer_ranks():
         made = plan([262144] * 4, **options, policy="bytescale")
         degrees.append(int(made.degrees.max()))
     assert degrees[:3] == [32, 16, 8] and degrees[3] < 8
+
+
+def test_local_jobs_are_packed_beyond_a_rank_only_where_that_saves_fixed_time():
+    """More tokens per microbatch save nothing but `fixed_s`."""
+    for fixed_s, larger in ((0.0, False), (1e-3, True)):
+        cost = replace(WITH_COMM, fixed_s=fixed_s)
+        batch = Batch.check(
+            [4096] * 8, hdp_size=2, max_tokens_per_rank=8192, cost=cost, offload=True
+        )
+        assert (max_pack_tokens(batch) > 8192) is larger
 
 
 @pytest.mark.parametrize("policy", POLICIES)
