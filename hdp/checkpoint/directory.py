@@ -38,7 +38,7 @@ from typing import Any
 
 INFO_FILE = "hdp.json"
 FORMAT = "hdp-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # version 1 had no checksum of hdp.json itself
 _NAME = re.compile(r"step-(\d{8,})")
 _CHUNK_BYTES = 1 << 24
 
@@ -66,7 +66,8 @@ class CheckpointInfo:
 
     def write(self, directory: Path) -> None:
         """Write hdp.json and flush it to disk."""
-        text = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}, indent=1)
+        data = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
+        text = json.dumps({**data, "crc32": _json_crc32(data)}, indent=1)
         with open(directory / INFO_FILE, "w", encoding="ascii") as file:
             file.write(text + "\n")
             file.flush()
@@ -86,16 +87,24 @@ class CheckpointInfo:
             )
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            if data.pop("format") != FORMAT:
+            if data["format"] != FORMAT:
                 raise KeyError("format")
-            if (version := data.pop("version")) != FORMAT_VERSION:
+            if (version := data["version"]) not in (1, FORMAT_VERSION):
                 raise ValueError(
                     f"{checkpoint} has format version {version}, but this hdp reads "
                     f"{FORMAT_VERSION}; use hdp {data.get('hdp_version')}, which wrote it"
                 )
+            if version > 1 and data.pop("crc32") != _json_crc32(data):
+                raise ValueError(
+                    f"{path} is damaged: its checksum differs from the one written; "
+                    f"{_remedy(checkpoint)}"
+                )
+            del data["format"], data["version"]
             data["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
-            return cls(**data)
-        except json.JSONDecodeError as error:
+            info = cls(**data)
+            info._check_types()
+            return info
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is truncated or damaged ({error}); {_remedy(checkpoint)}"
             ) from error
@@ -103,6 +112,21 @@ class CheckpointInfo:
             raise ValueError(
                 f"{path} was not written by hdp ({error!r}); {_remedy(checkpoint)}"
             ) from error
+
+    def _check_types(self) -> None:
+        """Raise TypeError for a value that `write` cannot have written."""
+        for name in ("step", "serial", "world_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < (name == "world_size"):
+                raise TypeError(f"{name}: {value!r}")
+        for name in ("model_config", "extra"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"{name}: {getattr(self, name)!r}")
+        for name, record in self.files.items():
+            if type(record.num_bytes) is not int or type(record.crc32) is not int:
+                raise TypeError(f"{name}: {record}")
+            if Path(name).name != name:
+                raise TypeError(f"{name!r} is not in the checkpoint")
 
     def verify(self, checkpoint: Path, names: Iterable[str]) -> None:
         """Compare the named files with their records. Raises ValueError for the first mismatch."""
@@ -120,6 +144,11 @@ class CheckpointInfo:
                     f"{path} is damaged: its checksum differs from the one written; "
                     f"{_remedy(checkpoint)}"
                 )
+
+
+def _json_crc32(data: dict[str, Any]) -> int:
+    """CRC-32 of the values, however they are laid out in the file."""
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode("ascii"))
 
 
 def _remedy(checkpoint: Path) -> str:
@@ -176,8 +205,10 @@ def committed(directory: Path) -> list[Path]:
 
     def serial(path: Path) -> float:
         try:
-            return int(json.loads((path / INFO_FILE).read_text(encoding="utf-8"))["serial"])
-        except (OSError, ValueError, KeyError, TypeError):
+            data = json.loads((path / INFO_FILE).read_text(encoding="utf-8"))
+            is_intact = data["version"] == 1 or data.pop("crc32") == _json_crc32(data)
+            return int(data["serial"]) if is_intact else float("inf")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return float("inf")
 
     if not directory.is_dir():

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
+import pickle
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -21,8 +24,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -103,8 +108,11 @@ def put_state(
 
 
 def read_metadata(checkpoint: Path) -> Metadata:
-    """Names, shapes and locations of a checkpoint's tensors."""
-    return dcp.FileSystemReader(checkpoint).read_metadata()
+    """Names, shapes and locations of a checkpoint's tensors.
+
+    Raises ValueError for a file that refers to anything else, since unpickling it would run code.
+    """
+    return _Reader(checkpoint).read_metadata()
 
 
 def rng_buffer(metadata: Metadata, rank: int) -> torch.Tensor:
@@ -115,7 +123,51 @@ def rng_buffer(metadata: Metadata, rank: int) -> torch.Tensor:
 
 def fetch(state: dict[str, Any], checkpoint: Path, group: dist.ProcessGroup) -> None:
     """Fill `state` in place, resharding as needed. Collective; raises ERRORS on all ranks."""
-    dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint), process_group=group)
+    reader = _Reader(checkpoint)
+    dcp.load(state, storage_reader=reader, planner=_LoadPlanner(), process_group=group)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds only what torch puts into .metadata; a checkpoint may come from a stranger."""
+
+    _ALLOWED = re.compile(
+        r"torch\.distributed\.checkpoint\.(metadata|filesystem)\.[A-Za-z_]+"
+        r"|torch\.serialization\._get_layout|torch\.Size|torch\.device"
+        r"|torch\.(bool|u?int(8|16|32|64)|b?float(16|32|64)|float8_[a-z0-9]+|complex(64|128))"
+        r"|pathlib\.(Pure)?(Posix|Windows)?Path|collections\.OrderedDict|builtins\.(set|frozenset)"
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if not self._ALLOWED.fullmatch(full):
+            raise pickle.UnpicklingError(f"it refers to {full}")
+        return super().find_class(module, name)
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, but reading a checkpoint runs no code from it."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+            if not isinstance(metadata, Metadata):
+                raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+        except Exception as error:  # damaged pickles raise many classes
+            raise ValueError(f"{path} was not written by torch ({error}); remove it") from error
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """torch's planner, which unpickles values that are not tensors, but only if that is safe."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)  # raises for anything but plain data
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 # ---- writing ----
@@ -156,10 +208,18 @@ def reason(error: BaseException) -> str:
     """The end of a message, such as " on rank 2: OSError: No space left on device"."""
     failures = getattr(error, "failures", None)
     if not failures:
-        return f": {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f": {_in_words(error)}"
     cause = failures[min(failures)][0]
     ranks = ", ".join(map(str, sorted(failures)[:8]))
-    return f" on rank {ranks}: {type(cause).__name__}: {cause}"
+    return f" on rank {ranks}: {_in_words(cause)}"
+
+
+def _in_words(error: BaseException) -> str:
+    text = str(error).splitlines()[0] if str(error) else ""
+    if "enforce fail at inline_container" in text or "PytorchStreamWriter failed" in text:
+        # How torch's archive writer reports any failed write, whatever the cause.
+        return "the disk took no more data: it is full, or a quota is; make room for the next save"
+    return f"{type(error).__name__}: {text}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

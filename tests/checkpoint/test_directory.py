@@ -128,7 +128,7 @@ def _damage(path: Path, text: str | bytes | None) -> None:
         ('{"format": "hdp-checkpoint", "version": 1}', "hdp.json was not written by hdp"),
         (
             '{"format": "hdp-checkpoint", "version": 9, "hdp_version": "3.0"}',
-            "has format version 9, but this hdp reads 1; use hdp 3.0, which wrote it",
+            "has format version 9, but this hdp reads 2; use hdp 3.0, which wrote it",
         ),
     ],
 )
@@ -142,6 +142,60 @@ def test_damaged_or_foreign_info(tmp_path, text, message):
         CheckpointInfo.read(final)
     if "version" not in str(info.value):
         assert "remove it to resume from step-00000010" in str(info.value)
+
+
+def test_no_bit_flip_of_the_info_file_is_another_state(tmp_path):
+    """Each byte with one bit flipped: refused, or the same values in another layout."""
+    final = _save(tmp_path, 10)
+    path, want = final / INFO_FILE, CheckpointInfo.read(final)
+    text = path.read_bytes()
+    refused = 0
+    for i in range(len(text)):
+        for bit in (0, 1, 5):
+            flipped = bytearray(text)
+            flipped[i] ^= 1 << bit
+            path.write_bytes(flipped)
+            try:
+                assert CheckpointInfo.read(final) == want, f"byte {i} bit {bit}"
+            except ValueError:
+                refused += 1
+    assert refused > 2 * len(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", "x"),
+        ("step", -5),
+        ("step", 7.5),
+        ("step", None),
+        ("step", True),
+        ("world_size", 0),
+        ("serial", "1"),
+        ("extra", [1]),
+        ("model_config", None),
+        ("files", {"../../x": {"num_bytes": 1, "crc32": 1}}),
+        ("files", {"x": {"num_bytes": "1", "crc32": 1}}),
+        ("files", [1]),
+    ],
+)
+def test_values_that_no_save_writes_are_refused(tmp_path, name, value):
+    """In files of version 1, which have no checksum."""
+    final = _save(tmp_path, 10)
+    data = json.loads((final / INFO_FILE).read_text())
+    del data["crc32"]
+    (final / INFO_FILE).write_text(json.dumps({**data, "version": 1}))
+    assert CheckpointInfo.read(final).step == 10
+    (final / INFO_FILE).write_text(json.dumps({**data, "version": 1, name: value}))
+    with pytest.raises(ValueError, match=r"hdp\.json was not written by hdp"):
+        CheckpointInfo.read(final)
+
+
+def test_deep_nesting_is_refused(tmp_path):
+    final = _save(tmp_path, 10)
+    (final / INFO_FILE).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is truncated or damaged"):
+        CheckpointInfo.read(final)
 
 
 def test_missing_checkpoint(tmp_path):
@@ -168,7 +222,7 @@ def test_damaged_file(tmp_path, content, message):
 
 def test_info_file_is_json_that_others_can_read(tmp_path):
     info = json.loads((_save(tmp_path, 10) / INFO_FILE).read_text())
-    assert (info["format"], info["version"]) == ("hdp-checkpoint", 1)
+    assert (info["format"], info["version"]) == ("hdp-checkpoint", 2)
     assert (info["step"], info["serial"], info["world_size"]) == (10, 1, 1)
     assert (info["model_config"], info["extra"]) == ({"layers": 2}, {"tokens": 7})
     assert info["files"] == {"0.distcp": {"num_bytes": 4, "crc32": zlib.crc32(b"data")}}
