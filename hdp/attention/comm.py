@@ -21,6 +21,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -49,8 +50,10 @@ class Transfer:
     def wait(self) -> list[Tensor]:
         """Wait, then return the received tensors, in the order of `receives`."""
         start = self._comm.clock.now()
-        for work in self._works:
-            work.wait()
+        peers = tuple(sorted({rank for _, rank in (*self._sends, *self._receives)}))
+        with self._comm.on_wait(peers):
+            for work in self._works:
+                work.wait()
         self._comm.stats.waits.append((start, self._comm.clock.now()))
         self._comm.on_exchange()
         return [tensor for tensor, _ in self._receives]
@@ -62,7 +65,8 @@ class RingComm:
     `stats` grows until `take_stats` is called; call it once per step in your own training loop.
 
     group: the HDP axis; None: the default group. device: where the tensors live. on_exchange:
-    called after each completed transfer, as a heartbeat for a watchdog.
+    called after each completed transfer, as a heartbeat for a watchdog. on_wait: wraps each wait
+    for the given ranks, which are the ones to blame if it never ends.
     """
 
     def __init__(
@@ -71,9 +75,12 @@ class RingComm:
         device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
         *,
         on_exchange: Callable[[], None] = lambda: None,
+        on_wait: Callable[[tuple[int, ...]], AbstractContextManager[None]] = lambda ranks: (
+            nullcontext()
+        ),
     ) -> None:
         self.group = group
-        self.on_exchange = on_exchange
+        self.on_exchange, self.on_wait = on_exchange, on_wait
         self.clock = Clock(device)
         self.stats = CommStats()
 

@@ -68,13 +68,15 @@ class HDPMesh:
         hdp_size: int | None = None,
         device: str | torch.device | None = None,
         timeout_s: float = COLLECTIVE_TIMEOUT_S,
+        join_timeout_s: float | None = None,
     ) -> HDPMesh:
         """Join all ranks that torchrun started (without torchrun: one rank) into one HDP axis.
 
         `device`: "cpu" (gloo) or "cuda" (NCCL); defaults to cuda if available. `timeout_s`: how
         long a collective may wait before the communicator gives up; must exceed the longest step.
-        An existing default process group is reused, and `close` does not destroy it. Collective:
-        returns once all ranks have communicated.
+        `join_timeout_s`: how long to wait for missing ranks at start-up; None: as long. An existing
+        default process group is reused, and `close` does not destroy it. Collective: returns once
+        all ranks have communicated.
 
         Raises ValueError for an `hdp_size` that does not match the ranks, a broken torchrun
         environment, or a missing device.
@@ -87,7 +89,7 @@ class HDPMesh:
         if timeout_s <= 0:
             raise ValueError(f"timeout_s={timeout_s} must be positive")
         if not initialized:
-            _init_process_group(env, where, timeout_s)
+            _init_process_group(env, where, timeout_s, join_timeout_s or timeout_s)
         group = dist.group.WORLD
         assert group is not None
         mesh = cls.from_group(group, device=where, ranks_per_node=env["LOCAL_WORLD_SIZE"])
@@ -225,12 +227,14 @@ def _pick_device(
     return picked
 
 
-def _init_process_group(env: dict[str, int], device: torch.device, timeout_s: float) -> None:
+def _init_process_group(
+    env: dict[str, int], device: torch.device, timeout_s: float, join_timeout_s: float
+) -> None:
     cuda = device.type == "cuda"
     store: dist.Store = dist.HashStore()  # enough for a single process: opens no port
     if env["WORLD_SIZE"] > 1:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-        store = _fresh_store(store, env["RANK"], env["WORLD_SIZE"], timeout_s)
+        store = _fresh_store(store, env["RANK"], env["WORLD_SIZE"], join_timeout_s)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         store=store,
@@ -254,8 +258,17 @@ def _fresh_store(store: dist.Store, rank: int, size: int, timeout_s: float) -> d
     if rank > 0:
         token = uuid.uuid4().hex
         store.set(f"token/{rank}", token)
+        try:
+            store.wait([f"prefix/{token}"], timedelta(seconds=timeout_s))
+        except dist.DistStoreError as error:
+            raise ValueError(
+                f"rank 0 did not join within {timeout_s:g} s, says rank {rank}; check its output"
+            ) from error
         prefix = store.get(f"prefix/{token}").decode()
         store.set(f"{prefix}/joined/{rank}", "")
+        store.wait([f"{prefix}/start"], timedelta(seconds=timeout_s + 60))  # rank 0 decides
+        if problem := store.get(f"{prefix}/start").decode():
+            raise ValueError(problem)
         return dist.PrefixStore(prefix, store)
     prefix = uuid.uuid4().hex
     missing, answered = set(range(1, size)), set()
@@ -271,32 +284,45 @@ def _fresh_store(store: dist.Store, rank: int, size: int, timeout_s: float) -> d
             elif store.check([f"{prefix}/joined/{other}"]):
                 missing.discard(other)
         if time.monotonic() > deadline:
-            raise ValueError(
+            problem = (
                 f"{len(missing)} of {size} ranks did not join within {timeout_s:g} s: "
                 f"{', '.join(map(str, sorted(missing)[:8]))}; check their output"
             )
+            store.set(f"{prefix}/start", problem)
+            raise ValueError(problem)
         time.sleep(0.005)
+    store.set(f"{prefix}/start", "")
     return dist.PrefixStore(prefix, store)
 
 
 # ---- agreement on the plan ----
 
 
-def agree_on_plan(mesh: HDPMesh, plan: StepPlan) -> None:
+def agree_on_plan(mesh: HDPMesh, plan: StepPlan, *, num_loss_tokens: int = 0) -> None:
     """Raise ValueError on all ranks if any rank has a different plan, which would hang the step.
 
+    num_loss_tokens: label tokens of the whole step; a rank with another count would divide its
+    share of the loss by another number.
+
     Each rank computes the plan itself from the same input, so plans differ only if the input does
-    (data cache, seed, cost model, version). Costs one all-reduce of 16 int64 (the digest and its
-    negative under MAX); call it before the first collective that follows the plan. The message
-    names the ranks in the minority and the first difference.
+    (data cache, seed, cost model, version). Costs one all-reduce of 18 int64 (digest and count, and
+    their negatives, under MAX); call it before the first collective that follows the plan. The
+    message names the ranks in the minority and the first difference.
     """
     if mesh.hdp_size > 1:
-        words = torch.tensor([int(plan.digest[i : i + 8], 16) for i in range(0, 64, 8)])
+        digest = [int(plan.digest[i : i + 8], 16) for i in range(0, 64, 8)]
+        words = torch.tensor([*digest, num_loss_tokens])
         extremes = torch.cat([words, -words]).to(mesh.device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=mesh.hdp_group)
-        highest, lowest_negated = extremes.cpu().split(8)
-        if not torch.equal(highest, -lowest_negated):
+        highest, lowest = extremes.cpu().split(9)
+        lowest = -lowest
+        if not torch.equal(highest[:8], lowest[:8]):
             raise ValueError(_explain_disagreement(mesh, plan))
+        if highest[8] != lowest[8]:
+            raise ValueError(
+                f"ranks count from {lowest[8]} to {highest[8]} label tokens in this step: their "
+                "data differs; make sure that all nodes read the same data cache"
+            )
     if plan.hdp_size != mesh.hdp_size:
         raise ValueError(f"plan for hdp_size={plan.hdp_size} on a mesh of {mesh.hdp_size} ranks")
 

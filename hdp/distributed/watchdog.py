@@ -146,7 +146,7 @@ class Watchdog:
     @contextmanager
     def waiting(self, ranks: tuple[int, ...] = (), what: str = "") -> Iterator[None]:
         """Wrap a wait for other ranks (() for all), so that this rank is not blamed for a hang."""
-        place = self._place
+        place, outer = self._place, self._waiting_for
         self._place = {**place, "what": what} if what else place
         self._waiting_for = ranks
         self._progress += 1
@@ -154,7 +154,7 @@ class Watchdog:
             yield
             self._place = place  # not after an error: reports keep showing where it happened
         finally:
-            self._waiting_for = None
+            self._waiting_for = outer
             self._progress += 1
 
     @contextmanager

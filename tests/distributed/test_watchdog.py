@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hdp.attention.comm import RingComm
 from hdp.distributed.agree import is_collective_error
 from hdp.distributed.mesh import HDPMesh
 from hdp.distributed.watchdog import EXIT_CODE, Watchdog
@@ -128,6 +129,27 @@ def test_hanging_rank_is_named(tmp_path, mark):
         assert re.search(r" at test_watchdog.py:\d+ _hang, ", failures[rank])
     # The hung rank shows where.
     assert "in _hang" in failures[1]
+
+
+def _ring(rank, mesh, watchdog, culprit):
+    """Rank `culprit` hangs inside its microbatch while its ring waits for keys, as in training."""
+    comm = RingComm(mesh.hdp_group, on_exchange=watchdog.touch, on_wait=watchdog.waiting)
+    watchdog.progress(step=3, microbatch=0, ring=(0, 1, 2))
+    block = torch.zeros(2, 4, 1, 1)
+    comm.shift(block, (0, 1, 2), rank, block.shape).wait()
+    if rank == culprit:
+        _hang()
+    comm.shift(block, (0, 1, 2), rank, block.shape).wait()
+    comm.shift(block, (0, 1, 2), rank, block.shape).wait()
+
+
+def test_only_the_hanging_rank_of_a_ring_is_named(tmp_path):
+    """The others wait in C code, for each other; that is not their fault."""
+    _, failures = _run(_ring, 3, tmp_path, 1)
+    for rank in range(3):
+        named = re.search(r"(ranks? .*?) makes? no progress", failures[rank])
+        assert named and named[1] == "rank 1", failures[rank]
+    assert "waiting for ranks 1" in failures[0] + failures[2]
 
 
 def test_hang_that_holds_the_interpreter_lock_is_named(tmp_path):
