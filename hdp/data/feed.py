@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -28,6 +29,8 @@ from hdp.scheduler import StepPlan
 from .pack import PackedBatch, pack_rank
 from .sample import Sample, SampleSource
 from .sampler import Position
+
+_LONG_WAIT_S = 1.0  # before `on_wait`, which may cost a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +91,10 @@ class Batches(Protocol):
 
 
 class StepFeed:
-    """Iterates over StepBatches on `device` forever. A context manager that owns a thread."""
+    """Iterates over StepBatches on `device` forever. A context manager that owns a thread.
+
+    on_wait: wraps a wait for a step that takes longer than a second, for a watchdog.
+    """
 
     def __init__(
         self,
@@ -99,8 +105,10 @@ class StepFeed:
         rank: int,
         position: Position,
         device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
+        on_wait: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._source, self._sampler, self._make_plan = source, sampler, make_plan
+        self._on_wait = on_wait
         self._rank, self._position = rank, position
         self._upload = _Upload(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hdp-feed")
@@ -116,7 +124,9 @@ class StepFeed:
         pending: Future[StepBatch] = self._thread.submit(self.make, self._position)
         while True:
             start = time.perf_counter()
-            step = pending.result()
+            wait([pending], timeout=_LONG_WAIT_S)
+            with nullcontext() if pending.done() else self._on_wait():
+                step = pending.result()
             wait_s = time.perf_counter() - start
             assert step.next_position is not None
             pending = self._thread.submit(self.make, step.next_position)

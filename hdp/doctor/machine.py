@@ -144,7 +144,8 @@ def _torch() -> dict[str, Any]:
     )
     try:
         child = subprocess.run(
-            [sys.executable, "-c", code, json.dumps(sys.path)],
+            # -I: a json.py in the current folder is not run.
+            [sys.executable, "-I", "-c", code, json.dumps(sys.path)],
             capture_output=True,
             text=True,
             timeout=TORCH_TIMEOUT_S,

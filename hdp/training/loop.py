@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,33 +36,39 @@ from .observe import Observer, write_trace
 from .optim import learning_rate, set_learning_rate
 from .progress import Progress
 from .saves import Saves
-from .setup import Run, set_up
+from .setup import LONG_S, Run, set_up
 from .signals import StopSignals
 from .step import train_step
 
+_KEPT_STEPS = 10_000  # so that memory does not grow with the length of a run
 _PATHS = ("model", "data", "tokenizer", "cache_dir", "run_dir", "cost", "export_hf")
-_LONG_S = 3600.0  # time limit for loading, saving and exporting before a rank counts as hung
 
 
 def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> list[StepMetrics]:
     """Train as `config` says, on all ranks that torchrun started (without torchrun: on one).
 
-    callbacks: your code at named points of the run; see `Callback`. Returns the metrics of the
-    logged steps, on all ranks. SIGTERM, SIGINT, SIGUSR1 and SIGHUP end the run after the current
-    step, with a checkpoint. Raises ValueError for a configuration that cannot run, NonFiniteError
-    before a bad update is applied, RankFailure when another rank is lost, and CheckpointError if
-    the last save failed.
+    callbacks: your code at named points of the run; see `Callback`. Returns the metrics of the last
+    10,000 logged steps, on all ranks; metrics.jsonl has them all. SIGTERM, SIGINT, SIGUSR1 and
+    SIGHUP end the run after the current step, with a checkpoint.
+
+    Raises ValueError for a configuration that cannot run, NonFiniteError before a bad update is
+    applied, RankFailure when another rank is lost, and CheckpointError if the last save failed.
     """
     events = Callbacks(callbacks)
     device = None if config.device == "auto" else config.device
     with (
-        HDPMesh.create(hdp_size=config.hdp_size, device=device, timeout_s=_LONG_S) as mesh,
+        HDPMesh.create(
+            hdp_size=config.hdp_size,
+            device=device,
+            timeout_s=LONG_S,
+            join_timeout_s=config.timeout_s,
+        ) as mesh,
         Watchdog.start(mesh, timeout_s=config.timeout_s) as watchdog,
     ):
         _check_same_options(config, mesh)
         if config.export_hf:  # fail now, not after the last step
             on_rank_0(partial(check_target, config.export_hf), mesh.hdp_group)
-        with watchdog.allow(_LONG_S, "loading data and model"):
+        with watchdog.allow(LONG_S, "loading data and model"):
             run = set_up(config, mesh, watchdog)
         with (
             contextlib.closing(run),
@@ -74,16 +82,16 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> list[StepM
         ):
             if run.is_main:
                 (Path(config.run_dir) / "config.json").write_text(config.to_json() + "\n")
-            with watchdog.allow(_LONG_S, "loading a checkpoint"):
+            with watchdog.allow(LONG_S, "loading a checkpoint"):
                 progress = _resume(run, checkpointer)
             with StopSignals(run.say) as signals:
                 saves = Saves(run, checkpointer, events)
                 events.on_train_start(run, progress)
-                metrics = list(_steps(run, saves, progress, events, signals))
-                with watchdog.allow(_LONG_S, "writing the last checkpoint and the model"):
+                metrics = deque(_steps(run, saves, progress, events, signals), maxlen=_KEPT_STEPS)
+                with watchdog.allow(LONG_S, "writing the last checkpoint and the model"):
                     _finish(run, saves, progress)
                 events.on_train_end(run, progress)
-    return metrics
+    return list(metrics)
 
 
 def _check_same_options(config: TrainConfig, mesh: HDPMesh) -> None:
@@ -107,6 +115,12 @@ def _steps(
     """Run the steps from progress.step + 1 on and yield the metrics of the logged ones."""
     config, watchdog = run.config, run.context.watchdog
     observer = Observer(run)
+    traced = config.trace_step
+    if traced is not None and not progress.first_step <= traced <= config.steps:
+        run.say(
+            f"--trace-step {traced}: this run trains steps {progress.first_step} to {config.steps}"
+            ", so nothing will be traced"
+        )
     with (
         MetricsWriter(
             Path(config.run_dir),
@@ -123,7 +137,8 @@ def _steps(
             batch = next(batches)
             lr = learning_rate(config, step)
             set_learning_rate(run.optimizer, lr)
-            result = train_step(run.context, batch)
+            with _first_step_allowance(run, is_first=step == progress.first_step):
+                result = train_step(run.context, batch)
             _advance(run, progress, batch)
             ended = time.perf_counter()
             if step % config.log_every == 0 or step == config.steps:
@@ -145,10 +160,17 @@ def _steps(
             stop = _agree(run, saves, progress, signals)
             is_due = config.save_every and step % config.save_every == 0
             if step == config.steps or is_due or stop:
-                with watchdog.allow(_LONG_S, f"saving step {step}"):
+                with watchdog.allow(LONG_S, f"saving step {step}"):
                     saves.start(progress)
             if stop:
                 break
+
+
+def _first_step_allowance(run: Run, *, is_first: bool) -> AbstractContextManager[None]:
+    """Kernels are compiled and tuned in the first step, which can take longer than --timeout-s."""
+    if is_first and (run.config.compile or run.mesh.device.type == "cuda"):
+        return run.context.watchdog.allow(LONG_S, "compiling kernels in the first step")
+    return contextlib.nullcontext()
 
 
 def _advance(run: Run, progress: Progress, batch: StepBatch) -> None:

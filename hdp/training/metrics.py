@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -159,7 +160,13 @@ class MetricsWriter:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
-        _keep_steps_before(path, first_step)
+        try:
+            if damaged := _keep_steps_before(path, first_step):
+                say(f"{path} had damaged rows, which were left out; the file was kept as {damaged}")
+        except OSError as error:
+            raise ValueError(
+                f"cannot read or replace {path}: {error}; repair it, or move it away"
+            ) from error
         # Unbuffered: a killed run keeps its last step, and we know exactly what was written.
         self._file = FileIO(path, "a")
         if tensorboard:
@@ -215,12 +222,21 @@ class MetricsWriter:
                 self._board.close()
 
 
-def _keep_steps_before(path: Path, first_step: int) -> None:
-    """Drop rows from `first_step` on, and a truncated last row; the file is replaced atomically."""
+def _keep_steps_before(path: Path, first_step: int) -> Path | None:
+    """Drop rows from `first_step` on, and damaged ones; the file is replaced atomically.
+
+    A file with bytes that are not UTF-8 does not keep a run from resuming: a copy is kept under the
+    name that is returned.
+    """
     if not path.exists():
-        return
+        return None
+    damaged = None
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    text = path.read_bytes().decode("utf-8", "replace")
+    if "\ufffd" in text:
+        damaged = path.with_name(path.name + ".damaged")
+        shutil.copyfile(path, damaged)
+    for line in text.splitlines():
         try:
             if json.loads(line)["step"] < first_step:
                 kept.append(line + "\n")
@@ -229,6 +245,7 @@ def _keep_steps_before(path: Path, first_step: int) -> None:
     rest = path.with_suffix(".partial")
     rest.write_text("".join(kept), encoding="utf-8")
     rest.replace(path)
+    return damaged
 
 
 def _short(value: float) -> str:

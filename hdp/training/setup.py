@@ -27,6 +27,8 @@ from .model_setup import ModelSetup, set_up_model
 from .optim import build_optimizer, optimizer_name
 from .step import StepContext, keep_everything
 
+LONG_S = 3600.0  # time limit for loading, saving and exporting before a rank counts as hung
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
@@ -87,6 +89,7 @@ class Run:
             rank=self.mesh.hdp_rank,
             position=self.sampler.position,
             device=self.mesh.device,
+            on_wait=lambda: self.context.watchdog.allow(LONG_S, "waiting for the plan and tokens"),
         )
 
     @property

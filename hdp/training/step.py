@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +88,12 @@ class StepContext:
         watchdog: notified of all progress; None: no watchdog. options: the other fields.
         """
         watchdog = Watchdog.off() if watchdog is None else watchdog
-        comm = RingComm(mesh.hdp_group, mesh.device, on_exchange=watchdog.touch)
+        comm = RingComm(
+            mesh.hdp_group,
+            mesh.device,
+            on_exchange=watchdog.touch,
+            on_wait=partial(watchdog.waiting, what="a ring's exchange"),
+        )
         options = {"overlap_reduce": mesh.device.type == "cuda", **options}
         return cls(
             mesh=mesh,
@@ -123,8 +129,13 @@ def train_step(
     mesh, model, recorder = context.mesh, context.model, context.recorder
     if context.optimizer is None:
         raise ValueError("this StepContext has no optimizer: pass it one, or call forward_step")
-    _check_device(step, mesh)
-    agree_on_plan(mesh, step.plan)  # 1
+    _check(step, context)
+    agree_on_plan(mesh, step.plan, num_loss_tokens=step.num_loss_tokens)  # 1
+    if step.num_loss_tokens < 1:  # checked here, where no rank is in a ring yet
+        raise ValueError(
+            f"sequences {_shorten(step.seq_ids.tolist())} have no label token in all: there is "
+            "nothing to learn in this step; check the loss masks of the data"
+        )
     recorder.start()
     model.train()
     with recorder.span("reduce", "gather parameters"):
@@ -166,7 +177,7 @@ def forward_step(context: StepContext, step: StepBatch) -> list[Tensor]:
     ValueError on all ranks if they disagree on the plan.
     """
     mesh, model = context.mesh, context.model
-    _check_device(step, mesh)
+    _check(step, context)
     agree_on_plan(mesh, step.plan)
     was_training = model.training
     model.eval()
@@ -181,7 +192,9 @@ def forward_step(context: StepContext, step: StepBatch) -> list[Tensor]:
     return outputs
 
 
-def _check_device(step: StepBatch, mesh: HDPMesh) -> None:
+def _check(step: StepBatch, context: StepContext) -> None:
+    """Raise ValueError for a step that this context cannot run: the same outcome on all ranks."""
+    mesh = context.mesh
     assert step.batches, f"no microbatch for rank {mesh.hdp_rank}: build batches with pack_rank()"
     device = step.batches[0].input_ids.device
     if device != mesh.device:
@@ -189,6 +202,8 @@ def _check_device(step: StepBatch, mesh: HDPMesh) -> None:
             f"the step's tokens are on {device} but the mesh is on {mesh.device}: call "
             "step.to(mesh.device), or use a StepFeed, which does so ahead of time"
         )
+    if context.offload is keep_everything:  # of any rank: that rank would fail inside a ring
+        keep_everything(step.batches[0].layout, float(step.plan.offload_ratio.max(initial=0.0)))
 
 
 def _add_shares(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -92,6 +93,33 @@ def test_error_in_the_thread_reaches_the_caller():
 
     with _feed(0, fail) as feed, pytest.raises(ValueError, match="no plan for"):
         next(iter(feed))
+
+
+def test_a_long_wait_is_announced_and_a_short_one_is_not(monkeypatch):
+    """To a watchdog, which would take it for a hang."""
+    monkeypatch.setattr("hdp.data.feed._LONG_WAIT_S", 0.05)
+    gate, waits = threading.Event(), []
+
+    def make_plan(seqlens):
+        assert gate.wait(30)
+        return random_plan(seqlens, 1, 0)
+
+    @contextmanager
+    def on_wait():
+        waits.append("began")
+        gate.set()
+        yield
+        waits.append("ended")
+
+    data = Data()
+    sampler = Sampler(SEQLENS, seed=1, batch_tokens=60)
+    with StepFeed(data, sampler, make_plan, rank=0, position=(0, 0), on_wait=on_wait) as feed:
+        steps = iter(feed)
+        next(steps)
+        assert waits == ["began", "ended"]
+        monkeypatch.setattr("hdp.data.feed._LONG_WAIT_S", 30.0)
+        next(steps)
+        assert len(waits) == 2
 
 
 def test_steps_depend_only_on_the_position():

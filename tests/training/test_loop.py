@@ -176,6 +176,28 @@ def _train_without_space(rank, world, options):
     return _train(rank, world, options)
 
 
+def _train_on_a_full_disk(rank, world, options):
+    """As torch's archive writer reports it."""
+    import hdp.checkpoint.files as module
+
+    def full(*_):
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file "
+            "data/0: file write failed"
+        )
+
+    module._Writer.write_data = full
+    return _train(rank, world, options)
+
+
+def test_a_full_disk_is_called_that(inputs, tmp_path):
+    options = config(inputs, tmp_path / "run", steps=2)
+    with pytest.raises(
+        RankError, match=r"failed on rank 0: the disk took no more data: it is full"
+    ):
+        run_ranks(_train_on_a_full_disk, 1, options)
+
+
 def test_a_document_that_no_ring_can_hold_is_an_error_with_a_remedy(inputs, tmp_path):
     with pytest.raises(RankError, match=r"2 ranks of 100 tokens hold 200 .*--max-length 200"):
         run_ranks(_train, 2, config(inputs, tmp_path, max_tokens_per_rank=100))
@@ -268,6 +290,11 @@ def test_trace_step_writes_planned_and_measured(inputs, tmp_path):
     end = max(e["ts"] + e["dur"] for e in spans)
     assert rows[1]["bubble"] == pytest.approx(1 - busy / (2 * end), abs=0.01)
     assert json.loads((tmp_path / "config.json").read_text())["trace_step"] == 2
+
+
+def test_a_step_that_is_never_reached_cannot_be_traced(inputs, tmp_path):
+    said = run_ranks(_train_and_listen, 1, config(inputs, tmp_path, steps=2, trace_step=50))[0]
+    assert "--trace-step 50: this run trains steps 1 to 2, so nothing will be traced" in said
 
 
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(inputs, tmp_path):

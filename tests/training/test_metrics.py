@@ -79,6 +79,21 @@ def test_steps_that_a_resume_trains_again_are_in_the_file_once(tmp_path):
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
+def test_a_bad_byte_does_not_keep_a_run_from_resuming(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in (1, 2):
+            writer.write(dataclasses.replace(METRICS, step=step))
+    damaged = path.read_bytes().replace(b'"step": 1', b'"st\xffp": 1')
+    path.write_bytes(damaged)
+    said: list[str] = []
+    with MetricsWriter(tmp_path, tensorboard=False, first_step=3, say=said.append) as writer:
+        writer.write(dataclasses.replace(METRICS, step=3))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 3]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
+    assert len(said) == 1 and "metrics.jsonl.damaged" in said[0]
+
+
 def test_full_disk_loses_no_row(tmp_path, monkeypatch):
     """A partial write, a failed one, then room again: all rows are complete, and it is reported."""
     said = []

@@ -289,6 +289,33 @@ def test_non_finite_loss_raises_everywhere_before_the_optimizer():
     run_ranks(_non_finite, 3)
 
 
+def _no_labels(rank, world):
+    """One rank's first microbatch is local, the others' is a ring with it: no rank may enter."""
+    context = make_context(torch.float32)
+    masked = [
+        dataclasses.replace(s, loss_mask=np.zeros(len(s.input_ids), bool))
+        for s in random_samples([8, 9])
+    ]
+    step = make_batch(make_plan("random1", [8, 9], world), rank, masked)
+    with pytest.raises(ValueError, match=r"sequences \[1000, 1001\] have no label token"):
+        train_step(context, step)
+    offloaded = StepPlan.from_lists(
+        [8, 9], [[0], [1]], [[[0]], [[1]]], max_tokens_per_rank=16, offload_ratio=[[0.5], [0.0]]
+    )
+    step = make_batch(offloaded, rank, random_samples([8, 9]))
+    for run in (train_step, forward_step):
+        with pytest.raises(ValueError, match=r"offload ratio 0\.50"):
+            run(context, step)
+    plan = make_plan("hdp", [8, 9], world)
+    step = make_batch(plan, rank, random_samples([8, 9]))
+    with pytest.raises(ValueError, match="count from 15 to 16 label tokens"):
+        train_step(context, dataclasses.replace(step, num_loss_tokens=15 + rank))
+
+
+def test_what_no_rank_can_run_stops_all_of_them_before_a_ring():
+    run_ranks(_no_labels, 2, timeout_s=60)
+
+
 def _disagree(rank, world):
     context = make_context(torch.float32)
     samples = random_samples(SEQLENS)
