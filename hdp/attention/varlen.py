@@ -9,7 +9,8 @@ chunks of each sequence (hdp/scheduler/zigzag.py). Lengths may be arbitrary; not
     whole[rows] = out                                             # back in batch order
 
 This is `ring_attn_varlen_func` with a layout built from cu_seqlens. Layouts are cached, so a model
-builds one per batch for all its layers, and a CUDA cu_seqlens tensor is copied to the host once.
+builds one per batch for all its layers. A CUDA cu_seqlens tensor is copied to the host once, and
+again after torch has written to it; other libraries must not write to it.
 """
 
 from __future__ import annotations
@@ -153,10 +154,18 @@ def _values(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:
             f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be "
             "(num_seqs + 1,) int32 or int64"
         )
-    if cu_seqlens.is_inference():  # torch does not count its writes
+    if not _is_worth_keeping(cu_seqlens):
         return tuple(cu_seqlens.tolist())
     version, values = _VALUES.get(cu_seqlens, (-1, ()))
     if version != cu_seqlens._version:
         values = tuple(cu_seqlens.tolist())
         _VALUES[cu_seqlens] = cu_seqlens._version, values
     return values
+
+
+def _is_worth_keeping(cu_seqlens: Tensor) -> bool:
+    """Whether to keep the values until torch counts a write to the tensor.
+
+    On the CPU reading is cheap, and NumPy may write unseen. Inference tensors have no count.
+    """
+    return cu_seqlens.device.type != "cpu" and not cu_seqlens.is_inference()

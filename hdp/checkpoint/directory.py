@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -203,18 +204,20 @@ def committed(directory: Path) -> list[Path]:
     The caller is meant to fail on that one: silently resuming from an older state loses work.
     """
 
-    def serial(path: Path) -> float:
-        try:
-            data = json.loads((path / INFO_FILE).read_text(encoding="utf-8"))
-            is_intact = data["version"] == 1 or data.pop("crc32") == _json_crc32(data)
-            return int(data["serial"]) if is_intact else float("inf")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return float("inf")
-
     if not directory.is_dir():
         return []
     found = [path for path in directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: (serial(path), path.name))
+    return sorted(found, key=lambda path: (_serial(path), path.name))
+
+
+def _serial(checkpoint: Path) -> float:
+    """The place in the order of commits; inf if hdp.json is unreadable."""
+    try:
+        data = json.loads((checkpoint / INFO_FILE).read_text(encoding="utf-8"))
+        is_intact = data["version"] == 1 or data.pop("crc32") == _json_crc32(data)
+        return int(data["serial"]) if is_intact else math.inf
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return math.inf
 
 
 def next_serial(directory: Path) -> int:
@@ -238,8 +241,9 @@ def commit(saved: Path, final: Path) -> None:
 
 
 def prune(directory: Path, keep_last: int) -> None:
-    """Delete all but the last `keep_last` checkpoints."""
-    for path in committed(directory)[:-keep_last]:
+    """Delete all but the last `keep_last` checkpoints; unreadable ones are left alone."""
+    readable = [path for path in committed(directory) if _serial(path) < math.inf]
+    for path in readable[:-keep_last]:
         removing = path.with_name(f".removing-{path.name}")
         shutil.rmtree(removing, ignore_errors=True)
         path.rename(removing)

@@ -217,6 +217,22 @@ def reshard_all(model: nn.Module) -> None:
         module.reshard()
 
 
+def discard_gradients(model: nn.Module) -> None:
+    """Forget all gradients, those of a step that was not finished, too.
+
+    Microbatches add up in the gathered parameters until the reduction; `zero_grad` sees only what
+    was reduced.
+    """
+    for _, group in _param_groups(model):
+        for parameter in group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = None
+    reshard_all(model)
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
 def set_microbatch(model: nn.Module, *, reduce: bool) -> None:
     """Prepare for one microbatch.
 

@@ -27,6 +27,7 @@ import os
 import time
 import uuid
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -298,31 +299,33 @@ def _fresh_store(store: dist.Store, rank: int, size: int, timeout_s: float) -> d
 # ---- agreement on the plan ----
 
 
-def agree_on_plan(mesh: HDPMesh, plan: StepPlan, *, num_loss_tokens: int = 0) -> None:
+def agree_on_plan(
+    mesh: HDPMesh, plan: StepPlan, *, numbers: Mapping[str, int] | None = None
+) -> None:
     """Raise ValueError on all ranks if any rank has a different plan, which would hang the step.
 
-    num_loss_tokens: label tokens of the whole step; a rank with another count would divide its
-    share of the loss by another number.
-
     Each rank computes the plan itself from the same input, so plans differ only if the input does
-    (data cache, seed, cost model, version). Costs one all-reduce of 18 int64 (digest and count, and
-    their negatives, under MAX); call it before the first collective that follows the plan. The
-    message names the ranks in the minority and the first difference.
+    (data cache, seed, cost model, version). numbers: more that must be the same, by name: int64,
+    the same names on all ranks. Costs one all-reduce of the digest, the numbers and their
+    negatives under MAX; call it before the first collective that follows the plan. The message
+    names the ranks in the minority and the first difference.
     """
+    numbers = numbers or {}
     if mesh.hdp_size > 1:
         digest = [int(plan.digest[i : i + 8], 16) for i in range(0, 64, 8)]
-        words = torch.tensor([*digest, num_loss_tokens])
+        words = torch.tensor([*digest, *numbers.values()])
         extremes = torch.cat([words, -words]).to(mesh.device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=mesh.hdp_group)
-        highest, lowest = extremes.cpu().split(9)
-        lowest = -lowest
-        if not torch.equal(highest[:8], lowest[:8]):
+        highest, lowest_negated = extremes.cpu().split(len(words))
+        if not torch.equal(highest[:8], -lowest_negated[:8]):
             raise ValueError(_explain_disagreement(mesh, plan))
-        if highest[8] != lowest[8]:
-            raise ValueError(
-                f"ranks count from {lowest[8]} to {highest[8]} label tokens in this step: their "
-                "data differs; make sure that all nodes read the same data cache"
-            )
+        spans = zip(numbers, (-lowest_negated[8:]).tolist(), highest[8:].tolist(), strict=True)
+        for name, lowest, most in spans:
+            if lowest != most:
+                raise ValueError(
+                    f"ranks disagree on this step: {name} is from {lowest} to {most}, so their "
+                    "data differs; make sure that all nodes read the same data cache"
+                )
     if plan.hdp_size != mesh.hdp_size:
         raise ValueError(f"plan for hdp_size={plan.hdp_size} on a mesh of {mesh.hdp_size} ranks")
 

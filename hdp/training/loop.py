@@ -101,8 +101,11 @@ def _check_same_options(config: TrainConfig, mesh: HDPMesh) -> None:
     own learning rate. Paths may differ, since nodes have their own copies and caches, but the
     contents of a cost file may not (`open_cost`).
     """
+    # Whether there is an export decides which collectives run.
+    paths = {name: getattr(config, name) is not None for name in _PATHS}
+    options = {name: value for name, value in asdict(config).items() if name not in _PATHS}
     agree_on_values(
-        {name: value for name, value in asdict(config).items() if name not in _PATHS},
+        {**options, **{f"whether {name} is given": given for name, given in paths.items()}},
         mesh.hdp_group,
         problem="ranks were started with different options",
         remedy="use the same command on all nodes",

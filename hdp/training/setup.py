@@ -14,6 +14,8 @@ from hdp.attention.layout import RingLayout
 from hdp.config import TrainConfig
 from hdp.data import Sampler, TokenDataset, open_dataset
 from hdp.data.feed import StepFeed
+from hdp.data.sample import content_checksum
+from hdp.distributed.agree import agree_on_values
 from hdp.distributed.mesh import HDPMesh
 from hdp.distributed.rng import seed_rng
 from hdp.distributed.watchdog import Watchdog
@@ -118,6 +120,7 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
     dataset = open_data(config)
     if not config.offload_gib:  # with offload, what fits also depends on costs: checked below
         dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=config.max_tokens_per_rank)
+    _agree_on_data(dataset, mesh)
     made = set_up_model(config, mesh, vocab_size=dataset.vocab_size)
     if made.offload is not None:
         capacity = shard_capacity(
@@ -150,6 +153,24 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
     if run.offload:
         _introduce_offload(run, run.offload, longest)
     return run
+
+
+def _agree_on_data(dataset: TokenDataset, mesh: HDPMesh) -> None:
+    """Raise ValueError on all ranks if they read different tokens. Collective.
+
+    Each node may have its own copy of the data, so contents are compared, not paths or times.
+    """
+    agree_on_values(
+        {
+            "number of sequences": len(dataset),
+            "number of tokens": int(dataset.seqlens.sum()),
+            "vocabulary size": dataset.vocab_size,
+            "checksum of the tokens": content_checksum(dataset),
+        },
+        mesh.hdp_group,
+        problem="ranks read different data",
+        remedy="give all nodes the same files, tokenizer and cache",
+    )
 
 
 def open_data(config: TrainConfig) -> TokenDataset:

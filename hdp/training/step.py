@@ -20,12 +20,14 @@ GPU the reduction overlaps with that backward (`overlap_reduce`).
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ from hdp.attention.layout import RingLayout
 from hdp.data.feed import StepBatch
 from hdp.distributed.fsdp import (
     clip_grad_norm,
+    discard_gradients,
     reduce_gradients,
     reshard_all,
     set_microbatch,
@@ -130,13 +133,14 @@ def train_step(
     if context.optimizer is None:
         raise ValueError("this StepContext has no optimizer: pass it one, or call forward_step")
     _check(step, context)
-    agree_on_plan(mesh, step.plan, num_loss_tokens=step.num_loss_tokens)  # 1
+    agree_on_plan(mesh, step.plan, numbers=_identity(step))  # 1
     if step.num_loss_tokens < 1:  # checked here, where no rank is in a ring yet
         raise ValueError(
             f"sequences {_shorten(step.seq_ids.tolist())} have no label token in all: there is "
             "nothing to learn in this step; check the loss masks of the data"
         )
     recorder.start()
+    discard_gradients(model)  # of a step that failed, if the caller goes on
     model.train()
     with recorder.span("reduce", "gather parameters"):
         unshard_all(model)  # 2
@@ -150,11 +154,13 @@ def train_step(
                 output = model(batch, context.comm)
             loss, sums = objective(output, batch, step)
             loss.backward()
-            shares.append((loss.detach(), sums))
+            shares.append((loss.detach(), {name: x.detach() for name, x in sums.items()}))
     with context.watchdog.waiting(what="gradients and loss of all ranks"):
         if not overlap:
             with recorder.span("reduce", "reduce gradients"):
                 reduce_gradients(model)  # 4
+        if objective is not cross_entropy:  # which has no metrics
+            _agree_on_names(mesh, shares)
         loss_value, metrics = _add_shares(context, step, shares)  # 5
         try:
             grad_norm = clip_grad_norm(model, context.grad_clip or None)
@@ -178,18 +184,31 @@ def forward_step(context: StepContext, step: StepBatch) -> list[Tensor]:
     """
     mesh, model = context.mesh, context.model
     _check(step, context)
-    agree_on_plan(mesh, step.plan)
-    was_training = model.training
+    agree_on_plan(mesh, step.plan, numbers=_identity(step))
+    were_training = [module for module in model.modules() if module.training]
     model.eval()
     unshard_all(model)
     outputs = []
-    for i, batch in enumerate(step.batches):
-        context.watchdog.progress(microbatch=i, ring=batch.layout.ring)
-        set_microbatch(model, reduce=False)
-        outputs.append(model(batch, context.comm))
-    reshard_all(model)
-    model.train(was_training)
+    try:
+        for i, batch in enumerate(step.batches):
+            context.watchdog.progress(microbatch=i, ring=batch.layout.ring)
+            set_microbatch(model, reduce=False)
+            outputs.append(model(batch, context.comm))
+    finally:
+        reshard_all(model)
+        for module in were_training:
+            module.training = True
+        context.comm.take_stats()  # which would otherwise grow with every call
     return outputs
+
+
+def _identity(step: StepBatch) -> dict[str, int]:
+    """Numbers that are the same on two ranks only if they run the same sequences."""
+    ids = np.asarray(step.seq_ids, dtype="<i8")
+    return {
+        "the number of label tokens": step.num_loss_tokens,
+        "the checksum of the sequence ids": zlib.crc32(ids.tobytes()),
+    }
 
 
 def _check(step: StepBatch, context: StepContext) -> None:
@@ -206,6 +225,30 @@ def _check(step: StepBatch, context: StepContext) -> None:
         keep_everything(step.batches[0].layout, float(step.plan.offload_ratio.max(initial=0.0)))
 
 
+def _agree_on_names(mesh: HDPMesh, shares: list[Share]) -> None:
+    """Raise ValueError on all ranks unless all microbatches report the same metrics. Collective.
+
+    Sums are reduced by position: other names would add up what does not belong together.
+    """
+    mine = {tuple(sorted(sums)) for _, sums in shares}
+    checksums = [zlib.crc32("\0".join(names).encode()) for names in mine]
+    extremes = torch.tensor([max(checksums), -min(checksums)], device=mesh.device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=mesh.hdp_group)
+    highest, lowest_negated = extremes.tolist()
+    if highest == -lowest_negated:
+        return
+    by_rank: list[Any] = [None] * mesh.hdp_size
+    dist.all_gather_object(by_rank, sorted(mine), group=mesh.hdp_group)
+    first = by_rank[0][0]
+    rank, names = next(
+        (rank, names) for rank, found in enumerate(by_rank) for names in found if names != first
+    )
+    raise ValueError(
+        f"the objective reports the metrics {list(first)} for a microbatch of rank 0 and "
+        f"{list(names)} for one of rank {rank}: report the same names for all, with 0 if need be"
+    )
+
+
 def _add_shares(
     context: StepContext, step: StepBatch, shares: list[Share]
 ) -> tuple[float, dict[str, float]]:
@@ -214,8 +257,6 @@ def _add_shares(
     Raises NonFiniteError on all ranks if the loss is not finite, naming microbatches and sequences.
     """
     names = sorted(shares[0][1])
-    for i, (_, sums) in enumerate(shares):
-        assert sorted(sums) == names, f"microbatch {i} reports {sorted(sums)}, others {names}"
     losses = torch.stack([loss for loss, _ in shares]).double()
     totals = [losses.sum()]
     totals += [torch.stack([sums[name] for _, sums in shares]).double().sum() for name in names]

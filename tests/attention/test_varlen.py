@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import accumulate, pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -136,6 +137,7 @@ def test_layers_share_one_layout(monkeypatch):
     """32 layers build one layout and read cu_seqlens once: reading a CUDA tensor waits."""
     reads, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(x) or tolist(x))
+    monkeypatch.setattr(varlen, "_is_worth_keeping", lambda tensor: True)  # as on CUDA
     varlen._layout.cache_clear()
     x, cu_seqlens = torch.zeros(10, 1, DIM), torch.tensor([0, 4, 10], dtype=torch.int32)
     for _ in range(32):
@@ -144,7 +146,11 @@ def test_layers_share_one_layout(monkeypatch):
     assert sum(read is cu_seqlens for read in reads) == 1
 
 
-def test_modified_cu_seqlens_are_read_again():
+@pytest.mark.parametrize("kept", [True, False], ids=["as on CUDA", "CPU"])
+def test_modified_cu_seqlens_are_read_again(monkeypatch, kept):
+    if kept:
+        keep = varlen._is_worth_keeping
+        monkeypatch.setattr(varlen, "_is_worth_keeping", lambda x: keep(x) or not x.is_inference())
     x, cu_seqlens = torch.randn(10, 1, DIM), torch.tensor([0, 4, 10])
     before = zigzag_ring_attn_varlen_func(x, x, x, cu_seqlens)
     cu_seqlens[1] = 6
@@ -154,6 +160,14 @@ def test_modified_cu_seqlens_are_read_again():
     with torch.inference_mode():
         made = torch.tensor([0, 4, 10])
         torch.testing.assert_close(zigzag_ring_attn_varlen_func(x, x, x, made), before)
+
+
+def test_writes_that_torch_does_not_count_are_read():
+    buffer = np.array([0, 4, 10])
+    bounds = torch.from_numpy(buffer)
+    assert zigzag_rows(bounds, 0, 2).tolist() == [0, 3, 4, 5, 9]
+    buffer[1] = 6
+    assert zigzag_rows(bounds, 0, 2).tolist() == zigzag_rows([0, 6, 10], 0, 2).tolist()
 
 
 def test_mismatched_inputs_are_refused():

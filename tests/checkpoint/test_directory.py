@@ -76,6 +76,15 @@ def test_checkpoints_are_in_commit_order(tmp_path):
     assert _names(tmp_path)[-1] == "step-100000000"
 
 
+def test_an_unreadable_checkpoint_does_not_count_as_one_to_keep(tmp_path):
+    """It sorts last; the newest one that can be read must survive."""
+    (_save(tmp_path, 100) / INFO_FILE).write_text("{")
+    _save(tmp_path, 200)
+    _save(tmp_path, 300)
+    prune(tmp_path, 1)
+    assert sorted(_names(tmp_path)) == ["step-00000100", "step-00000300"]
+
+
 def test_other_names_are_left_alone(tmp_path):
     (tmp_path / "checkpoint-500").mkdir()
     (tmp_path / "step-5").mkdir()

@@ -20,7 +20,7 @@ from hdp.training.recorder import StepRecorder
 from hdp.training.step import StepContext, keep_everything, train_step
 from tests.run_ranks import run_ranks
 from tests.tiny_models import keep_norms_exact, random_samples, tiny_model
-from tests.training.test_step import SEQLENS, TakeGradients, dense_step, make_batch
+from tests.training.steps import SEQLENS, TakeGradients, dense_step, make_batch
 
 LAYERS = 4  # two of them are always at work
 

@@ -225,6 +225,33 @@ def test_ranks_with_other_options_are_named_before_training(inputs, tmp_path):
     assert len(run_ranks(_train_unlike_rank_0, 2, same, other)[0]) == 1
 
 
+def _train_on_own_data(rank, world, options, folders, export):
+    extra = {"data": folders[rank], "export_hf": export if rank == 0 else None}
+    return _train(rank, world, dataclasses.replace(options, **extra))
+
+
+def test_ranks_with_other_texts_of_the_same_lengths_stop_before_training(inputs, tmp_path):
+    """Rings would run over halves of two texts."""
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    for folder in folders:
+        shutil.copytree(inputs / "text", folder)
+    options = config(inputs, tmp_path / "run", steps=1)
+    assert run_ranks(_train_on_own_data, 2, options, folders, None), "copies are fine"
+    options = dataclasses.replace(options, run_dir=str(tmp_path / "other"))
+    path = next(iter((tmp_path / "b").iterdir()))
+    path.write_text(path.read_text().swapcase())
+    with pytest.raises(RankError, match="ranks read different data: checksum of the tokens is"):
+        run_ranks(_train_on_own_data, 2, options, folders, None)
+
+
+def test_an_export_on_some_nodes_only_is_refused(inputs, tmp_path):
+    """It would wait for ranks that never come."""
+    folders = [str(inputs / "text")] * 2
+    options = config(inputs, tmp_path / "run", steps=1)
+    with pytest.raises(RankError, match="whether export_hf is given is False here and True on"):
+        run_ranks(_train_on_own_data, 2, options, folders, str(tmp_path / "out"))
+
+
 def _train_and_listen(rank, world, options):
     import contextlib
     import io

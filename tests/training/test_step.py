@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from hdp.data.feed import StepBatch
-from hdp.data.pack import pack_rank
 from hdp.distributed.fsdp import shard
 from hdp.distributed.mesh import HDPMesh
-from hdp.errors import NonFiniteError
-from hdp.scheduler import CostModel, StepPlan, plan
+from hdp.scheduler import StepPlan
 from hdp.training.step import StepContext, forward_step, train_step
 from tests.random_plans import random_plan
 from tests.run_ranks import run_ranks
@@ -25,75 +22,7 @@ from tests.tiny_models import (
     random_samples,
     tiny_model,
 )
-
-COST = CostModel.from_coefficients(quadratic_s=1e-6, linear_s=1e-4, fixed_s=1e-4)
-# odd lengths, length 1, lengths below the ring size, one that needs every rank
-SEQLENS = [97, 1, 3, 40, 2, 17, 64, 1, 33, 5]
-
-
-class TakeGradients(torch.optim.Optimizer):
-    """An optimizer that stores the full gradients instead of applying them."""
-
-    def __init__(self, model):
-        super().__init__(model.parameters(), {})
-        self._model, self.gradients = model, None
-
-    def step(self, closure=None):
-        self.gradients = {name: p.grad.full_tensor() for name, p in self._model.named_parameters()}
-
-
-def _num_loss_tokens(samples):
-    return sum(int((s.labels(0, len(s.input_ids)) >= 0).sum()) for s in samples)
-
-
-def dense_step(dtype, **overrides):
-    """(loss, {name: gradient}) of the plain transformers model, one sequence at a time, in fp64."""
-    plain = keep_norms_exact(plain_model(tiny_model(dtype=dtype, **overrides).double()))
-    samples = random_samples(SEQLENS)
-    count = _num_loss_tokens(samples)
-    loss = 0.0
-    for logprobs in plain_logprobs(plain, samples):
-        share = -logprobs.sum() / count
-        if share.requires_grad:
-            share.backward()
-        loss += share.item()
-    return loss, {f"model.{name}": p.grad for name, p in plain.named_parameters()}
-
-
-def make_plan(policy, seqlens, hdp_size) -> StepPlan:
-    if policy.startswith("random"):
-        return random_plan(seqlens, hdp_size, seed=int(policy.removeprefix("random")))
-    if policy == "local":
-        ranks = [seq % hdp_size for seq in range(len(seqlens))]
-        mine = [[[s] for s, owner in enumerate(ranks) if owner == r] for r in range(hdp_size)]
-        return StepPlan.from_lists(seqlens, [[r] for r in ranks], mine, max_tokens_per_rank=128)
-    capacity = max(16, -(-max(seqlens) // hdp_size))
-    cp_size = hdp_size if policy == "static" else None
-    return plan(
-        seqlens,
-        hdp_size=hdp_size,
-        max_tokens_per_rank=capacity,
-        cost=COST,
-        policy=policy,
-        cp_size=cp_size,
-    )
-
-
-def make_context(dtype, **options):
-    mesh = HDPMesh.create(device="cpu")
-    model = keep_norms_exact(tiny_model(dtype=dtype))
-    shard(model, mesh.device_mesh)
-    return StepContext.create(mesh, model, TakeGradients(model), **options)
-
-
-def make_batch(plan_, rank, samples) -> StepBatch:
-    return StepBatch(
-        plan=plan_,
-        batches=pack_rank(plan_, rank, samples),
-        seq_ids=np.arange(len(samples)) + 1000,
-        num_loss_tokens=_num_loss_tokens(samples),
-        next_position=(0,),
-    )
+from tests.training.steps import SEQLENS, dense_step, make_batch, make_context, make_plan
 
 
 def _step_grads(rank, world, policies, dtype, options):
@@ -238,7 +167,7 @@ def test_a_context_without_an_optimizer_cannot_train():
 
 
 def _idle_rank(rank, world):
-    """A valid plan may give a rank no microbatch; it must still reduce with the others."""
+    """A hand-made plan may give a rank no microbatch; it must still reduce with the others."""
     context = make_context(torch.float64)
     lists = [[[0], [1]], [], [[2]]]
     idle = StepPlan.from_lists([5, 3, 9], [[0], [0], [2]], lists, max_tokens_per_rank=16)
@@ -267,62 +196,3 @@ def test_gradients_are_clipped_to_the_global_norm():
     before, after = run_ranks(_clipped, 2)[0]
     assert before > 0.1
     assert after == pytest.approx(0.01)
-
-
-def _non_finite(rank, world):
-    context = make_context(torch.float32)
-    step = make_batch(make_plan("random1", SEQLENS, world), rank, random_samples(SEQLENS))
-    poisoned = 6
-    inner = context.model.forward
-
-    def forward(batch, comm):
-        out = inner(batch, comm)
-        return out * float("nan") if poisoned in batch.seqs else out
-
-    context.model.forward = forward
-    with pytest.raises(NonFiniteError, match=r"sequences \[[^]]*\b1006\b"):
-        train_step(context, step)
-    assert context.optimizer.gradients is None
-
-
-def test_non_finite_loss_raises_everywhere_before_the_optimizer():
-    run_ranks(_non_finite, 3)
-
-
-def _no_labels(rank, world):
-    """One rank's first microbatch is local, the others' is a ring with it: no rank may enter."""
-    context = make_context(torch.float32)
-    masked = [
-        dataclasses.replace(s, loss_mask=np.zeros(len(s.input_ids), bool))
-        for s in random_samples([8, 9])
-    ]
-    step = make_batch(make_plan("random1", [8, 9], world), rank, masked)
-    with pytest.raises(ValueError, match=r"sequences \[1000, 1001\] have no label token"):
-        train_step(context, step)
-    offloaded = StepPlan.from_lists(
-        [8, 9], [[0], [1]], [[[0]], [[1]]], max_tokens_per_rank=16, offload_ratio=[[0.5], [0.0]]
-    )
-    step = make_batch(offloaded, rank, random_samples([8, 9]))
-    for run in (train_step, forward_step):
-        with pytest.raises(ValueError, match=r"offload ratio 0\.50"):
-            run(context, step)
-    plan = make_plan("hdp", [8, 9], world)
-    step = make_batch(plan, rank, random_samples([8, 9]))
-    with pytest.raises(ValueError, match="count from 15 to 16 label tokens"):
-        train_step(context, dataclasses.replace(step, num_loss_tokens=15 + rank))
-
-
-def test_what_no_rank_can_run_stops_all_of_them_before_a_ring():
-    run_ranks(_no_labels, 2, timeout_s=60)
-
-
-def _disagree(rank, world):
-    context = make_context(torch.float32)
-    samples = random_samples(SEQLENS)
-    step = make_batch(make_plan(f"random{1 + (rank == 2)}", SEQLENS, world), rank, samples)
-    with pytest.raises(ValueError, match=r"rank.* 2\b"):
-        train_step(context, step)
-
-
-def test_ranks_that_disagree_on_the_plan_stop_before_they_can_hang():
-    run_ranks(_disagree, 3, timeout_s=60)
