@@ -31,7 +31,9 @@ class PackedBatch:
     input_ids: torch.Tensor  # (total_tokens,) int64
     position_ids: torch.Tensor  # (total_tokens,) int64, positions in the whole sequence
     labels: torch.Tensor  # (total_tokens,) int64, shifted; IGNORE_INDEX: no loss
-    seqs: tuple[int, ...]  # indices into StepPlan.seqlens, in packing order; () when empty
+    # Indices into StepPlan.seqlens, in packing order. () for a rank without tokens: its row is one
+    # padding token, which `layout.spans()` lists but which belongs to no sequence.
+    seqs: tuple[int, ...]
     layout: RingLayout
     offload_ratio: float = 0.0
     # (total_tokens, ...) each, shifted like labels: entry i is about the token predicted at i
