@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from hdp.scheduler.costs.cost_model import CostModel
+from hdp.scheduler.plain import shown
 from hdp.scheduler.policies.batch import Batch
 from hdp.scheduler.policies.bytescale import (
     plan_bytescale,
@@ -75,18 +76,24 @@ def plan(
     units: (num_seqs,) integers; sequences with equal units share a microbatch on the same ranks
     pp_size: pipeline stages of each rank
     cp_size: ranks per ring, for the static policy only; default: the smallest that fits the longest
-    ranks_per_node: rings that fit stay inside a node, others take whole nodes; None: one node
+    ranks_per_node: under hdp, rings that fit stay inside a node and others take whole nodes; the
+        other policies only pay for the slower link: bytescale's rings ignore nodes, and static's
+        are blocks of cp_size ranks from rank 0 on. None: one node
     offload: let activations move to the host where forward hides it, for fewer ranks (Eq. 3)
     equal_counts: give every rank the same number of microbatches (expert parallelism and ZeRO-3
         across ranks need it), padding with empty ones
 
-    Returns a plan with its simulated seconds and a lower bound for any plan. Raises ValueError with
-    the values and the remedy if no plan is possible.
+    Numpy scalars and 0-d arrays count as their values. Returns a plan with its simulated seconds
+    and a lower bound for any plan. Raises ValueError with the values and the remedy for arguments
+    of other types and if no plan is possible, also where it would have over 2**25 pieces
+    (sequences times ranks) or pipeline operations.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    if not isinstance(policy, str) or policy not in POLICIES:
+        raise ValueError(f"unknown policy {shown(policy)}; choose one of {', '.join(POLICIES)}")
     if cp_size is not None and policy != "static":
-        raise ValueError(f"cp_size={cp_size} applies to the static policy only, not {policy!r}")
+        raise ValueError(
+            f"cp_size={shown(cp_size)} applies to the static policy only, not {policy!r}"
+        )
     batch = Batch.check(
         seqlens,
         hdp_size=hdp_size,

@@ -27,7 +27,6 @@ Storage is columnar (numpy, CSR offsets) so that 100,000 sequences on 10,000 ran
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,9 +34,11 @@ from typing import Any
 
 import numpy as np
 
+from .plain import item, whole
+from .plan_json import fields_of, offsets_of, text_of
 from .zigzag import rank_tokens
 
-FORMAT_VERSION = 2  # version 1 can be read too: it gathers no ring
+_DIGEST_VERSION = 2  # of the columns; the JSON text has a version of its own (plan_json.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,10 @@ class Microbatch:
 
 def _frozen(name: str, values: Any, dtype: type) -> np.ndarray:
     """A read-only column. Raises ValueError for values that the dtype cannot hold exactly."""
-    given = np.asarray(values)
+    try:
+        given = np.asarray(values)
+    except (ValueError, OverflowError) as error:  # lists of unequal lengths
+        raise ValueError(f"{name} must be a list of numbers: {error}") from None
     if given.dtype == dtype and given.flags.c_contiguous and not given.flags.writeable:
         return given
     if given.size and given.dtype.kind not in ("iufb" if dtype is np.bool_ else "iuf"):
@@ -125,6 +129,8 @@ class StepPlan:
     notes: dict[str, Any] = field(default_factory=dict)  # planner's remarks
 
     def __post_init__(self) -> None:
+        for name in _SCALARS:  # a numpy scalar would change the digest, and JSON cannot hold it
+            object.__setattr__(self, name, item(getattr(self, name)))
         for name, dtype in _COLUMNS.items():
             object.__setattr__(self, name, _frozen(name, getattr(self, name), dtype))
 
@@ -156,7 +162,8 @@ class StepPlan:
 
     def microbatches(self, rank: int) -> list[Microbatch]:
         """The microbatches of one rank, in execution order."""
-        if not 0 <= rank < self.hdp_size:
+        rank = whole("rank", rank, low=0)
+        if rank >= self.hdp_size:
             raise ValueError(f"rank {rank} is not in a plan for hdp_size={self.hdp_size}")
         result = []
         for m in range(self.microbatch_offsets[rank], self.microbatch_offsets[rank + 1]):
@@ -222,7 +229,7 @@ class StepPlan:
     def digest(self) -> str:
         """SHA-256 of what ranks must agree on (no predictions or notes): same digest, same step."""
         scalars = (self.hdp_size, self.max_tokens_per_rank, self.pp_size, self.offloadable)
-        sha = hashlib.sha256(f"{FORMAT_VERSION}|{scalars}".encode())
+        sha = hashlib.sha256(f"{_DIGEST_VERSION}|{scalars}".encode())
         for name in _COLUMNS:
             column = getattr(self, name)
             sha.update(f"|{name}:{len(column)}|".encode())
@@ -263,10 +270,10 @@ class StepPlan:
         return cls(
             hdp_size=len(microbatches),
             seqlens=np.asarray(seqlens),
-            ring_offsets=_offsets(rings),
+            ring_offsets=offsets_of(rings),
             ring_ranks=np.asarray([r for ring in rings for r in ring]),
-            microbatch_offsets=_offsets(microbatches),
-            piece_offsets=_offsets(flat),
+            microbatch_offsets=offsets_of(microbatches),
+            piece_offsets=offsets_of(flat),
             piece_seqs=np.asarray([s for seqs in flat for s in seqs]),
             gathered=np.asarray([False] * len(seqlens) if gathered is None else gathered),
             offload_ratio=np.asarray(ratio),
@@ -274,78 +281,23 @@ class StepPlan:
         )
 
     def to_json(self) -> str:
-        """JSON text: for each rank the ordered list of its microbatches, each with its pieces as
-        [sequence, [ranks in ring order]].
+        """JSON text with plain numbers; its size grows with the pieces of the plan (plan_json.py).
 
-        {"version": 2, "policy": "hdp", "hdp_size": 2, "pp_size": 1, "max_tokens_per_rank": 8,
-         "offloadable": 0.0, "ranks_per_node": null, "seqlens": [10, 3],
-         "predicted_s": 0.1, "lower_bound_s": 0.1, "notes": {},
-         "ranks": [[{"pieces": [[0, [0, 1]], [1, [0]]], "gathered": false, "offload_ratio": 0.0}],
-                   [{"pieces": [[0, [0, 1]]], "gathered": false, "offload_ratio": 0.0}]]}
+        {"version": 3, "policy": "hdp", "hdp_size": 2, "pp_size": 1, "max_tokens_per_rank": 8,
+         "offloadable": 0.0, "ranks_per_node": null, "predicted_s": 0.1, "lower_bound_s": 0.1,
+         "notes": {}, "seqlens": [10, 3], "rings": [[[0, 2]], [[0, 1]]], "gathered": [],
+         "ranks": [[[0, 1]], [[0]]], "offload_ratio": null}
+
+        `rings` has runs [first rank, number of ranks] for each sequence, `ranks` the microbatches
+        of each rank, as lists of sequences. Raises ValueError for notes that JSON cannot hold.
         """
-        ranks = [
-            [
-                {
-                    "pieces": [[p.seq, list(p.ranks)] for p in mb.pieces],
-                    "gathered": mb.gathered,
-                    "offload_ratio": mb.offload_ratio,
-                }
-                for mb in self.microbatches(rank)
-            ]
-            for rank in range(self.hdp_size)
-        ]
-        head = {
-            "version": FORMAT_VERSION,
-            "policy": self.policy,
-            "hdp_size": self.hdp_size,
-            "pp_size": self.pp_size,
-            "max_tokens_per_rank": self.max_tokens_per_rank,
-            "offloadable": self.offloadable,
-            "ranks_per_node": self.ranks_per_node,
-            "seqlens": self.seqlens.tolist(),
-            "predicted_s": _none_if_nan(self.predicted_s),
-            "lower_bound_s": _none_if_nan(self.lower_bound_s),
-            "notes": self.notes,
-        }
-        return json.dumps({**head, "ranks": ranks})
+        return text_of(self)
 
     @classmethod
-    def from_json(cls, text: str) -> StepPlan:
+    def from_json(cls, text: str | bytes) -> StepPlan:
         """Inverse of `to_json`. Raises ValueError for text that is not a plan of this or an earlier
-        version, and for plans whose ranks disagree on whether a ring is gathered."""
-        try:
-            data = json.loads(text)
-            version = data["version"]
-            if version not in range(1, FORMAT_VERSION + 1):
-                raise ValueError(
-                    f"plan has version {version}, this library reads versions 1 to {FORMAT_VERSION}"
-                )
-            rings: list[list[int]] = [[] for _ in data["seqlens"]]
-            gathered: dict[int, bool] = {}  # by the first sequence of each microbatch
-            for mb in (mb for rank in data["ranks"] for mb in rank):
-                for seq, ring in mb["pieces"]:
-                    rings[seq] = ring
-                for seq, _ in mb["pieces"][:1]:
-                    mode = version > 1 and mb["gathered"]
-                    if gathered.setdefault(seq, mode) != mode:
-                        raise ValueError(f"plan gathers sequence {seq} on only some of its ranks")
-            return cls.from_lists(
-                data["seqlens"],
-                rings,
-                [[[seq for seq, _ in mb["pieces"]] for mb in rank] for rank in data["ranks"]],
-                gathered=[gathered.get(seq, False) for seq in range(len(rings))],
-                offload_ratio=[[mb["offload_ratio"] for mb in rank] for rank in data["ranks"]],
-                policy=data["policy"],
-                pp_size=data["pp_size"],
-                max_tokens_per_rank=data["max_tokens_per_rank"],
-                offloadable=data["offloadable"],
-                ranks_per_node=data["ranks_per_node"],
-                predicted_s=_nan_if_none(data["predicted_s"]),
-                lower_bound_s=_nan_if_none(data["lower_bound_s"]),
-                notes=data["notes"],
-            )
-        except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
-            raise ValueError(f"not a StepPlan in JSON: {error!r}") from error
+        version; whether the plan can run, `validate` says."""
+        return cls(**fields_of(text))
 
     def validate(self) -> StepPlan:
         """Check every invariant of the module docstring and return self.
@@ -368,15 +320,7 @@ _COLUMNS: dict[str, type] = {
     "gathered": np.bool_,
     "offload_ratio": np.float64,
 }
-
-
-def _offsets(groups: Sequence[Sequence[Any]]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum([len(group) for group in groups], dtype=np.int64)])
-
-
-def _none_if_nan(value: float) -> float | None:
-    return None if value != value else value
-
-
-def _nan_if_none(value: float | None) -> float:
-    return float("nan") if value is None else value
+_SCALARS = (
+    *("hdp_size", "max_tokens_per_rank", "pp_size", "offloadable", "predicted_s"),
+    *("lower_bound_s", "ranks_per_node"),
+)

@@ -8,15 +8,19 @@ simulates time; deadlock freedom is checked by walking all ranks at once.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .plain import shown
 from .rendezvous import meetings, stuck, walk
 
 if TYPE_CHECKING:
     from .step_plan import StepPlan
 
+# Limits: what the columns and float64 hold exactly, and sizes that no real cluster exceeds.
+MOST_RANKS, MOST_STAGES, MOST_TOKENS = 2**24, 1024, 2**53
 # Tokens times (1 - offload_ratio * offloadable) is not an integer: allow for rounding only.
 _SLACK_TOKENS = 1e-6
 
@@ -46,6 +50,15 @@ def columns_are_sound(plan: StepPlan) -> None:
             f"columns_are_sound: hdp_size, max_tokens_per_rank, pp_size = {scalars}; "
             "each must be an integer >= 1"
         )
+    for name, most in (
+        ("hdp_size", MOST_RANKS),
+        ("max_tokens_per_rank", MOST_TOKENS),
+        ("pp_size", MOST_STAGES),
+    ):
+        if getattr(plan, name) > most:
+            raise ValueError(
+                f"columns_are_sound: {name}={shown(getattr(plan, name))} must be at most {most}"
+            )
     if plan.ranks_per_node is not None and not _is_positive(plan.ranks_per_node):
         raise ValueError(
             f"columns_are_sound: ranks_per_node={plan.ranks_per_node!r} must be an integer >= 1"
@@ -53,6 +66,16 @@ def columns_are_sound(plan: StepPlan) -> None:
     for name in ("offloadable", "predicted_s", "lower_bound_s"):
         if not isinstance(getattr(plan, name), (int, float, np.integer, np.floating)):
             raise ValueError(f"columns_are_sound: {name}={getattr(plan, name)!r} must be a number")
+    for name in ("predicted_s", "lower_bound_s"):
+        if math.isinf(getattr(plan, name)):
+            raise ValueError(
+                f"columns_are_sound: {name}={getattr(plan, name)} must be finite; NaN: unknown"
+            )
+    if not isinstance(plan.policy, str) or not isinstance(plan.notes, dict):
+        raise ValueError(
+            f"columns_are_sound: policy={shown(plan.policy)} must be text and "
+            f"notes={shown(plan.notes)} a dict"
+        )
     if not 0 <= plan.offloadable < 1:
         raise ValueError(f"columns_are_sound: offloadable={plan.offloadable} is not in [0, 1)")
     num_microbatches = len(plan.piece_offsets) - 1
@@ -78,7 +101,7 @@ def columns_are_sound(plan: StepPlan) -> None:
             f"for {plan.num_seqs} sequences"
         )
     for column, low, high in (
-        ("seqlens", 1, np.inf),
+        ("seqlens", 1, MOST_TOKENS),
         ("ring_ranks", 0, plan.hdp_size - 1),
         ("piece_seqs", 0, plan.num_seqs - 1),
         ("offload_ratio", 0.0, 1.0),
@@ -143,19 +166,45 @@ def one_ring_each(plan: StepPlan) -> None:
         )
     if int(np.bincount(owner[wide], minlength=1).max()) <= 1:
         return  # one multi-rank piece each: every_token_once has shown the rest
-    lists: dict[int, tuple[int, ...]] = {}
-    for m in np.unique(owner[wide]).tolist():
-        span = slice(plan.piece_offsets[m], plan.piece_offsets[m + 1])
-        seqs = tuple(plan.piece_seqs[span][wide[span]].tolist())
-        for seq in seqs:
-            if lists.setdefault(seq, seqs) != seqs:
-                raise ValueError(
-                    f"one_ring_each: {_name(plan, m)} holds {seqs} on its ring, "
-                    f"another rank of that ring holds {lists[seq]}"
-                )
-    for seqs in set(lists.values()):
-        if len({plan.ring(s) for s in seqs}) > 1:
-            raise ValueError(f"one_ring_each: sequences {seqs} share a microbatch but not a ring")
+    # A list is named by its first sequence. Each sequence keeps one name and one place in it, and
+    # has the ring of the first: so all ranks of a ring hold the same list.
+    at = np.flatnonzero(wide)
+    starts = np.ones(len(at), dtype=bool)
+    starts[1:] = owner[at[1:]] != owner[at[:-1]]
+    begin = np.flatnonzero(starts)
+    which = np.cumsum(starts) - 1
+    leader, place = plan.piece_seqs[at[begin]][which], np.arange(len(at)) - begin[which]
+    seqs = plan.piece_seqs[at]
+    own, own_leader, own_place = (np.zeros(plan.num_seqs, dtype=np.int64) for _ in range(3))
+    own[seqs], own_leader[seqs], own_place[seqs] = np.arange(len(at)), leader, place
+    moved = np.flatnonzero((own_leader[seqs] != leader) | (own_place[seqs] != place))
+    if len(moved):
+        here, there = at[moved[0]], at[own[seqs[moved[0]]]]
+        raise ValueError(
+            f"one_ring_each: {_name(plan, owner[here])} holds {_on_ring(plan, owner[here])} on its "
+            f"ring, another rank of that ring holds {_on_ring(plan, owner[there])}"
+        )
+    _same_rings(plan, own_leader, np.unique(seqs))
+
+
+def _same_rings(plan: StepPlan, leader: np.ndarray, seqs: np.ndarray) -> None:
+    """Each of these sequences has the ring of its `leader`, in the same order."""
+    others = seqs[leader[seqs] != seqs]
+    same = plan.degrees[others] == plan.degrees[leader[others]]
+    alike = others[same]
+    count = plan.degrees[alike]
+    along = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+    own, first = (np.repeat(plan.ring_offsets[s], count) + along for s in (alike, leader[alike]))
+    differs = np.repeat(alike, count)[plan.ring_ranks[own] != plan.ring_ranks[first]]
+    bad = np.concatenate([others[~same], differs])
+    if len(bad):
+        pair = (int(leader[bad[0]]), int(bad[0]))
+        raise ValueError(f"one_ring_each: sequences {pair} share a microbatch but not a ring")
+
+
+def _on_ring(plan: StepPlan, m: int) -> tuple[int, ...]:
+    seqs = plan.piece_seqs[plan.piece_offsets[m] : plan.piece_offsets[m + 1]]
+    return tuple(seqs[plan.degrees[seqs] > 1].tolist())
 
 
 def gathered_alone(plan: StepPlan, meeting: np.ndarray) -> None:

@@ -16,14 +16,22 @@ from tests.source_tree import MODULES, PACKAGE, ROOT, imports, name_of, room_of
 ROOMS: dict[str, set[str]] = {
     # lengths in, a plan out; numpy at most
     "scheduler.zigzag": set(),
+    "scheduler.plain": set(),
+    "scheduler.plan_json": {"scheduler.plain"},
     "scheduler.rendezvous": set(),
-    "scheduler.validate": {"scheduler.rendezvous"},
-    "scheduler.step_plan": {"scheduler.validate", "scheduler.zigzag"},
-    "scheduler.costs": set(),
+    "scheduler.validate": {"scheduler.plain", "scheduler.rendezvous"},
+    "scheduler.step_plan": {
+        *("scheduler.plain", "scheduler.plan_json", "scheduler.validate", "scheduler.zigzag"),
+    },
+    "scheduler.costs": {"scheduler.plain"},
     "scheduler.simulation": {"scheduler.costs", "scheduler.rendezvous", "scheduler.step_plan"},
-    "scheduler.policies": {"scheduler.costs", "scheduler.simulation", "scheduler.step_plan"},
+    "scheduler.policies": {
+        *("scheduler.costs", "scheduler.plain", "scheduler.simulation", "scheduler.step_plan"),
+        "scheduler.validate",
+    },
     "scheduler.planner": {
-        *("scheduler.costs", "scheduler.policies", "scheduler.simulation", "scheduler.step_plan"),
+        *("scheduler.costs", "scheduler.plain", "scheduler.policies", "scheduler.simulation"),
+        "scheduler.step_plan",
     },
     "scheduler": {
         *("scheduler.costs", "scheduler.planner", "scheduler.simulation", "scheduler.step_plan"),
@@ -31,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "scheduler.export": {"scheduler.costs", "scheduler.planner", "scheduler.step_plan"},
     "scheduler.render": {"scheduler.costs", "scheduler.simulation", "scheduler.step_plan"},
-    "scheduler.workloads": set(),
+    "scheduler.workloads": {"scheduler.plain"},
     "scheduler.cli": {
         *("scheduler.costs", "scheduler.planner", "scheduler.render", "scheduler.simulation"),
         *("scheduler.step_plan", "scheduler.workloads"),

@@ -48,7 +48,10 @@ from typing import Any
 
 import numpy as np
 
+from hdp.scheduler.plain import parse_json, read_bytes, real, shown, to_plain
+
 FORMAT_VERSION = 1
+_MOST_COUNT = 2**20  # layers; with more, offloadable would round to 1
 _PRESETS = Path(__file__).with_name("presets")
 
 # A gathered ring runs 3 blocks and 2 merges, no fewer than a plain ring of 3 ranks.
@@ -84,12 +87,9 @@ class CostModel:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
             if field.name == "name":
                 continue
-            is_number = isinstance(value, (int, float, np.integer, np.floating))
-            if isinstance(value, bool) or not is_number or value != value:
-                raise ValueError(f"cost model: {field.name}={value!r} must be a number")
+            value = real(f"cost model: {field.name}", getattr(self, field.name))
             may_be_inf = (
                 field.name.endswith("node_bytes_per_s") or field.name == "host_memory_bytes"
             )
@@ -97,6 +97,11 @@ class CostModel:
                 raise ValueError(f"cost model: {field.name}={value} must be finite and >= 0")
             if field.type == "int" and value != int(value):
                 raise ValueError(f"cost model: {field.name}={value} must be a whole number")
+            if field.type == "int" and value > _MOST_COUNT:
+                raise ValueError(f"cost model: {field.name}={value} must be at most {_MOST_COUNT}")
+            object.__setattr__(self, field.name, int(value) if field.type == "int" else value)
+        if not isinstance(self.name, str):
+            raise ValueError(f"cost model: name={shown(self.name)} must be text")
         for name, low in (
             ("num_layers", 1),
             ("ranks_per_host_link", 1),
@@ -304,26 +309,24 @@ class CostModel:
     def to_json(self, report: dict[str, Any] | None = None) -> str:
         """JSON text; an infinite bandwidth is null. report: see the module docstring."""
         values = {k: None if v == math.inf else v for k, v in asdict(self).items()}
-        more = {} if report is None else {"report": report}
+        more = {} if report is None else {"report": to_plain(report, "report")}
         return json.dumps({"version": FORMAT_VERSION, **values, **more}, indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> CostModel:
+    def from_json(cls, text: str | bytes) -> CostModel:
         """Inverse of `to_json`. Raises ValueError for text that is not a cost model."""
-        try:
-            data = json.loads(text)
-            version = data.pop("version")
-            data.pop("report", None)
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            what = "no field 'version'" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"not a CostModel in JSON: {what}") from error
-        if version != FORMAT_VERSION:
-            raise ValueError(f"cost model has version {version}, expected {FORMAT_VERSION}")
+        data = parse_json(text, "a CostModel")
+        if not isinstance(data, dict) or "version" not in data:
+            raise ValueError("not a CostModel in JSON: no object with a field 'version'")
+        version = data.pop("version")
+        data.pop("report", None)
+        if isinstance(version, bool) or version != FORMAT_VERSION:
+            raise ValueError(f"cost model has version {shown(version)}, expected {FORMAT_VERSION}")
         unknown = sorted(set(data) - {field.name for field in fields(cls)})
         if unknown or not {"quadratic_s", "linear_s"} <= set(data):
             raise ValueError(
                 "cost model: quadratic_s and linear_s are required, others must be fields of "
-                f"CostModel; has {sorted(data)}, unknown: {unknown}"
+                f"CostModel; has {shown(sorted(data))}, unknown: {shown(unknown)}"
             )
         values: dict[str, Any] = {k: math.inf if v is None else v for k, v in data.items()}
         return cls(**values)
@@ -336,7 +339,7 @@ class CostModel:
     def load(cls, path: str | Path) -> CostModel:
         """Inverse of `save`. Raises ValueError with the path if it holds no cost model."""
         try:
-            return cls.from_json(Path(path).read_text(encoding="ascii"))
+            return cls.from_json(read_bytes(path))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(

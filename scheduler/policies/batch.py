@@ -13,9 +13,11 @@ import numpy as np
 
 from hdp.scheduler.costs.cost_model import CostModel
 from hdp.scheduler.costs.gathering import may_gather
+from hdp.scheduler.plain import flag, whole, whole_column
+from hdp.scheduler.validate import MOST_RANKS, MOST_STAGES, MOST_TOKENS
 
-# Limits: what the columns and float64 hold exactly, and sizes no real cluster exceeds.
-_MOST_RANKS, _MOST_STAGES, _MOST_TOKENS = 2**24, 1024, 2**53
+# Most pieces of a plan, (sequence, rank) pairs: seconds of planning and about 2 GB.
+MOST_PIECES = 2**25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +100,18 @@ class Batch:
         offload: bool = False,
         equal_counts: bool = False,
     ) -> Batch:
-        """Validate the arguments of plan(). Raises ValueError with the values and the remedy."""
-        _positive_integer("hdp_size", hdp_size, most=_MOST_RANKS)
-        _positive_integer("max_tokens_per_rank", max_tokens_per_rank, most=_MOST_TOKENS)
-        _positive_integer("pp_size", pp_size, most=_MOST_STAGES)
+        """Check the arguments of plan(). Raises ValueError with the values and the remedy."""
+        hdp_size = whole("hdp_size", hdp_size, most=MOST_RANKS)
+        max_tokens_per_rank = whole("max_tokens_per_rank", max_tokens_per_rank, most=MOST_TOKENS)
+        pp_size = whole("pp_size", pp_size, most=MOST_STAGES)
+        if hdp_size * pp_size > MOST_RANKS:
+            raise ValueError(
+                f"hdp_size={hdp_size} ranks of pp_size={pp_size} stages are more than {MOST_RANKS} "
+                "devices; did you pass another quantity?"
+            )
         if not isinstance(cost, CostModel):
             raise ValueError(f"cost must be a CostModel, not {type(cost).__name__}")
-        lengths = _integers("seqlens", seqlens)
+        lengths = whole_column("seqlens", seqlens)
         if not len(lengths):
             raise ValueError("empty batch: give at least one sequence")
         bad = np.flatnonzero(lengths < 1)
@@ -112,13 +119,13 @@ class Batch:
             raise ValueError(
                 f"seqlens[{bad[0]}] is {lengths[bad[0]]}; drop empty sequences before planning"
             )
-        if float(lengths.sum(dtype=np.float64)) > _MOST_TOKENS:
+        if float(lengths.sum(dtype=np.float64)) > MOST_TOKENS:
             raise ValueError(
                 f"{len(lengths)} sequences of {lengths.sum(dtype=np.float64):.3g} tokens, the "
                 f"longest of {lengths.max()}: the sum must be at most 2**53; check the units"
             )
         if ranks_per_node is not None:
-            _positive_integer("ranks_per_node", ranks_per_node)
+            ranks_per_node = whole("ranks_per_node", ranks_per_node)
             if hdp_size % ranks_per_node and hdp_size > ranks_per_node:
                 raise ValueError(
                     f"hdp_size={hdp_size} is not a multiple of ranks_per_node={ranks_per_node}; "
@@ -127,39 +134,30 @@ class Batch:
             ranks_per_node = min(ranks_per_node, hdp_size)
         offsets, seqs = np.arange(len(lengths) + 1), np.arange(len(lengths))
         if units is not None:
-            offsets, seqs = _group(_integers("units", units), len(lengths))
+            offsets, seqs = _group(whole_column("units", units), len(lengths))
         return cls(
             seqlens=lengths,
             job_offsets=offsets,
             job_seqs=seqs,
-            hdp_size=int(hdp_size),
-            max_tokens_per_rank=int(max_tokens_per_rank),
+            hdp_size=hdp_size,
+            max_tokens_per_rank=max_tokens_per_rank,
             cost=cost,
-            pp_size=int(pp_size),
+            pp_size=pp_size,
             ranks_per_node=ranks_per_node,
-            offload=bool(offload),
-            equal_counts=bool(equal_counts),
+            offload=flag("offload", offload),
+            equal_counts=flag("equal_counts", equal_counts),
         )
 
 
-def _positive_integer(name: str, value: object, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer >= 1")
-    if most is not None and value > most:
-        raise ValueError(f"{name}={value} must be at most {most}; did you pass another quantity?")
-
-
-def _integers(name: str, values: Sequence[int] | np.ndarray) -> np.ndarray:
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"{name} must be one-dimensional, got shape {array.shape}")
-    if not len(array):
-        return array.astype(np.int64)
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be integers, got {array.dtype} such as {array[0]!r}")
-    if array.dtype.kind == "u" and int(array.max()) > np.iinfo(np.int64).max:
-        raise ValueError(f"{name} contains {int(array.max())}, which does not fit in int64")
-    return array.astype(np.int64)
+def check_size(batch: Batch, degree: np.ndarray) -> None:
+    """Raise ValueError if a plan with these degrees, (num_seqs,), has over MOST_PIECES pieces."""
+    pieces = float(degree.sum(dtype=np.float64))
+    if pieces > MOST_PIECES:
+        raise ValueError(
+            f"a plan of {batch.num_seqs} sequences on {pieces / batch.num_seqs:.0f} ranks each has "
+            f"{pieces:.3g} pieces, more than {MOST_PIECES}; raise max_tokens_per_rank="
+            f"{batch.max_tokens_per_rank}, or plan fewer sequences at once"
+        )
 
 
 def _group(units: np.ndarray, num_seqs: int) -> tuple[np.ndarray, np.ndarray]:

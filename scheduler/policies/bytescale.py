@@ -14,6 +14,8 @@ Choices that the paper leaves open:
 * The first iteration of Algorithm 2, when no rank is behind: all ranks are targets.
 * Fewer targets than D(s): the next least loaded ranks join them, and all start together.
 * delta is 0, and ties go to the lower rank. There are NUM_BUCKETS buckets of equal work.
+* The paper's policies know no nodes: a ring takes the ranks that its algorithm names, whatever
+  `ranks_per_node`, and one that spans nodes is priced at the slower link.
 * Rings are gathered where that is faster, as under every policy (to_step_plan.py).
 * With pp_size > 1 a shared microbatch has one local index; ranks that are behind get empty
   microbatches.
@@ -21,13 +23,14 @@ Choices that the paper leaves open:
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 
 from hdp.scheduler.step_plan import StepPlan
 
-from .batch import Batch
+from .batch import Batch, check_size
 from .memory import min_degrees
 from .packing import best_fit
 from .to_step_plan import assemble
@@ -93,12 +96,13 @@ def _balance(batch: Batch, *, pipeline: bool) -> StepPlan:
     order = np.argsort(-units.longest, kind="stable")
     work = np.cumsum((units.seconds * units.degree)[order])
     edges = work[-1] * np.arange(1, NUM_BUCKETS) / NUM_BUCKETS
-    buckets = [b.tolist() for b in np.split(order, np.searchsorted(work, edges)) if len(b)]
+    cut = np.split(order, np.searchsorted(work, edges))
+    buckets = [deque(bucket.tolist()) for bucket in cut if len(bucket)]
     # 3. While sequences remain, draw one and give it to the least loaded ranks.
     turn = 0
     while buckets:
         turn = turn % len(buckets) if pipeline else 0
-        unit = buckets[turn].pop(0)
+        unit = buckets[turn].popleft()
         degree = int(units.degree[unit])
         ranks = np.sort(np.argsort(exec_s, kind="stable")[:degree])
         exec_s[ranks] = exec_s[ranks].max() + units.seconds[unit] + batch.cost.fixed_s
@@ -117,6 +121,7 @@ def _units(batch: Batch) -> _Units:
     """Steps 1 and 2 of Algorithm 1: D(s) and r of long jobs, best-fit packs of short ones."""
     # 1. Eq. 3 for jobs that do not fit on one rank.
     degree = min_degrees(batch)
+    check_size(batch, batch.by_seq(degree))
     tokens = batch.job_tokens
     long = tokens > batch.max_tokens_per_rank
     # 2. Pack the others up to the capacity; a pack takes the place of its first job.

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from hdp.scheduler.costs.cost_model import CostModel
+from hdp.scheduler.validate import MOST_TOKENS
 
 from .batch import Batch
 
@@ -35,7 +36,8 @@ def _hidden_ratio(batch: Batch) -> np.ndarray:
     cost = batch.cost
     one_way_s = min(cost.forward_share, 1.0 - cost.forward_share)
     seconds = one_way_s * cost.unit_s(batch.job_squares, batch.job_tokens, 1)
-    return seconds / (batch.job_tokens * cost.host_s_per_token)
+    with np.errstate(divide="ignore", over="ignore"):  # a copy may take no time
+        return seconds / (batch.job_tokens * cost.host_s_per_token)
 
 
 def _capacity(batch: Batch, ratio: Any) -> np.ndarray:
@@ -46,9 +48,8 @@ def _capacity(batch: Batch, ratio: Any) -> np.ndarray:
     device, cost = batch.max_tokens_per_rank, batch.cost
     bytes_per_token = cost.activation_bytes_per_token + cost.temporary_bytes_per_token
     limit = device / (1.0 - np.minimum(ratio, 1.0) * cost.offloadable)
-    return np.floor(np.minimum(limit, device + cost.host_memory_bytes / bytes_per_token)).astype(
-        np.int64
-    )
+    limit = np.minimum(limit, device + cost.host_memory_bytes / bytes_per_token)
+    return np.floor(np.minimum(limit, MOST_TOKENS)).astype(np.int64)
 
 
 def max_shard_tokens(batch: Batch) -> np.ndarray:
@@ -81,7 +82,8 @@ def max_pack_tokens(batch: Batch) -> int:
         return batch.max_tokens_per_rank
     one_way_s = min(cost.forward_share, 1.0 - cost.forward_share)
     token_s = one_way_s * (cost.linear_s + cost.quadratic_s * cost.small_shard_tokens)
-    return int(_capacity(batch, token_s / cost.host_s_per_token))
+    ratio = token_s / cost.host_s_per_token if cost.host_s_per_token > 0 else 1.0
+    return int(_capacity(batch, ratio))
 
 
 def least_microbatches(batch: Batch) -> int:
@@ -107,17 +109,20 @@ def min_degrees(batch: Batch) -> np.ndarray:
     """
     limit = max_shard_tokens(batch)
     degree = -(-batch.job_tokens // limit)
-    while batch.has_units:  # the shards of a unit's sequences are rounded up one by one
-        over = (batch.tokens_per_rank(degree) > limit) & (degree <= batch.hdp_size)
-        if not over.any():
-            break
-        degree = degree + over
+    if batch.has_units:
+        degree = _rounded_up(batch, degree, limit)
     worst = int(np.argmax(degree))
     if degree[worst] > batch.hdp_size:
         tokens = int(batch.job_tokens[worst])
         members = int(batch.job_offsets[worst + 1] - batch.job_offsets[worst])
         what = "sequence" if members == 1 else f"unit of {members} sequences"
         remedy = "raise max_tokens_per_rank or hdp_size"
+        if members > limit[worst]:  # each sequence has a token on some rank, however many there are
+            raise ValueError(
+                f"{what} of {tokens} tokens fits on no number of ranks: the fullest holds at least "
+                f"a token of each, more than its {limit[worst]}; raise max_tokens_per_rank or "
+                "split the unit"
+            )
         if not batch.offload and batch.cost.offloadable > 0:
             remedy += ", or allow offload"
         raise ValueError(
@@ -125,6 +130,22 @@ def min_degrees(batch: Batch) -> np.ndarray:
             f"hdp_size={batch.hdp_size}; {remedy}"
         )
     return degree
+
+
+def _rounded_up(batch: Batch, degree: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    """(num_jobs,) int64: the fewest ranks, at least `degree`, on which each unit fits.
+
+    The shards of its sequences are rounded up one by one. More ranks never make the fullest one
+    fuller, so bisection finds it; hdp_size + 1 where all ranks are too few.
+    """
+    low = degree
+    high = np.maximum(degree, batch.hdp_size + 1)
+    while bool((open_ := low < high).any()):
+        middle = (low + high) // 2
+        fits = batch.tokens_per_rank(middle) <= limit
+        high = np.where(open_ & fits, middle, high)
+        low = np.where(open_ & ~fits, middle + 1, low)
+    return low
 
 
 def least_ratio(batch: Batch, tokens: np.ndarray) -> np.ndarray:

@@ -17,9 +17,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from hdp.scheduler.plain import whole
 from hdp.scheduler.step_plan import StepPlan
 
-from .batch import Batch
+from .batch import Batch, check_size
 from .memory import min_degrees
 from .packing import best_fit
 from .to_step_plan import assemble
@@ -32,8 +33,7 @@ def plan_static(batch: Batch, *, cp_size: int | None = None) -> StepPlan:
     need = int(min_degrees(batch).max())
     if cp_size is None:
         cp_size = next(d for d in range(need, ranks + 1) if ranks % d == 0)
-    if isinstance(cp_size, bool) or not isinstance(cp_size, (int, np.integer)) or cp_size < 1:
-        raise ValueError(f"cp_size={cp_size!r} must be an integer >= 1")
+    cp_size = whole("cp_size", cp_size)
     if ranks % cp_size:
         raise ValueError(f"hdp_size={ranks} is not divisible by cp_size={cp_size}")
     if cp_size < need:
@@ -41,6 +41,7 @@ def plan_static(batch: Batch, *, cp_size: int | None = None) -> StepPlan:
             f"a sequence or unit of {int(batch.job_tokens.max())} tokens needs {need} ranks of "
             f"{batch.max_tokens_per_rank}, cp_size={cp_size}; raise cp_size to {need} or more"
         )
+    check_size(batch, np.full(batch.num_seqs, cp_size))
     # 1. Pack whole jobs. ceil() per sequence is exact for one sequence and safe for several.
     shard = batch.tokens_per_rank(np.full(batch.num_jobs, cp_size))
     packs = best_fit(shard, batch.max_tokens_per_rank)
@@ -54,5 +55,5 @@ def plan_static(batch: Batch, *, cp_size: int | None = None) -> StepPlan:
         degree=np.full(batch.num_seqs, cp_size),
         ring_ranks=(first_rank[:, None] + np.arange(cp_size)).ravel(),
         index=np.repeat(pack // num_rings, cp_size),
-        notes={"cp_size": int(cp_size)},
+        notes={"cp_size": cp_size},
     )

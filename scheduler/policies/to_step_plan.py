@@ -15,7 +15,7 @@ from hdp.scheduler.costs.cost_model import GATHER_LEAST_RANKS
 from hdp.scheduler.costs.gathering import gathers, may_gather
 from hdp.scheduler.step_plan import StepPlan
 
-from .batch import Batch
+from .batch import Batch, check_size
 from .memory import least_ratio
 
 
@@ -38,6 +38,7 @@ def assemble(
     ranks that offload saves, summed over sequences. A sequence alone on its ring, inside a node, is
     gathered where that is faster (costs/gathering.py).
     """
+    check_size(batch, degree)
     seq = np.repeat(np.arange(batch.num_seqs), degree)
     if batch.pp_size == 1 and not batch.equal_counts:
         index = _closed_up(ring_ranks, index, batch.hdp_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,9 +65,45 @@ def test_json_round_trip(case) -> None:
     assert again.validate().to_json() == made.to_json()
 
 
+def version_2(plan: StepPlan) -> dict[str, Any]:
+    """A plan as earlier versions wrote it: every rank repeats its rings."""
+    data = json.loads(plan.to_json())
+    for name in ("rings", "gathered", "offload_ratio"):
+        del data[name]
+    data["version"] = 2
+    data["ranks"] = [
+        [
+            {
+                "pieces": [[piece.seq, list(piece.ranks)] for piece in microbatch.pieces],
+                "gathered": microbatch.gathered,
+                "offload_ratio": microbatch.offload_ratio,
+            }
+            for microbatch in plan.microbatches(rank)
+        ]
+        for rank in range(plan.hdp_size)
+    ]
+    return data
+
+
 def test_json_is_what_the_documentation_says() -> None:
     data = json.loads(small().to_json())
-    assert data["version"] == 2 and data["hdp_size"] == 3 and data["seqlens"] == [10, 3, 4]
+    assert data["version"] == 3 and data["hdp_size"] == 3 and data["seqlens"] == [10, 3, 4]
+    assert data["predicted_s"] is None and data["lower_bound_s"] is None
+    assert data["rings"] == [[[2, 1], [0, 1]], [[0, 1]], [[2, 1]]] and data["gathered"] == []
+    assert data["ranks"] == [[[0, 1]], [[]], [[0], [2]]] and data["offload_ratio"] is None
+
+
+@given(batches())
+def test_json_of_version_2_goes_round(case) -> None:
+    lengths, arguments = case
+    made = plan(lengths, **arguments)
+    again = StepPlan.from_json(json.dumps(version_2(made)))
+    assert again == made and again.to_json() == made.to_json()
+
+
+def test_json_of_version_2_is_what_it_was() -> None:
+    data = version_2(small())
+    assert data["hdp_size"] == 3 and data["seqlens"] == [10, 3, 4]
     assert data["predicted_s"] is None and data["lower_bound_s"] is None
     assert data["ranks"][2] == [
         {"pieces": [[0, [2, 0]]], "gathered": False, "offload_ratio": 0.0},
@@ -86,7 +123,7 @@ def test_gathered_rings() -> None:
 
 
 def test_json_of_version_1_goes_round() -> None:
-    data = json.loads(small().to_json())
+    data = version_2(small())
     data["version"] = 1
     for rank in data["ranks"]:
         for microbatch in rank:
@@ -95,7 +132,7 @@ def test_json_of_version_1_goes_round() -> None:
 
 
 def test_json_whose_ranks_differ_in_the_mode() -> None:
-    data = json.loads(small().to_json())
+    data = version_2(small())
     data["ranks"][2][0]["gathered"] = True
     with pytest.raises(ValueError, match="plan gathers sequence 0 on only some of its ranks"):
         StepPlan.from_json(json.dumps(data))
@@ -112,18 +149,21 @@ def test_json_whose_ranks_differ_in_the_mode() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "[]", "{}", '{"version": 2}', "null", '{"version": 3}', '{"version": "x"}'),
+        *("", "[]", "{}", '{"version": 2}', "null", '{"version": 4}', '{"version": "x"}'),
         '{"version": 1, "seqlens": 3, "ranks": []}',
     ],
 )
 def test_json_that_is_no_plan(text: str) -> None:
-    with pytest.raises(ValueError, match=r"not a StepPlan|version 3|version x"):
+    with pytest.raises(ValueError, match=r"not a StepPlan|version 4|version x"):
         StepPlan.from_json(text)
 
 
 def test_json_with_a_sequence_that_does_not_exist() -> None:
-    text = small().to_json().replace("[[1, [0]]]", "[[7, [0]]]").replace("[1, [0]]", "[7, [0]]")
+    text = json.dumps(version_2(small())).replace("[1, [0]]", "[7, [0]]")
     with pytest.raises(ValueError, match="not a StepPlan"):
+        StepPlan.from_json(text)
+    text = small().to_json().replace("[[[0, 1]], [[]]", "[[[0, 7]], [[]]")
+    with pytest.raises(ValueError, match="not a StepPlan in JSON: ranks has sequence 7, of 3 seq"):
         StepPlan.from_json(text)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hdp.scheduler.policies.batch import Batch
+from hdp.scheduler.policies.batch import Batch, check_size
 from hdp.scheduler.policies.memory import max_pack_tokens
 from hdp.scheduler.policies.packing import best_fit_by_rank
 from hdp.scheduler.policies.to_step_plan import assemble
@@ -205,6 +205,7 @@ def _spans(jobs: np.ndarray, rings: list[Ring]) -> Spans:
 
 def build_plan(batch: Batch, schedule: Schedule) -> StepPlan:
     """Build the StepPlan of a schedule."""
+    check_size(batch, batch.by_seq(schedule.degree))
     ones = np.ones_like(schedule.rank)
     spans = Spans(
         job=np.concatenate([schedule.rings.job, schedule.local]),
