@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from hdp.scheduler.costs.cost_model import CostModel
+from hdp.scheduler.render.outputs import check_outputs
 from hdp.scheduler.render.text import ascii_timeline, seconds_text, summarize, table, tokens_text
 from hdp.scheduler.simulation.simulator import simulate
 from hdp.scheduler.simulation.timeline import Timeline
@@ -32,6 +33,7 @@ from hdp.scheduler.workloads.generate import WORKLOADS
 from hdp.scheduler.workloads.limit import OVERLONG
 from hdp.scheduler.workloads.read import read_lengths
 
+from .plain import read_bytes
 from .planner import POLICIES, plan
 from .step_plan import StepPlan
 
@@ -44,13 +46,13 @@ _EPILOG = "named workloads: " + ", ".join(f"workload:{name}" for name in WORKLOA
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `plan`, `simulate` or `compare` with `argv` (default: sys.argv[1:]). Returns the exit
-    code: 0, or 2 after one line on stderr about bad input."""
+    """Run `argv` (default: sys.argv[1:]); returns 0, or 2 after one line about bad input."""
     parser = _parser()
     try:
         arguments, unknown = parser.parse_known_args(argv)
         if unknown:
             parser.error(f"unknown arguments: {' '.join(unknown)}", arguments.command)
+        check_outputs(vars(arguments))
         text = _COMMANDS[arguments.command](arguments)
     except SystemExit as stop:  # argparse: --help
         return stop.code if isinstance(stop.code, int) else 2
@@ -221,18 +223,19 @@ def _simulate_command(arguments: argparse.Namespace) -> str:
             flag = "--" + option.replace("_", "-")
             raise ValueError(f"{flag} applies to new plans: {arguments.plan} has its own; omit it")
     try:
-        saved = StepPlan.from_json(Path(arguments.plan).read_text(encoding="utf-8")).validate()
-    except ValueError as error:
-        raise ValueError(f"{arguments.plan}: {error}") from error
+        saved = StepPlan.from_json(read_bytes(arguments.plan)).validate()
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        remedy = "give a file that `hdp plan --output` wrote"
+        raise ValueError(f"{arguments.plan}: {reason}; {remedy}") from error
     return _render([_simulated(saved, cost)], cost, arguments)
 
 
 def _compare_command(arguments: argparse.Namespace) -> str:
     cost, seqlens = _cost(arguments), _seqlens(arguments)
     names = arguments.policies.split(",") if arguments.policies else list(_COMPARED)
-    for name in names:
-        if name not in POLICIES:
-            raise ValueError(f"unknown policy {name!r}; choose from {', '.join(POLICIES)}")
+    if unknown := [name for name in names if name not in POLICIES]:
+        raise ValueError(f"unknown policy {unknown[0]!r}; choose from {', '.join(POLICIES)}")
     _check_policy(arguments, names)
     results, refused = [], []
     for name in names:

@@ -147,7 +147,7 @@ def parse_json(text: str | bytes, what: str) -> Any:
     except RecursionError:
         raise refuse("it is nested too deeply") from None
     except ValueError as error:
-        if "int string conversion" in str(error):
+        if "string conversion" in str(error):
             raise refuse("a number has thousands of digits") from None
         raise
 

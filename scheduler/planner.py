@@ -76,17 +76,14 @@ def plan(
     units: (num_seqs,) integers; sequences with equal units share a microbatch on the same ranks
     pp_size: pipeline stages of each rank
     cp_size: ranks per ring, for the static policy only; default: the smallest that fits the longest
-    ranks_per_node: under hdp, rings that fit stay inside a node and others take whole nodes; the
-        other policies only pay for the slower link: bytescale's rings ignore nodes, and static's
-        are blocks of cp_size ranks from rank 0 on. None: one node
+    ranks_per_node: hdp keeps rings that fit inside a node and gives others whole nodes; bytescale's
+        rings and static's blocks of cp_size ranks ignore nodes and pay for the link. None: one node
     offload: let activations move to the host where forward hides it, for fewer ranks (Eq. 3)
     equal_counts: give every rank the same number of microbatches (expert parallelism and ZeRO-3
         across ranks need it), padding with empty ones
 
-    Numpy scalars and 0-d arrays count as their values. Returns a plan with its simulated seconds
-    and a lower bound for any plan. Raises ValueError with the values and the remedy for arguments
-    of other types and if no plan is possible, also where it would have over 2**25 pieces
-    (sequences times ranks) or pipeline operations.
+    Returns a plan with its simulated seconds and a lower bound for any plan. Raises ValueError for
+    bad arguments, or if the plan is impossible or has over 2**25 pieces or pipeline operations.
     """
     if not isinstance(policy, str) or policy not in POLICIES:
         raise ValueError(f"unknown policy {shown(policy)}; choose one of {', '.join(POLICIES)}")
@@ -107,12 +104,9 @@ def plan(
     )
     degrees = Degrees(batch)
     bound = lower_bound_ticks(degrees)
-    options: dict[str, Any] = {}
-    if policy == "static":
-        options = {"cp_size": cp_size}
-    elif policy == "hdp":
-        options = {"degrees": degrees, "bound": bound}
-    result = POLICIES[policy](batch, **options)
+    own: dict[str, Any] = {"static": {"cp_size": cp_size}}
+    own["hdp"] = {"degrees": degrees, "bound": bound}
+    result = POLICIES[policy](batch, **own.get(policy, {}))
     return replace(
         result,
         predicted_s=finish_s(result, cost),

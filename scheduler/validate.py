@@ -44,40 +44,7 @@ def validate_plan(plan: StepPlan) -> None:
 
 def columns_are_sound(plan: StepPlan) -> None:
     """Shapes, offsets and index ranges, on which all later checks rely."""
-    scalars = (plan.hdp_size, plan.max_tokens_per_rank, plan.pp_size)
-    if not all(_is_positive(x) for x in scalars):
-        raise ValueError(
-            f"columns_are_sound: hdp_size, max_tokens_per_rank, pp_size = {scalars}; "
-            "each must be an integer >= 1"
-        )
-    for name, most in (
-        ("hdp_size", MOST_RANKS),
-        ("max_tokens_per_rank", MOST_TOKENS),
-        ("pp_size", MOST_STAGES),
-    ):
-        if getattr(plan, name) > most:
-            raise ValueError(
-                f"columns_are_sound: {name}={shown(getattr(plan, name))} must be at most {most}"
-            )
-    if plan.ranks_per_node is not None and not _is_positive(plan.ranks_per_node):
-        raise ValueError(
-            f"columns_are_sound: ranks_per_node={plan.ranks_per_node!r} must be an integer >= 1"
-        )
-    for name in ("offloadable", "predicted_s", "lower_bound_s"):
-        if not isinstance(getattr(plan, name), (int, float, np.integer, np.floating)):
-            raise ValueError(f"columns_are_sound: {name}={getattr(plan, name)!r} must be a number")
-    for name in ("predicted_s", "lower_bound_s"):
-        if math.isinf(getattr(plan, name)):
-            raise ValueError(
-                f"columns_are_sound: {name}={getattr(plan, name)} must be finite; NaN: unknown"
-            )
-    if not isinstance(plan.policy, str) or not isinstance(plan.notes, dict):
-        raise ValueError(
-            f"columns_are_sound: policy={shown(plan.policy)} must be text and "
-            f"notes={shown(plan.notes)} a dict"
-        )
-    if not 0 <= plan.offloadable < 1:
-        raise ValueError(f"columns_are_sound: offloadable={plan.offloadable} is not in [0, 1)")
+    _scalars_are_sound(plan)
     num_microbatches = len(plan.piece_offsets) - 1
     for column, groups, items in (
         ("ring_offsets", plan.num_seqs, len(plan.ring_ranks)),
@@ -112,6 +79,46 @@ def columns_are_sound(plan: StepPlan) -> None:
             raise ValueError(
                 f"columns_are_sound: {column}[{bad[0]}] is {values[bad[0]]}, not in [{low}, {high}]"
             )
+
+
+def _scalars_are_sound(plan: StepPlan) -> None:
+    scalars = (plan.hdp_size, plan.max_tokens_per_rank, plan.pp_size)
+    if not all(_is_positive(x) for x in scalars):
+        raise ValueError(
+            f"columns_are_sound: hdp_size, max_tokens_per_rank, pp_size = {scalars}; "
+            "each must be an integer >= 1"
+        )
+    for name, most in (
+        ("hdp_size", MOST_RANKS),
+        ("max_tokens_per_rank", MOST_TOKENS),
+        ("pp_size", MOST_STAGES),
+    ):
+        if getattr(plan, name) > most:
+            raise ValueError(
+                f"columns_are_sound: {name}={shown(getattr(plan, name))} must be at most {most}"
+            )
+    if plan.ranks_per_node is not None and not _is_positive(plan.ranks_per_node):
+        raise ValueError(
+            f"columns_are_sound: ranks_per_node={plan.ranks_per_node!r} must be an integer >= 1"
+        )
+    if plan.ranks_per_node is not None and plan.ranks_per_node > MOST_RANKS:
+        node = shown(plan.ranks_per_node)
+        raise ValueError(f"columns_are_sound: ranks_per_node={node} must be at most {MOST_RANKS}")
+    for name in ("offloadable", "predicted_s", "lower_bound_s"):
+        if not isinstance(getattr(plan, name), (int, float, np.integer, np.floating)):
+            raise ValueError(f"columns_are_sound: {name}={getattr(plan, name)!r} must be a number")
+    for name in ("predicted_s", "lower_bound_s"):
+        if math.isinf(getattr(plan, name)):
+            raise ValueError(
+                f"columns_are_sound: {name}={getattr(plan, name)} must be finite; NaN: unknown"
+            )
+    if not isinstance(plan.policy, str) or not isinstance(plan.notes, dict):
+        raise ValueError(
+            f"columns_are_sound: policy={shown(plan.policy)} must be text and "
+            f"notes={shown(plan.notes)} a dict"
+        )
+    if not 0 <= plan.offloadable < 1:
+        raise ValueError(f"columns_are_sound: offloadable={plan.offloadable} is not in [0, 1)")
 
 
 def _is_positive(value: object) -> bool:

@@ -24,7 +24,10 @@ ROOMS: dict[str, set[str]] = {
         *("scheduler.plain", "scheduler.plan_json", "scheduler.validate", "scheduler.zigzag"),
     },
     "scheduler.costs": {"scheduler.plain"},
-    "scheduler.simulation": {"scheduler.costs", "scheduler.rendezvous", "scheduler.step_plan"},
+    "scheduler.simulation": {
+        *("scheduler.costs", "scheduler.plain", "scheduler.rendezvous", "scheduler.step_plan"),
+        "scheduler.validate",
+    },
     "scheduler.policies": {
         *("scheduler.costs", "scheduler.plain", "scheduler.simulation", "scheduler.step_plan"),
         "scheduler.validate",
@@ -42,7 +45,7 @@ ROOMS: dict[str, set[str]] = {
     "scheduler.workloads": {"scheduler.plain"},
     "scheduler.cli": {
         *("scheduler.costs", "scheduler.planner", "scheduler.render", "scheduler.simulation"),
-        *("scheduler.step_plan", "scheduler.workloads"),
+        *("scheduler.plain", "scheduler.step_plan", "scheduler.workloads"),
     },
     # the exceptions of all rooms
     "errors": set(),

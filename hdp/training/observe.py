@@ -131,11 +131,7 @@ def write_trace(run: Run, step: int, batch: StepBatch) -> None:
     dist.all_gather_object(by_rank, run.context.recorder.spans(), group=run.mesh.hdp_group)
     if not run.is_main:
         return
-    measured = Timeline(
-        spans=tuple(span for spans in by_rank for span in spans),
-        num_ranks=run.mesh.hdp_size,
-        title="measured",
-    )
+    measured = Timeline.measured((span for spans in by_rank for span in spans), batch.plan)
     planned = simulate(batch.plan, run.cost)
     trace = Path(run.config.run_dir) / f"timeline_{step}.json"
     try:

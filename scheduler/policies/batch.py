@@ -125,7 +125,7 @@ class Batch:
                 f"longest of {lengths.max()}: the sum must be at most 2**53; check the units"
             )
         if ranks_per_node is not None:
-            ranks_per_node = whole("ranks_per_node", ranks_per_node)
+            ranks_per_node = whole("ranks_per_node", ranks_per_node, most=MOST_RANKS)
             if hdp_size % ranks_per_node and hdp_size > ranks_per_node:
                 raise ValueError(
                     f"hdp_size={hdp_size} is not a multiple of ranks_per_node={ranks_per_node}; "

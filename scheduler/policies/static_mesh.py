@@ -19,6 +19,7 @@ import numpy as np
 
 from hdp.scheduler.plain import whole
 from hdp.scheduler.step_plan import StepPlan
+from hdp.scheduler.validate import MOST_RANKS
 
 from .batch import Batch, check_size
 from .memory import min_degrees
@@ -33,7 +34,7 @@ def plan_static(batch: Batch, *, cp_size: int | None = None) -> StepPlan:
     need = int(min_degrees(batch).max())
     if cp_size is None:
         cp_size = next(d for d in range(need, ranks + 1) if ranks % d == 0)
-    cp_size = whole("cp_size", cp_size)
+    cp_size = whole("cp_size", cp_size, most=MOST_RANKS)
     if ranks % cp_size:
         raise ValueError(f"hdp_size={ranks} is not divisible by cp_size={cp_size}")
     if cp_size < need:

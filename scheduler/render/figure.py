@@ -36,6 +36,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 _COMM, _COMM_FLAT, _HATCH, _OFFLOAD, _REDUCE = "#f1f3f4", "#d3d7db", "#9aa0a6", "#f3d9a4", "#cfd8dc"
 _BACKWARD_SHADE = 0.82
+_ROW_GAP = 0.2  # share of a row left white between ranks that do not share a block
 _INK, _SOFT = "#202124", "#5f6368"
 _LEFT, _WIDTH = 0.07, 0.915  # of the page: where panels start, how wide they are
 
@@ -56,8 +57,7 @@ def draw_plans(
     Raises ValueError for other file types, or for no plans.
     """
     path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"cannot draw to {path}: use one of {', '.join(FORMATS)}")
+    check_format(path)
     if not plans:
         raise ValueError("no plans to draw")
     figure_of = figure_class()
@@ -79,7 +79,7 @@ def draw_plans(
     heights = [_height_in(panel.boxes.num_rows) for panel in drawn]
     top, bottom, gap = (0.70 if title else 0.34), 0.82, 0.46
     total = sum(heights) + gap * (len(heights) - 1) + top + bottom
-    figure = figure_of(figsize=(width_in, total), dpi=dpi, facecolor="white")
+    figure = figure_of(figsize=(width_in, total), dpi=dpi, facecolor="white")  # on any page
     if title:
         figure.text(_LEFT, 1 - 0.12 / total, title, ha="left", va="top", fontsize=13,
                     fontweight="bold", color=_INK)  # fmt: skip
@@ -104,6 +104,12 @@ class _Panel:
     timeline: Timeline
     boxes: Boxes
     speedup: float | None = None  # over the first panel, where it shows another plan
+
+
+def check_format(path: Path) -> None:
+    """Raise ValueError for a path that does not end as one of FORMATS."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"cannot draw to {path}: use one of {', '.join(FORMATS)}")
 
 
 def figure_class() -> Any:
@@ -219,7 +225,7 @@ def _draw_shapes(axes: Any, panel: _Panel, scale: float) -> None:
     from matplotlib.collections import PolyCollection
 
     blocks, rows = _merge(panel.boxes, scale), panel.boxes.num_rows
-    pad = 0.05 if rows <= 48 else 0.0
+    pad = _ROW_GAP / 2  # else neighbors that run alike would look like one ring
     y0, y1 = blocks.top + pad, blocks.bottom - pad
     path = ((blocks.start, y0), (blocks.end, y0), (blocks.end, y1), (blocks.start, y1))
     corners = np.stack([np.stack(point, axis=1) for point in path], axis=1)

@@ -10,17 +10,15 @@ A span belongs to the microbatch whose local index is in its name: "3", "F3" or 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from hdp.scheduler.costs.cost_model import CostModel
-from hdp.scheduler.simulation.timeline import KINDS, Timeline
+from hdp.scheduler.simulation.timeline import KINDS, MICROBATCH_NAME, Timeline
 from hdp.scheduler.step_plan import StepPlan
 
 COMPUTE, COMM, OFFLOAD, WAIT, REDUCE = range(len(KINDS))
-_NAME = re.compile(r"^(F|B|)(\d+)$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +51,7 @@ def make_boxes(plan: StepPlan, timeline: Timeline, cost: CostModel | None = None
     for span in timeline.spans:
         if span.kind == "wait":
             continue
-        match = _NAME.match(span.name)
+        match = MICROBATCH_NAME.match(span.name)
         m = first[span.rank] + int(match[2]) if match else -1
         rows.append(span.stage * timeline.num_ranks + span.rank)
         starts.append(span.start_s)

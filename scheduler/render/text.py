@@ -189,7 +189,8 @@ def ascii_timeline(
     """Text timeline of a plan (module docstring), at most `max_lines` ranks and `width` columns.
 
     width: columns of text; default: the terminal's. Identical neighboring ranks share a line; if
-    there are still too many, evenly spaced ones are shown. end_s: time at the right edge; default:
+    there are still too many, some are left out, evenly spread, each gap with a line that names its
+    ranks. end_s: time at the right edge; default:
     the end of this timeline.
     """
     width = shutil.get_terminal_size((100, 24)).columns if width is None else width
@@ -197,21 +198,47 @@ def ascii_timeline(
     end_s = timeline.makespan_s if end_s is None else end_s
     letters, legend = _letters(plan)
     groups = _equal_rows(boxes, _symbols(boxes, letters))
-    shown = groups
-    if len(groups) > max_lines:
-        picked = np.unique(np.linspace(0, len(groups) - 1, max_lines).round().astype(int))
-        shown = [groups[i] for i in picked.tolist()]
-    names = [_group_name(first, last, timeline) for first, last, *_ in shown]
-    margin = max(map(len, names)) + 2
+    hidden = _hidden(len(groups), max_lines)
+    names = [_group_name(first, last, timeline) for first, last, *_ in groups]
+    gaps = {at: _gap_name(groups[at][0], groups[stop - 1][1], timeline) for at, stop in hidden}
+    skipped = {i for at, stop in hidden for i in range(at, stop)}
+    shown = [name for i, name in enumerate(names) if i not in skipped]
+    margin = max(map(len, [*shown, *gaps.values()])) + 2
     columns = max(width - margin - 1, 10)
     lines = []
-    for name, (_, _, start_s, stop_s, symbols) in zip(names, shown, strict=True):
+    for i, (name, (_, _, start_s, stop_s, symbols)) in enumerate(zip(names, groups, strict=True)):
+        if i in gaps:
+            lines.append(f"{gaps[i]:>{margin - 2}} : not shown")
+        if i in skipped:
+            continue
         text = _line(start_s / end_s * columns, stop_s / end_s * columns, symbols, columns)
         lines.append(f"{name:>{margin - 2}} |{text}")
     lines.append(" " * margin + f"0{seconds_text(end_s):>{columns - 1}}")
     if len(shown) < len(groups):
         lines.append(f"({len(shown)} of {len(groups)} different rows, {boxes.num_rows} in all)")
     return "\n".join(lines + _wrapped(legend, width))
+
+
+def _hidden(count: int, most: int) -> list[tuple[int, int]]:
+    """[start, stop) of the lines to leave out so that `most` of `count` remain: a few even gaps."""
+    if count <= most:
+        return []
+    num_gaps = min(max(most // 3, 1), count - most)
+    chunks = np.array_split(np.arange(most), num_gaps + 1)
+    sizes = [len(chunk) for chunk in np.array_split(np.arange(count - most), num_gaps)]
+    gaps, at = [], 0
+    for chunk, size in zip(chunks, sizes, strict=False):
+        at += len(chunk)
+        gaps.append((at, at + size))
+        at += size
+    return gaps
+
+
+def _gap_name(first: int, last: int, timeline: Timeline) -> str:
+    """Rows that are left out; they may go on in the next stage."""
+    if first // timeline.num_ranks == last // timeline.num_ranks:
+        return _group_name(first, last, timeline)
+    return f"{_group_name(first, first, timeline)} to {_group_name(last, last, timeline)}"
 
 
 _Group = tuple[int, int, np.ndarray, np.ndarray, np.ndarray]

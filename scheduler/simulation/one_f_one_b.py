@@ -8,12 +8,17 @@ backward that of the next, and ring partners meet in each stage, in forward and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from hdp.scheduler.rendezvous import meetings, stuck, walk
+from hdp.scheduler.rendezvous import meetings, stuck
 from hdp.scheduler.step_plan import StepPlan
 
 from .events import Operations, deadlock
+
+# Most forwards and backwards of a step, over all stages of all ranks: seconds and about 3 GB.
+MOST_OPERATIONS = 2**25
 
 
 def run_1f1b(plan: StepPlan, total_s: np.ndarray, forward_share: float) -> Operations:
@@ -74,7 +79,13 @@ def _positions(plan: StepPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _walk(
     plan: StepPlan, total_s: np.ndarray, forward_share: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Seconds, start and end of each operation."""
+    """Seconds, start and end of each operation. Raises ValueError for over MOST_OPERATIONS."""
+    if 2 * plan.pp_size * len(total_s) > MOST_OPERATIONS:
+        raise ValueError(
+            f"pp_size={plan.pp_size} stages run {len(total_s)} microbatches forward and backward, "
+            f"more than the {MOST_OPERATIONS} operations that are simulated; use fewer stages or "
+            "sequences"
+        )
     forward, backward, offsets = _positions(plan)
     count, stages = forward.size + backward.size, np.arange(plan.pp_size)[:, None]
     meeting = meetings(plan)
@@ -91,4 +102,62 @@ def _walk(
     seconds = np.empty(count)
     seconds[forward] = total_s * forward_share
     seconds[backward] = total_s * (1 - forward_share)
-    return (seconds, *walk(offsets, group, seconds, after))
+    order, size = np.argsort(own, kind="stable"), np.bincount(own, minlength=groups)
+    first, member = np.cumsum(size) - size, plan.microbatch_ranks[order]
+
+    def lanes_of(some: np.ndarray) -> np.ndarray:
+        """The lanes that meet in these groups."""
+        base, count = some % groups, size[some % groups]
+        along = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+        rank = member[np.repeat(first[base], count) + along]
+        return rank * plan.pp_size + np.repeat(some // groups % plan.pp_size, count)
+
+    return (seconds, *_run_lanes(offsets, group, seconds, after, lanes_of))
+
+
+def _run_lanes(
+    offsets: np.ndarray,
+    group: np.ndarray,
+    seconds: np.ndarray,
+    after: np.ndarray,
+    lanes_of: Callable[[np.ndarray], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Like rendezvous.walk, for a thousand stages: lanes sleep until their input is there.
+
+    A lane is looked at when it is free or when the operation that it needs ends, so the work grows
+    with the operations and not with lanes times waves. No two operations need the same one.
+    """
+    count = len(group)
+    then = np.full(count + 1, -1)
+    then[after] = np.arange(count)  # the operation that needs each one
+    missing = np.bincount(group)  # lanes of each group yet to arrive
+    start_s, longest_s = np.zeros((2, len(missing)))
+    np.maximum.at(longest_s, group, seconds)
+    end_s = np.full(count + 1, np.inf)
+    end_s[count] = 0.0  # for operations without an input
+    at, stop = offsets[:-1].copy(), offsets[1:]
+    lane_of = np.repeat(np.arange(len(at), dtype=np.int32), np.diff(offsets))
+    free_s, is_free = np.zeros(len(at)), np.zeros(len(at), dtype=bool)
+    coming = np.flatnonzero(at < stop)
+    while len(coming):
+        # Lanes whose input is ready arrive.
+        here = at[coming]
+        input_s = end_s[after[here]]
+        ready = input_s < np.inf
+        arrived, groups = coming[ready], group[here[ready]]
+        np.maximum.at(start_s, groups, np.maximum(free_s[arrived], input_s[ready]))
+        np.subtract.at(missing, groups, 1)
+        # Complete groups run; their lanes move on, and the lanes that need their results wake.
+        gone = lanes_of(np.unique(groups[missing[groups] == 0]))
+        ran = at[gone]
+        free_s[gone] = end_s[ran] = start_s[group[ran]] + longest_s[group[ran]]
+        at[gone] += 1
+        freed = gone[at[gone] < stop[gone]]
+        needed = then[ran]
+        needed = needed[needed >= 0]
+        lanes = lane_of[needed]
+        is_free[freed] = True
+        woken = lanes[(at[lanes] == needed) & ~is_free[lanes]]
+        is_free[freed] = False
+        coming = np.concatenate([freed, woken])
+    return start_s[group], end_s[:count]

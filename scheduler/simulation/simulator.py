@@ -24,6 +24,7 @@ import numpy as np
 
 from hdp.scheduler.costs.cost_model import CostModel
 from hdp.scheduler.step_plan import StepPlan
+from hdp.scheduler.validate import columns_are_sound
 
 from .events import Operations, run_flat
 from .one_f_one_b import finish_1f1b, run_1f1b
@@ -92,14 +93,19 @@ def rings_across_nodes(plan: StepPlan) -> np.ndarray:
 def simulate(plan: StepPlan, cost: CostModel) -> Timeline:
     """Run the plan with the times of `cost` and return the planned timeline.
 
-    Raises ValueError naming the ranks that wait for each other if the plan deadlocks.
+    Raises ValueError for columns that do not fit together, and naming the ranks that wait for each
+    other if the plan deadlocks.
     """
+    if not (isinstance(plan, StepPlan) and isinstance(cost, CostModel)):
+        kinds = f"{type(plan).__name__} and {type(cost).__name__}"
+        raise ValueError(f"simulate takes a StepPlan and a CostModel, not {kinds}")
+    columns_are_sound(plan)
     times = microbatch_times(plan, cost)
     operations = _run(plan, times, cost)
     spans = _spans(plan, times, operations)
     spans += _tail(plan, operations, cost)
     spans.sort(key=lambda span: (span.rank, span.stage, span.start_s))
-    return Timeline(spans=tuple(spans), num_ranks=plan.hdp_size, num_stages=plan.pp_size)
+    return Timeline(spans=tuple(spans), num_ranks=plan.hdp_size, num_stages=plan.pp_size, plan=plan)
 
 
 def finish_s(plan: StepPlan, cost: CostModel) -> float:

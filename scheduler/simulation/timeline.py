@@ -16,14 +16,23 @@ share of the step in which a rank does no useful work: 1 - busy / makespan.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hdp.scheduler.plain import to_plain
+from hdp.scheduler.step_plan import Microbatch, StepPlan
+
 KINDS = ("compute", "comm", "offload", "wait", "reduce")
+
+# The span of a rank's microbatch: its local index, in a pipeline after F (forward) or B (backward).
+MICROBATCH_NAME = re.compile(r"^(F|B|)([0-9]+)$")
+_PASSES = {"F": "forward", "B": "backward"}
+_MOST_LISTED = 64  # sequences or ranks in the details of a slice
 
 # Perfetto's reserved color names: one hue per kind in its legacy JSON importer.
 _COLORS = {
@@ -63,12 +72,14 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """All spans of one step. `title` names it in figures and traces ("planned", "measured")."""
+    """All spans of one step. `title` names it in figures and traces ("planned", "measured"); with
+    `plan`, slices of a trace are named by what ran: "seq 17 (70,000 tokens) ring of 4"."""
 
     spans: tuple[Span, ...]
     num_ranks: int
     num_stages: int = 1
     title: str = "planned"
+    plan: StepPlan | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spans", tuple(self.spans))
@@ -78,6 +89,28 @@ class Timeline:
                     f"span {span.name!r} is on rank {span.rank}, stage {span.stage} of a timeline "
                     f"with {self.num_ranks} ranks and {self.num_stages} stages"
                 )
+
+    @classmethod
+    def measured(cls, spans: Iterable[Span], plan: StepPlan) -> Timeline:
+        """The timeline of a step that ran: spans of all its ranks.
+
+        A "reduce" span begins when its rank arrives and ends when all have: until the last one
+        arrives, the rank waits, and that part becomes a "wait" span.
+        """
+        spans = tuple(spans)
+        last_s: dict[str, float] = {}
+        for span in spans:
+            if span.kind == "reduce":
+                last_s[span.name] = max(last_s.get(span.name, 0.0), span.start_s)
+        parts: list[Span] = []
+        for span in spans:
+            if span.kind == "reduce" and span.start_s < last_s[span.name]:
+                middle_s = min(last_s[span.name], span.end_s)
+                parts.append(replace(span, kind="wait", end_s=middle_s))
+                span = replace(span, start_s=middle_s)
+            if span.end_s > span.start_s:
+                parts.append(span)
+        return cls(spans=tuple(parts), num_ranks=plan.hdp_size, title="measured", plan=plan)
 
     @property
     def makespan_s(self) -> float:
@@ -118,7 +151,8 @@ class Timeline:
         """Write Chrome trace JSON that https://ui.perfetto.dev opens.
 
         One process per timeline (this one, then `others`, such as the measured one), one thread per
-        rank and stage. Times are microseconds.
+        rank and stage. Times are microseconds. A timeline with a plan names its slices by sequence,
+        length and ring, and has the details under "args".
         """
         events = []
         for pid, timeline in enumerate((self, *others)):
@@ -135,6 +169,7 @@ class Timeline:
             for stage in range(self.num_stages):
                 name = f"rank {rank}" + (f" stage {stage}" if self.num_stages > 1 else "")
                 events.append(named("thread_name", rank * self.num_stages + stage, name))
+        rows: dict[int, list[Microbatch]] = {}
         for span in self.spans:
             events.append(
                 {
@@ -148,4 +183,42 @@ class Timeline:
                     "dur": span.duration_s * 1e6,
                 }
             )
+            match = MICROBATCH_NAME.match(span.name)
+            if self.plan is None or match is None:
+                continue
+            if span.rank not in rows:
+                rows[span.rank] = self.plan.microbatches(span.rank)
+            if int(match[2]) < len(rows[span.rank]):
+                events[-1] |= _described(span, match, rows[span.rank][int(match[2])])
         return events
+
+
+def _described(span: Span, match: re.Match[str], microbatch: Microbatch) -> dict[str, Any]:
+    """Name and args of a slice: what its microbatch holds."""
+    pieces, ring = microbatch.pieces, microbatch.ring
+    on_ring = [piece for piece in pieces if piece.degree > 1]
+    tokens = sum(piece.seqlen for piece in on_ring or pieces)
+    some = on_ring or list(pieces)
+    what = f"{len(some)} seqs ({tokens:,} tokens)" if some else "empty"
+    if len(some) == 1:
+        what = f"seq {some[0].seq} ({tokens:,} tokens)"
+    if ring:
+        what += f" ring of {len(ring)}" + (", gathered" if microbatch.gathered else "")
+    if on_ring and len(pieces) > len(on_ring):
+        what += f" + {len(pieces) - len(on_ring)} local"
+    step = _PASSES.get(match[1], "")
+    words = [step, "" if span.kind == "compute" else span.kind]
+    prefix = " ".join(word for word in words if word)
+    args = {
+        "microbatch": int(match[2]),
+        "pass": step or "forward and backward",
+        "tokens_on_rank": microbatch.num_tokens(span.rank),
+        "sequences": [piece.seq for piece in pieces[:_MOST_LISTED]],
+        "seqlens": [piece.seqlen for piece in pieces[:_MOST_LISTED]],
+        "num_sequences": len(pieces),
+        "ring": list(ring[:_MOST_LISTED]),
+        "ring_size": len(ring),
+        "gathered": microbatch.gathered,
+        "offload_ratio": microbatch.offload_ratio,
+    }
+    return {"name": f"{prefix}: {what}" if prefix else what, "args": to_plain(args)}

@@ -31,7 +31,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .limit import limit_lengths
+from hdp.scheduler.plain import shown, whole
+
+from .limit import MOST_SEQUENCES, counted, limit_lengths
 
 KI = 1024
 
@@ -215,23 +217,27 @@ def draw(
     `limit_lengths` does. Raises ValueError for an unknown name or counts that are not positive.
     """
     workload = _get(name)
-    if seed < 0:
+    if isinstance(seed, int) and seed < 0:
         raise ValueError(f"seed={seed} must be at least 0")
+    seed = whole("seed", seed, low=0, most=2**63 - 1)
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     if (num_sequences is None) == (num_tokens is None):
         raise ValueError(
             f"give one of num_sequences and num_tokens, not {num_sequences} and {num_tokens}"
         )
     if num_sequences is not None:
-        if num_sequences < 1:
-            raise ValueError(f"num_sequences must be at least 1, not {num_sequences}")
+        num_sequences = counted("num_sequences", num_sequences, most=MOST_SEQUENCES)
         return limit_lengths(workload.sample(rng, num_sequences), max_length, overlong)
     assert num_tokens is not None
-    if num_tokens < 1:
-        raise ValueError(f"num_tokens must be at least 1, not {num_tokens}")
+    num_tokens = counted("num_tokens", num_tokens, most=2**53)
     parts: list[np.ndarray] = []
     missing = num_tokens
     while missing > 0:
+        if 1024 * len(parts) > MOST_SEQUENCES:
+            raise ValueError(
+                f"num_tokens={num_tokens} takes more than {MOST_SEQUENCES} sequences of {name}; "
+                "ask for fewer tokens"
+            )
         part = limit_lengths(workload.sample(rng, 1024), max_length, overlong)
         if not len(part):
             raise ValueError(f"no sequence of {name} is within max_length={max_length}: raise it")
@@ -316,6 +322,6 @@ BENCHMARK_SETS: tuple[BenchmarkSet, ...] = (
 
 
 def _get(name: str) -> Workload:
-    if name not in WORKLOADS:
-        raise ValueError(f"no workload {name!r}; choose one of {', '.join(WORKLOADS)}")
+    if not isinstance(name, str) or name not in WORKLOADS:
+        raise ValueError(f"no workload {shown(name)}; choose one of {', '.join(WORKLOADS)}")
     return WORKLOADS[name]

@@ -9,13 +9,14 @@ No document is truncated silently: `overlong` says what to do with one longer th
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
+from hdp.scheduler.plain import parse_json, read_bytes, shown
+
 from .generate import WORKLOADS, draw
-from .limit import limit_lengths
+from .limit import counted, limit_lengths
 
 
 def read_lengths(
@@ -50,12 +51,14 @@ def read_lengths(
         )
     seqlens = limit_lengths(_read_file(Path(text)), max_length, overlong)
     if num_sequences is not None:
+        num_sequences = counted("num_sequences", num_sequences)
         if num_sequences > len(seqlens):
             raise ValueError(
                 f"{text} has {len(seqlens)} lengths, fewer than num_sequences={num_sequences}"
             )
         seqlens = seqlens[:num_sequences]
     if num_tokens is not None:
+        num_tokens = counted("num_tokens", num_tokens)
         seqlens = seqlens[: int(np.searchsorted(np.cumsum(seqlens), num_tokens)) + 1]
     return seqlens
 
@@ -66,6 +69,8 @@ def _read_file(path: Path) -> np.ndarray:
             if (path / name).is_file():
                 return _read_file(path / name)
         raise ValueError(f"{path} is a folder without a length index (seqlens.npy)")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a pipe or a device: copy the lengths to a file first")
     if not path.is_file():
         names = ", ".join(WORKLOADS)
         raise ValueError(f"no file {path}; named workloads are workload:NAME with NAME in {names}")
@@ -76,7 +81,7 @@ def _read_file(path: Path) -> np.ndarray:
             values = _from_json(path)
         else:
             values = _from_text(path)
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError, EOFError, OverflowError) as error:
+    except (UnicodeDecodeError, OSError, EOFError, OverflowError) as error:
         raise ValueError(f"cannot read lengths from {path}: {error}") from error
     return _checked(values, str(path))
 
@@ -84,31 +89,34 @@ def _read_file(path: Path) -> np.ndarray:
 def _from_npy(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:  # a header may promise terabytes
         raise ValueError(f"cannot read lengths from {path}: not an array file ({error})") from error
 
 
 def _from_json(path: Path) -> np.ndarray:
-    data = json.loads(path.read_text(encoding="utf-8-sig"))
+    try:
+        data = parse_json(read_bytes(path), "lengths")
+    except ValueError as error:
+        raise ValueError(f"cannot read lengths from {path}: {error}") from error
     if isinstance(data, dict):
         data = data.get("seqlens", data.get("lengths"))
     if not isinstance(data, list):
         raise ValueError(f'{path} holds no list of lengths (a list, or "seqlens" in an object)')
     for i, value in enumerate(data):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{path}: length {i} is {value!r}, not an integer")
+            raise ValueError(f"{path}: length {i} is {shown(value)}, not an integer")
     return np.array(data, dtype=np.int64)
 
 
 def _from_text(path: Path) -> np.ndarray:
     values = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_bytes(path).decode("utf-8-sig").splitlines(), 1):
         line = line.partition("#")[0].strip()
         if line:
             try:
                 values.append(int(line))
             except ValueError:
-                raise ValueError(f"{path}:{number}: {line!r} is not an integer") from None
+                raise ValueError(f"{path}:{number}: {shown(line)} is not an integer") from None
     return np.array(values, dtype=np.int64)
 
 

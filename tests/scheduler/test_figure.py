@@ -135,6 +135,45 @@ def test_many_ranks_are_thinned_out() -> None:
     assert any("in all)" in line for line in lines)
 
 
+def test_left_out_ranks_are_named() -> None:
+    """Every rank is on a line or in a gap that says so, in order."""
+    for ranks, options in ((64, {}), (40, {"pp_size": 2})):
+        made, timeline = _planned(ranks=ranks, **options)
+        text = ascii_timeline(made, timeline, cost=COST, width=80, max_lines=10)
+        body = [line for line in text.splitlines() if "|" in line or line.endswith("not shown")]
+        rows: list[int] = []
+        for line in body:
+            stage, name = 0, line.replace(" : not shown", "").split("|")[0]
+            ends = []
+            for part in name.split(" to "):
+                stage = int(part.split(":")[0].split()[1]) if "stage" in part else 0
+                ends += [stage * ranks + int(r) for r in part.split(":")[-1].strip().split("-")]
+            rows += range(ends[0], ends[-1] + 1)
+        assert rows == list(range(timeline.num_ranks * timeline.num_stages))
+        assert any("not shown" in line for line in body)
+
+
+def test_neighbors_are_apart_unless_they_share_a_ring(monkeypatch, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib import collections
+
+    from hdp.scheduler.render.figure import draw_plans, figure_class
+
+    figure_class()  # imports what derives from PolyCollection
+    shapes: list[np.ndarray] = []
+    make = collections.PolyCollection
+    monkeypatch.setattr(
+        collections, "PolyCollection", lambda c, **k: shapes.extend(c) or make(c, **k)
+    )
+    rings = [[0, 1], *([r] for r in range(64))]
+    lists = [[[0], [1 + r]] if r < 2 else [[1 + r]] for r in range(64)]
+    made = StepPlan.from_lists([9000, *[5000] * 64], rings, lists, max_tokens_per_rank=8192)
+    draw_plans([("a", made, simulate(made, COST))], tmp_path / "a.png", cost=COST)
+    heights = [float(np.ptp(shape[:, 1])) for shape in shapes]
+    assert max(heights) == pytest.approx(1.8), "the ring is one block"
+    assert sum(abs(height - 0.8) < 1e-9 for height in heights) >= 64, "all others have a gap"
+
+
 def test_idle_time_is_blank() -> None:
     made = StepPlan.from_lists([9, 1], [[0], [1]], [[[0]], [[1]]], max_tokens_per_rank=16)
     cost = CostModel.from_coefficients(quadratic_s=0.0, linear_s=1.0)

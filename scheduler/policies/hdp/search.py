@@ -31,7 +31,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from hdp.scheduler.policies.batch import Batch
+from hdp.scheduler.policies.batch import MOST_PIECES, Batch
+from hdp.scheduler.simulation.one_f_one_b import MOST_OPERATIONS
 from hdp.scheduler.simulation.simulator import finish_s
 from hdp.scheduler.step_plan import StepPlan
 
@@ -90,7 +91,7 @@ def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
             entries=None if best is None else entries,
         )
         schedule = schedule_jobs(degrees, limits)
-        if schedule is None:
+        if schedule is None or _pieces(batch, schedule) > MOST_PIECES:
             continue
         tried.append(schedule)
         if best is None or schedule.end < best.end:
@@ -100,7 +101,15 @@ def plan_hdp(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
         )
         if best.end <= _close_enough(spent) * bound:
             break
+    if not tried:  # no job is widened
+        work = int((degrees.low_ticks * degrees.low).sum())
+        limits = Limits(target=max(bound, work // batch.hdp_size), degree=work, coarse=work)
+        tried = [schedule for schedule in (schedule_jobs(degrees, limits),) if schedule]
     return _first_to_end(degrees, tried, bound)
+
+
+def _pieces(batch: Batch, schedule: Schedule) -> int:
+    return int((schedule.degree * np.diff(batch.job_offsets)).sum())
 
 
 def _first_to_end(degrees: Degrees, tried: list[Schedule], bound: int) -> StepPlan:
@@ -159,11 +168,17 @@ def _plan_pipelines(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
     tried: list[tuple[float, Schedule]] = []
     spent, entries = 0, _entries(degrees)
 
+    # Wider rings or shorter microbatches than can be simulated are not tried.
+    most = MOST_OPERATIONS // (4 * batch.pp_size)
+    entries = min(entries, most)
+
     def consider(schedule: Schedule | None, limits: Limits) -> None:
         nonlocal best, spent
         if schedule is None:
             return
         plan = build_plan(batch, schedule)
+        if limits.entries is not None and len(plan.offload_ratio) > 2 * most:
+            return
         end_s = finish_s(plan, batch.cost)
         slots = batch.pp_size * int(plan.num_microbatches.max())
         spent += len(schedule.rings.job) + batch.num_jobs // 8 + slots * (8 + batch.hdp_size // 256)
@@ -177,10 +192,15 @@ def _plan_pipelines(batch: Batch, degrees: Degrees, bound: int) -> StepPlan:
             degree=limit,
             coarse=limit,
             microbatch=limit,
-            entries=None if best is None else entries,
+            entries=most if best is None else entries,
         )
         if best is None or spent < _BUDGET:
             consider(schedule_jobs(degrees, limits), limits)
+    if best is None:  # as few rings as memory allows
+        longest = max(int(degrees.low_ticks.max()), bound)
+        mean = needed_ticks(degrees, degrees.low, degrees.low_ticks)
+        limits = Limits(target=mean, degree=longest, coarse=longest, microbatch=longest)
+        consider(schedule_jobs(degrees, limits), limits)
     assert best is not None
     first = best[3]
     for head_room, wider in ((1.03, 1), (1.1, 1), (1.0, 4), (1.1, 4), (1.0, 32)):
@@ -223,7 +243,7 @@ def _microbatch_limits(degrees: Degrees, bound: int) -> list[tuple[int, int]]:
         return end <= 2 * min(promise)[0] and (stages - 1) * limit >= _LEAST_GAIN * mean
 
     start = limit = max(bound // stages, 1)
-    while promises(limit):
+    while promises(limit) and limit > 1:
         limit = int(limit * 0.75)
     # With few jobs, widening them to the smallest limit may cost every rank one more microbatch.
     limit, best = start, min(promise)
