@@ -83,6 +83,8 @@ ROOMS: dict[str, set[str]] = {
 # Each foreign library is imported in one file, inside functions: the rest works without it.
 FOREIGN = {
     "transformers": "hdp/models/huggingface.py",
+    "huggingface_hub": "hdp/models/hub.py",
+    "safetensors": "hdp/models/weight_files.py",
     "datasets": "hdp/data/prepare/sources.py",
     "tokenizers": "hdp/data/prepare/tokenizer.py",
     "matplotlib": "hdp/scheduler/render/figure.py",

@@ -75,7 +75,7 @@ class CausalLM(nn.Module):
 
     model: a supported `*ForCausalLM`. attn_backend: name of a block kernel, or None for the best
     one available. chunk_tokens: how many tokens' logits exist at once; None: see
-    `chunked_logprobs`.
+    `chunked_logprobs`. stored_dtype: of the checkpoint that the weights come from, for exports.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class CausalLM(nn.Module):
         *,
         attn_backend: str | None = None,
         chunk_tokens: int | None = None,
+        stored_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_supported(model)
@@ -92,6 +93,7 @@ class CausalLM(nn.Module):
         self.model = model
         self.kernels = KernelPicker(attn_backend)
         self.chunk_tokens = chunk_tokens
+        self.stored_dtype = stored_dtype
 
     @property
     def config(self) -> PreTrainedConfig:

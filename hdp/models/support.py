@@ -6,22 +6,22 @@ There are three lines of defense, because a model that slips through trains and 
    plain model (test_equals_plain_model). Any other type is rejected: an unknown layer may mix
    tokens in a way that no attribute reveals, and a head may scale its logits.
 2. Every layer is checked for features that the config of a supported type can turn on: sliding
-   window, sinks, soft-capping, non-causal attention, attention dropout, mixture of experts, and
-   RoPE whose frequencies depend on the longest sequence of a batch.
+   window, sinks, soft-capping, non-causal attention, dropout and other randomness of any kind,
+   mixture of experts, and RoPE whose frequencies depend on the longest sequence of a batch.
 3. At run time, `causal_lm.hdp_attention` rejects keywords that request such a feature.
 
 Messages name the command-line flag, `--config-overrides`; in Python it is an argument of
 `build_model` and `load_model`.
 
 This file inspects models through their attributes and does not import transformers. At the end it
-has checks of config entries and saved tokenizers, and a shortener for transformers' errors.
+has a check of saved tokenizers, and a shortener for transformers' errors.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,19 @@ SUPPORTED_MODELS = frozenset(
 
 _EXPERTS = ("Moe", "MoE", "Experts", "Router")
 
+# Config entries that make a layer random: dropout, layerdrop, stochastic depth, router noise.
+_RANDOM_ENTRY = re.compile(
+    r"dropout|pdrop|layer_?drop|drop_path|drop_rate|stochastic_depth|jitter|router_noise|noise_std"
+)
+# What huggingface_hub's strict configs and torch's allocator put before the message proper.
+_WRAPPED = re.compile(
+    r"(Class v|V)alidation error for (field|validator) '\w+': \w+: "
+    r"|\[enforce fail at [^]]*\] .*?\. "
+)
+_UNUSED_ENTRY = re.compile(r"classifier|summary|score|_head_")  # heads of other tasks
+
+LFS_POINTER = b"version https://git-lfs"  # start of a file that stands for one not yet fetched
+
 Problem = tuple[str, str]  # (kind of feature, message: layer, feature, what to do)
 
 
@@ -71,12 +84,15 @@ def _problems(model: Any) -> Iterator[Problem]:
         return
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
-        yield "type", f"{prefix}: no list of decoder layers named 'layers'; {_use_supported()}"
+        problem = f"{prefix}: no list of decoder layers named 'layers'"
+        yield "type", f"{problem} (model type {config.model_type!r}); {_use_supported()}"
         return
     head = model.get_output_embeddings()
     if head is None:
         yield "head", "the model has no LM head; load it as a causal LM"
     yield from _head_problems(config)
+    yield from _shape_problems(config, prefix)
+    yield from _random_problems(model, prefix)
     yield from _rope_problems(config, f"{prefix}.rotary_emb")
     for index, layer in enumerate(layers):
         yield from _layer_problems(layer, config, f"{prefix}.layers.{index}", index)
@@ -131,16 +147,6 @@ def _attention_problems(
             "softcap",
             (f"{where}: soft-capping of attention scores at {softcap}; use a model without it"),
         )
-    dropout = getattr(module, "attention_dropout", 0.0)
-    dropout = getattr(dropout, "p", dropout)  # some models keep a Dropout module
-    if isinstance(dropout, float) and dropout > 0:
-        yield (
-            "dropout",
-            (
-                f"{where}: attention dropout of {dropout}; ranks of a ring share no random numbers:"
-                " pass --config-overrides '{\"attention_dropout\": 0.0}'"
-            ),
-        )
 
 
 def _active_window(module: nn.Module, config: Any, index: int) -> int | None:
@@ -161,6 +167,45 @@ def _head_problems(config: Any) -> Iterator[Problem]:
             yield name, f"lm_head: {name}={value}; use a model with a plain LM head"
 
 
+def _shape_problems(config: Any, prefix: str) -> Iterator[Problem]:
+    heads, kv_heads = (
+        getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")
+    )
+    if heads and kv_heads and heads % kv_heads:
+        yield (
+            "heads",
+            f"{prefix}: num_attention_heads={heads} is not a multiple of "
+            f"num_key_value_heads={kv_heads}; correct the config",
+        )
+
+
+def _random_problems(model: Any, prefix: str) -> Iterator[Problem]:
+    """Dropout and its relatives: what a token computes would depend on where it is packed."""
+    entries = {
+        name: value
+        for name, value in vars(model.config).items()
+        if _RANDOM_ENTRY.search(name)
+        and not _UNUSED_ENTRY.search(name)
+        and isinstance(value, (int, float))
+        and value > 0
+    }
+    if entries:
+        listed = ", ".join(f"{name.replace('_', ' ')} of {x}" for name, x in entries.items())
+        off = json.dumps(dict.fromkeys(entries, 0.0))
+        yield (
+            "dropout",
+            f"{prefix}: {listed}; ranks share no random numbers, so results would depend on the "
+            f"plan: pass --config-overrides '{off}'",
+        )
+        return
+    for name, module in model.named_modules():
+        rate = getattr(module, "drop_prob", None)
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rate = module.p
+        if isinstance(rate, (int, float)) and rate > 0:
+            yield "dropout", f"{name}: dropout of {rate} that no config entry turns off"
+
+
 def _rope_problems(config: Any, where: str) -> Iterator[Problem]:
     """RoPE whose frequencies depend on the longest position of a batch.
 
@@ -168,52 +213,81 @@ def _rope_problems(config: Any, where: str) -> Iterator[Problem]:
     be packed into, so the result would depend on the plan.
     """
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    per_layer_type = [entry for entry in rope.values() if isinstance(entry, dict)]
-    for parameters in per_layer_type or [rope]:
+    per_layer_type = {name: entry for name, entry in rope.items() if isinstance(entry, dict)}
+    for name, parameters in (per_layer_type or {"": rope}).items():
         kind = str(parameters.get("rope_type", parameters.get("type", "default")))
         if kind == "longrope" or "dynamic" in kind:
+            remedy: dict[str, Any] = {"rope_type": "yarn", **_yarn_of(config, parameters)}
+            off: dict[str, Any] = {"rope_type": "default"}
+            if name:
+                remedy, off = {name: remedy}, {name: off}
             yield (
                 "rope",
-                (
-                    f"{where}: RoPE type {kind!r} depends on the longest sequence of a batch; use "
-                    "'default', 'linear', 'llama3' or 'yarn' "
-                    '(--config-overrides \'{"rope_parameters": {"rope_type": "yarn", ...}}\')'
-                ),
+                f"{where}: RoPE type {kind!r} depends on the longest sequence of a batch; use "
+                "'yarn' (--config-overrides "
+                f"'{json.dumps({'rope_parameters': remedy})}'), or 'default' without scaling "
+                f"(--config-overrides '{json.dumps({'rope_parameters': off})}')",
             )
+
+
+def _yarn_of(config: Any, parameters: Any) -> dict[str, Any]:
+    """Parameters of YaRN that reach as far as the model's own scaling."""
+    longest = getattr(config, "max_position_embeddings", None)
+    original = parameters.get("original_max_position_embeddings") or longest
+    factor = parameters.get("factor")
+    if factor is None and longest and original:
+        factor = longest / original
+    yarn = {"factor": float(factor or 1.0), "original_max_position_embeddings": original}
+    return {name: value for name, value in yarn.items() if value is not None}
 
 
 def _use_supported() -> str:
     return f"supported model types: {', '.join(sorted(SUPPORTED_MODELS))}"
 
 
-# ---- configs, tokenizers, messages ----
-
-
-def check_entries(names: Iterable[str], known: Iterable[str], model_type: str) -> None:
-    """Raise ValueError for the first of `names` that is not a `known` entry of the config.
-
-    transformers silently drops such entries, so a misspelled one would have no effect.
-    """
-    known = sorted(known)
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, cutoff=0.4)
-            raise ValueError(
-                f"--config-overrides: configs of model type {model_type!r} have no entry {name!r}; "
-                f"close matches: {', '.join(near) or 'none'}"
-            )
+# ---- tokenizers, messages ----
 
 
 def names_generic_tokenizer(folder: Path) -> bool:
-    """Whether the tokenizer in `folder` is its tokenizer.json alone, not a model-specific class."""
-    path = folder / "tokenizer_config.json"
-    if not path.is_file() or not (folder / "tokenizer.json").is_file():
+    """Whether the tokenizer in `folder` is its tokenizer.json alone, not a model-specific class.
+
+    Raises ValueError, with the file, if one of its files is damaged.
+    """
+    config, tokenizer = (
+        _read_object(folder / name) for name in ("tokenizer_config.json", "tokenizer.json")
+    )
+    if config is None or tokenizer is None:
         return False
-    name = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class")
-    return name in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    return config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, None if there is no file. Raises ValueError if it is damaged."""
+    if not path.is_file():
+        return None
+    text = path.read_bytes()
+    if text.startswith(LFS_POINTER):
+        raise ValueError(f"{path} is a Git LFS pointer; run: git lfs pull")
+    try:
+        value = json.loads(text)
+        problem = None if isinstance(value, dict) else "not an object"
+    except ValueError as error:
+        problem = str(error)
+    if problem is not None:
+        raise ValueError(f"{path} is damaged ({problem}); download or copy it again")
+    return value
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the error's message, plus the second if the first ends with a colon."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])
+    """The first line of the error's message, plus the second if the first ends with a colon.
+
+    The error's type is part of it where the message is only a value, as in KeyError.
+    """
+    lines = str(error).strip().splitlines() or [""]
+    text = " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])
+    text, is_plain = _WRAPPED.sub("", text), bool(_WRAPPED.match(text))
+    if is_plain:
+        return text
+    if isinstance(error, (ValueError, OSError, RuntimeError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
