@@ -125,6 +125,8 @@ class TrainConfig:
     """Continue from the newest checkpoint in run_dir, if any."""
     export_hf: str | None = None
     """Folder to write the final model to, in the format `from_pretrained` loads."""
+    export_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Dtype of the exported weights. auto: as in the checkpoint; for random weights, fp32."""
     log_every: int = 1
     """Steps between log lines."""
     peak_tflops: float | None = None

@@ -35,18 +35,21 @@ def on_rank_0(call: Callable[[], T], group: dist.ProcessGroup) -> T:
 def on_all_ranks(call: Callable[[], T], group: dist.ProcessGroup) -> T:
     """Run `call` on each rank of `group`; if any of them raises, raise ValueError on all of them.
 
-    The message is that of the lowest rank that failed, plus its number. Collective.
+    The message is that of the lowest rank that failed, plus its number unless all fail with the
+    same message. Collective.
     """
-    result, failure = None, ""
+    result, failure, cause = None, "", None
     try:
         result = call()
     except Exception as error:
+        cause = error
         failure = str(error) if isinstance(error, ValueError) else repr(error)
     failures = [""] * dist.get_world_size(group)
     dist.all_gather_object(failures, failure, group=group)
     for rank, text in enumerate(failures):
         if text:
-            raise ValueError(f"{text} (found by rank {rank})")
+            everywhere = all(other == text for other in failures)
+            raise ValueError(text if everywhere else f"{text} (found by rank {rank})") from cause
     return cast(T, result)
 
 

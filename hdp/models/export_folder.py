@@ -154,10 +154,11 @@ def _files(folder: Path) -> set[str]:
 
 
 def _foreign_files(folder: Path) -> list[str]:
-    """Files in `folder` that its mark does not list."""
+    """Files in `folder` that its mark does not list: entries of the folder, then files below."""
     try:
         listed = json.loads((folder / MARK).read_text(encoding="utf-8"))["files"]
-        own = {MARK, *listed}
+        own = {MARK, *map(str, listed)}
     except (OSError, ValueError, KeyError, TypeError):
         own = set()
-    return sorted(_files(folder) - own)
+    entries = {entry.name for entry in folder.iterdir()} - {name.partition("/")[0] for name in own}
+    return sorted(entries or _files(folder) - own)

@@ -79,13 +79,13 @@ def load_model(
 
 
 def check_model(
-    path: str | os.PathLike,
+    path: Any,
     *,
     random_init: bool = False,
     weights: bool = True,
     config_overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, int]:
-    """The shape (`transformer_shape`) of the model at `path`, if it can be trained.
+    """The shape (`transformer_shape`) of the model at `path` (or its config), if it can be trained.
 
     Takes seconds and allocates nothing, whatever the model's size: no weights are built, and of
     files only the headers are read. weights: also check the files of the weights, which need to

@@ -28,7 +28,8 @@ from hdp.distributed.fsdp import full_state_dict
 from hdp.distributed.mesh import HDPMesh
 from hdp.distributed.watchdog import Watchdog
 from hdp.errors import CheckpointError
-from hdp.models.export import check_target, export_model
+from hdp.models.export import export_dtype, export_model
+from hdp.models.export_folder import check_target
 
 from .callbacks import Callback, Callbacks
 from .metrics import MetricsWriter, StepMetrics
@@ -253,5 +254,7 @@ def _export(run: Run, folder: Path) -> None:
     """Write the model in the format `from_pretrained` reads. Collective; rank 0 writes."""
     state = full_state_dict(run.model)
     if run.is_main:
-        export_model(run.model, folder, state, tokenizer=run.dataset.tokenizer)
-        run.say(f"wrote {folder} in bf16: load it with AutoModelForCausalLM.from_pretrained")
+        dtype = export_dtype(run.model, run.config.export_dtype)
+        export_model(run.model, folder, state, tokenizer=run.dataset.tokenizer, dtype=dtype)
+        kind = str(dtype).removeprefix("torch.")
+        run.say(f"wrote {folder} in {kind}: load it with AutoModelForCausalLM.from_pretrained")

@@ -1,18 +1,20 @@
 """Prepare a model for training: build or load it, estimate costs, swap in kernels, shard.
 
-All that is known here of the data is its vocabulary size, so a reference model or a critic is set
+All that is known here of the data is its tokenizer, so a reference model or a critic is set
 up by the same call as the policy.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from hdp.attention.kernels import Choice, choose_kernel
 from hdp.config import DEMO_MODEL, TrainConfig
+from hdp.data.prepare.tokenizer import ByteTokenizer, load_tokenizer
 from hdp.distributed.agree import agree_on_values, on_all_ranks
 from hdp.distributed.fsdp import shard
 from hdp.distributed.mesh import HDPMesh
@@ -20,6 +22,7 @@ from hdp.models.causal_lm import CausalLM, transformer_shape
 from hdp.models.compiled import compile_layers
 from hdp.models.liger import use_liger
 from hdp.models.loading import build_model, load_model
+from hdp.models.loading import check_model as check_loadable
 from hdp.offloading.engine import OffloadEngine, open_engine
 from hdp.offloading.memory import host_bytes_per_rank
 from hdp.offloading.per_microbatch import PerMicrobatchOffload
@@ -41,6 +44,7 @@ class ModelSetup:
     offload: PerMicrobatchOffload | None  # executes the plans' offload ratios; None: no host memory
     layers: str  # which kernels the layers use, for the log
     attention: Choice  # the block kernel, and why
+    notes: tuple[str, ...] = ()  # further lines for the log
 
 
 def set_up_model(
@@ -52,9 +56,13 @@ def set_up_model(
     ValueError for a model or options that cannot be trained.
     """
     dtype = _compute_dtype(config, mesh.device)
-    model = _open_model(config, mesh, dtype, vocab_size, config.seed if seed is None else seed)
-    shape = transformer_shape(model)
+    shape = check_model(config, mesh, vocab_size=vocab_size)
     cost = open_cost(config, mesh, shape, dtype)
+    misfit = _cost_misfit(config, cost, shape)
+    seed = config.seed if seed is None else seed
+    model = on_all_ranks(
+        partial(_open_model, config, mesh, dtype, vocab_size, seed), mesh.hdp_group
+    )
     offload: PerMicrobatchOffload | None = None
     if config.offload_gib:
         offload = _open_offload(config, model, mesh, dtype, cost)
@@ -77,7 +85,85 @@ def set_up_model(
         offload=offload,
         layers=layers + ("; under torch.compile" if config.compile else ""),
         attention=choose_kernel(mesh.device, dtype, config.attention, head_dim=shape["head_dim"]),
+        notes=(misfit,) if misfit else (),
     )
+
+
+def check_model(
+    config: TrainConfig, mesh: HDPMesh, *, vocab_size: int | None = None
+) -> dict[str, int]:
+    """The shape of the model that `config` names, if it can be trained. Collective.
+
+    Reads no weights: call it before the data is tokenized, then again with the vocab_size that the
+    tokenizer has. Raises ValueError on all ranks for a model that cannot be trained, for weights
+    that cannot be loaded (rank 0 alone needs them), and for a tokenizer with too many ids.
+    """
+    weights = mesh.hdp_rank == 0
+    on_all_ranks(partial(check_tokenizer, config), mesh.hdp_group)
+    if config.model == "demo":
+        demo = {**DEMO_MODEL, "vocab_size": vocab_size or 4096}
+        check = partial(check_loadable, demo, random_init=True)
+    else:
+        check = partial(check_loadable, config.model, random_init=config.random_init)
+    check = partial(check, weights=weights, config_overrides=config.model_entries)
+    shape = on_all_ranks(check, mesh.hdp_group)
+    if vocab_size is not None and vocab_size > shape["vocab_size"]:
+        raise ValueError(
+            f"the tokenizer produces ids up to {vocab_size - 1}, but model {config.model!r} has "
+            f"a vocabulary of {shape['vocab_size']}; use the model's own tokenizer"
+        )
+    return shape
+
+
+def check_tokenizer(config: TrainConfig) -> None:
+    """Raise ValueError for pretrained weights with a tokenizer that they were not trained with.
+
+    A new byte-pair tokenizer never fits; bytes fit if the model's own tokenizer is that one.
+    """
+    kind = config.tokenizer.partition(":")[0]
+    if config.model == "demo" or config.random_init or kind not in ("bytes", "bpe"):
+        return
+    try:
+        own = "bytes" if isinstance(load_tokenizer(config.model), ByteTokenizer) else "another"
+    except ValueError:
+        own = "none"
+    if kind != own:
+        raise ValueError(
+            f"--tokenizer {config.tokenizer} does not fit the pretrained weights of --model "
+            f"{config.model}, in which each id has its meaning; drop --tokenizer to use the "
+            "model's own, or pass --random-init"
+        )
+
+
+def _cost_misfit(config: TrainConfig, cost: CostModel, shape: dict[str, int]) -> str:
+    """How the cost model from --cost contradicts the model; "" if it does not.
+
+    Estimated times are then off by a factor, which plans survive, and so does offloaded memory,
+    which they do not: raises ValueError with --offload-gib.
+    """
+    problem = ""
+    num_layers = shape["num_layers"]
+    kv_bytes = [
+        2 * num_layers * shape["num_kv_heads"] * shape["head_dim"] * (2 * width + 4)
+        for width in (2, 4, 8)  # in transfer: keys and values twice, their gradients in fp32
+    ]
+    if cost.num_layers != num_layers:
+        problem = f"{cost.num_layers} layers, and the model has {num_layers}"
+    elif cost.kv_bytes_per_token and cost.kv_bytes_per_token not in kv_bytes:
+        problem = (
+            f"{cost.kv_bytes_per_token:,.0f} bytes of keys and values per token, and the model has "
+            f"{kv_bytes[0]:,}"
+        )
+    if not (config.cost and problem):
+        return ""
+    told = (
+        f"--cost {config.cost} ({cost.name or 'unnamed'}) is for {problem}: predictions and plans "
+        "are those of another model"
+    )
+    remedy = f"drop --cost, or measure this model: hdp profile --model {config.model}"
+    if config.offload_gib:
+        raise ValueError(f"--offload-gib {config.offload_gib}: {told}; {remedy}")
+    return f"{told}; {remedy}"
 
 
 def open_cost(
@@ -124,15 +210,8 @@ def _open_model(
         shape = {**DEMO_MODEL, "vocab_size": vocab_size}
         return build_model(shape, seed=seed, **options)
     if config.random_init:
-        model = build_model(config.model, seed=seed, **options)
-    else:
-        model = load_model(config.model, **options)
-    if vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer produces ids up to {vocab_size - 1}, but model {config.model!r} has "
-            f"a vocabulary of {model.config.vocab_size}; use the model's own tokenizer"
-        )
-    return model
+        return build_model(config.model, seed=seed, **options)
+    return load_model(config.model, **options)
 
 
 def _open_offload(

@@ -25,7 +25,7 @@ from hdp.ops.native import describe
 from hdp.scheduler import CostModel, StepPlan, plan
 from hdp.scheduler.policies.memory import shard_capacity
 
-from .model_setup import ModelSetup, set_up_model
+from .model_setup import ModelSetup, check_model, set_up_model
 from .optim import build_optimizer, optimizer_name
 from .step import StepContext, keep_everything
 
@@ -117,6 +117,7 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
     Raises ValueError for data, a model or options that cannot be trained.
     """
     seed_rng(config.seed, rank=mesh.hdp_rank)
+    check_model(config, mesh)  # seconds; tokenizing may take hours
     dataset = open_data(config)
     if not config.offload_gib:  # with offload, what fits also depends on costs: checked below
         dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=config.max_tokens_per_rank)
@@ -213,6 +214,8 @@ def _introduce(run: Run, made: ModelSetup) -> None:
             f"{positions:,} (max_position_embeddings) and will extrapolate beyond that; limit "
             "lengths with --max-length, or scale RoPE with --config-overrides"
         )
+    for note in made.notes:
+        run.say(note)
     source = config.cost or "estimated from the model's shape"
     cp_size = f" with cp_size {config.cp_size}" if config.cp_size else ""
     run.say(
