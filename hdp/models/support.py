@@ -56,6 +56,7 @@ _WRAPPED = re.compile(
     r"(Class v|V)alidation error for (field|validator) '\w+': \w+: "
     r"|\[enforce fail at [^]]*\] .*?\. "
 )
+_NO_YARN = ("phi3",)  # transformers reads its "yarn" as the former name of longrope
 _UNUSED_ENTRY = re.compile(r"classifier|summary|score|_head_")  # heads of other tasks
 
 LFS_POINTER = b"version https://git-lfs"  # start of a file that stands for one not yet fetched
@@ -217,16 +218,18 @@ def _rope_problems(config: Any, where: str) -> Iterator[Problem]:
     for name, parameters in (per_layer_type or {"": rope}).items():
         kind = str(parameters.get("rope_type", parameters.get("type", "default")))
         if kind == "longrope" or "dynamic" in kind:
-            remedy: dict[str, Any] = {"rope_type": "yarn", **_yarn_of(config, parameters)}
-            off: dict[str, Any] = {"rope_type": "default"}
-            if name:
-                remedy, off = {name: remedy}, {name: off}
+            kinds: list[dict[str, Any]] = [{"rope_type": "default"}]
+            if config.model_type not in _NO_YARN:
+                kinds.insert(0, {"rope_type": "yarn", **_yarn_of(config, parameters)})
+            remedies = [
+                f"{wanted['rope_type']!r} (--config-overrides "
+                f"'{json.dumps({'rope_parameters': {name: wanted} if name else wanted})}')"
+                for wanted in kinds
+            ]
             yield (
                 "rope",
                 f"{where}: RoPE type {kind!r} depends on the longest sequence of a batch; use "
-                "'yarn' (--config-overrides "
-                f"'{json.dumps({'rope_parameters': remedy})}'), or 'default' without scaling "
-                f"(--config-overrides '{json.dumps({'rope_parameters': off})}')",
+                f"{', or '.join(remedies)}, which does not scale",
             )
 
 

@@ -85,12 +85,41 @@ def test_rejected(case):
     assert re.search(message, str(caught.value)), caught.value
 
 
-# ernie4_5 has the config entry but never applies it.
-@pytest.mark.parametrize("model_type", sorted(SUPPORTED_MODELS - {"ernie4_5"}))
+# ernie4_5 has no such entry, but keeps it.
+@pytest.mark.parametrize("model_type", sorted(SUPPORTED_MODELS))
 def test_attention_dropout_is_rejected(model_type):
     model = _tiny_plain(model_type, attention_dropout=0.1)
     with pytest.raises(ValueError, match=r'attention dropout of 0.1.*"attention_dropout": 0.0'):
         check_supported(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        *(("starcoder2", name) for name in ("residual_dropout", "embedding_dropout")),
+        *(("phi3", name) for name in ("resid_pdrop", "embd_pdrop")),
+        *(("gpt_neox", "hidden_dropout"), ("seed_oss", "residual_dropout")),
+        *(("llama", name) for name in ("layerdrop", "router_jitter_noise", "drop_path_rate")),
+    ],
+)
+def test_other_randomness_is_rejected(model_type, name):
+    model = _tiny_plain(model_type, **{name: 0.1})
+    text = f"{name.replace('_', ' ')} of 0.1"
+    with pytest.raises(ValueError, match=f'{text}.*results would depend on .*"{name}": 0.0'):
+        check_supported(model)
+    check_supported(_tiny_plain(model_type, **{name: 0.0}))
+
+
+def test_a_dropout_module_is_rejected():
+    model = _tiny_plain("llama")
+    model.model.layers[1].mlp.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.2))
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.act_fn\.1: dropout of 0\.2"):
+        check_supported(model)
+
+
+def test_dropout_of_heads_for_other_tasks_is_harmless():
+    assert _tiny_plain("gpt_neox").config.classifier_dropout > 0
+    check_supported(_tiny_plain("gpt_neox"))
 
 
 def test_config_overrides_fix_it():
