@@ -38,6 +38,7 @@ WEIGHT_FILES = (
 )
 _ADAPTER = "adapter_config.json"
 _HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.attention\.(masked_)?bias)$")
+_FORMER_NAMES = {"lm_head.weight": "embed_out.weight"}  # gpt_neox; transformers renames it
 _QUANTIZED = re.compile(
     r"(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv)?|input_scale|absmax|quant_map|SCB)$"
 )
@@ -210,9 +211,14 @@ def _names_in_file(
     parameters: Mapping[str, Any], stored: Mapping[str, Any], prefix: str
 ) -> dict[str, str]:
     """parameter -> its name in the file, which lacks the prefix if it holds a base model."""
-    if any(name.startswith(f"{prefix}.") for name in stored):
-        return {name: name for name in parameters}
-    return {name: name.removeprefix(f"{prefix}.") for name in parameters}
+    has_prefix = any(name.startswith(f"{prefix}.") for name in stored)
+    names = {}
+    for name in parameters:
+        names[name] = name if has_prefix else name.removeprefix(f"{prefix}.")
+        former = _FORMER_NAMES.get(name)
+        if former in stored and name not in stored:
+            names[name] = former
+    return names
 
 
 def _missing(
