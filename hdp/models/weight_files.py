@@ -215,7 +215,7 @@ def _names_in_file(
     names = {}
     for name in parameters:
         names[name] = name if has_prefix else name.removeprefix(f"{prefix}.")
-        former = _FORMER_NAMES.get(name)
+        former = _FORMER_NAMES.get(name, name)
         if former in stored and name not in stored:
             names[name] = former
     return names
