@@ -51,6 +51,7 @@ class DataReport:
     num_overlong: int  # documents longer than max_length
     lost_tokens: int  # left out by drop or truncate
     num_without_loss: int  # sequences left out because they have no loss tokens
+    notes: tuple[str, ...] = ()  # what else users should know about the rows and the tokenizer
 
     def __str__(self) -> str:
         lines = [
@@ -58,6 +59,7 @@ class DataReport:
             f"({self.tokenizer}), {self.num_loss_tokens:,} with loss, "
             f"longest {self.longest_tokens:,}"
         ]
+        lines += self.notes
         for reason, count in self.num_rejected.items():
             name, detail = self.examples[reason][0]
             detail = f" ({detail})" if detail else ""
@@ -235,6 +237,7 @@ def _report(
         num_overlong=sequences.num_overlong,
         lost_tokens=sequences.lost_tokens,
         num_without_loss=sequences.num_without_loss,
+        notes=tuple(meta.get("notes", ())),
     )
 
 

@@ -185,6 +185,8 @@ def open_data(config: TrainConfig) -> TokenDataset:
         pattern=config.pattern,
         subset=config.subset,
         split=config.split,
+        chat_template=config.chat_template,
+        chat_template_kwargs=config.template_variables,
         max_length=config.max_length,
         overlong=config.overlong,
         strict=config.strict,

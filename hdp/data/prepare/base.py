@@ -24,6 +24,10 @@ class Tokenizer(ABC):
     def fingerprint(self) -> str:
         """A string that changes whenever ids may change."""
 
+    def notes(self) -> list[str]:
+        """What users should know about how this tokenizer was loaded, one line each."""
+        return []
+
     @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """(num_tokens,) integer ids per text, without an EOS."""

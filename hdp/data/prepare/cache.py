@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from .documents import Document
 from .locate import open_source
 from .sealed import build_once
 from .sources import Source
-from .tokenizer import BpeTokenizer, Tokenizer, load_tokenizer, train_bpe
+from .tokenizer import BpeTokenizer, Tokenizer, check_no_template, load_tokenizer, train_bpe
 
 _FORMAT_VERSION = 1  # of tokenizer and token caches; part of the key
 _TRAINING_BYTES = 32 << 20  # a byte-pair tokenizer is trained on about this much of the source
@@ -47,6 +47,8 @@ def open_dataset(
     pattern: str | None = None,
     subset: str | None = None,
     split: str = "train",
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     append_eos: bool = True,
     max_length: int | None = None,
     overlong: Overlong = "error",
@@ -64,6 +66,8 @@ def open_dataset(
         data: "stdlib", a file, folder, glob, list of files, hub name or `datasets.Dataset`; see
             `locate.open_source`, which takes text_column, pattern, subset and split.
         tokenizer: "bpe:SIZE" (trained on the data), "bytes", a path or hub name, or a Tokenizer.
+        chat_template: a Jinja file, or the name of one of the templates that the tokenizer has.
+        chat_template_kwargs: variables for the chat template, e.g. {"enable_thinking": False}.
         append_eos: end each text with the tokenizer's EOS (a chat ends as its template says).
         max_length: maximum tokens per sequence; None: no limit.
         overlong: what happens to documents over max_length: "error", "drop", "truncate" (keep the
@@ -77,26 +81,31 @@ def open_dataset(
     """
     folder = Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "hdp"
     source = open_source(data, text_column=text_column, pattern=pattern, subset=subset, split=split)
-    tokenizer = open_tokenizer(tokenizer, source, cache_dir=folder, show_progress=show_progress)
+    tokenizer = open_tokenizer(
+        tokenizer,
+        source,
+        cache_dir=folder,
+        show_progress=show_progress,
+        chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
+    )
     key = _key([source.fingerprint(), tokenizer.fingerprint(), append_eos])
-
-    def fill(directory: Path) -> dict[str, Any]:
-        meta = build(
-            directory,
-            source,
-            tokenizer,
-            append_eos=append_eos,
-            strict=strict,
-            num_workers=num_workers,
-            show_progress=show_progress,
-        )
-        return {**meta, "fingerprint": key}
-
+    options: dict[str, Any] = {"num_workers": num_workers, "show_progress": show_progress}
+    options |= {"append_eos": append_eos, "strict": strict}
     path = folder / f"tokens-{key}"
-    build_once(path, fill)
+    build_once(path, lambda directory: _fill(directory, source, tokenizer, key, options))
     return open_cache(
         path, max_length=max_length, overlong=overlong, strict=strict, tokenizer=tokenizer
     )
+
+
+def _fill(
+    directory: Path, source: Source, tokenizer: Tokenizer, key: str, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Fill `directory` and return its metadata, with what is to be said about the tokenizer."""
+    meta = build(directory, source, tokenizer, **options)
+    notes = [*meta.get("notes", ()), *tokenizer.notes()]
+    return {**meta, "notes": notes, "fingerprint": key}
 
 
 def open_tokenizer(
@@ -105,14 +114,23 @@ def open_tokenizer(
     *,
     cache_dir: Path,
     show_progress: bool | None = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Tokenizer:
-    """The tokenizer named by `spec`; "bpe:SIZE" is trained on the source once and cached."""
+    """The tokenizer named by `spec`; "bpe:SIZE" is trained on the source once and cached.
+
+    Raises ValueError for a tokenizer that does not exist, or that takes no chat template.
+    """
     if isinstance(spec, Tokenizer):
+        check_no_template(f"object {spec.name}", chat_template, chat_template_kwargs)
         return spec
     if spec == "bpe":
         spec = "bpe:4096"
     if not spec.startswith("bpe:"):
-        return load_tokenizer(spec)
+        return load_tokenizer(
+            spec, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs
+        )
+    check_no_template(spec, chat_template, chat_template_kwargs)
     size = spec.removeprefix("bpe:")
     if not size.isdecimal():
         raise ValueError(

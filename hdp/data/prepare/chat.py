@@ -90,6 +90,8 @@ class ChatTemplate:
         Raises ChatTemplateError if a part of the chat is not in the result or the turns cannot be
         found, and whatever the template raises.
         """
+        if tools and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+            raise ChatTemplateError("'tools' is not a list of objects")
         messages, learns = normalize(messages, self._template)
         first: Exception | None = None
         for form in self._forms(messages):

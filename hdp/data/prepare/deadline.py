@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class RowTimeout(Exception):
-    """A row took longer than its limit."""
+class RowTimeout(BaseException):
+    """A row took longer than its limit. Like KeyboardInterrupt, no `except Exception` stops it."""
 
 
 class Deadlines:

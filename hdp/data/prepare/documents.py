@@ -60,6 +60,9 @@ def chat_document(messages: Any, tools: Any = None) -> Document | Rejected:
     try:  # tables store rows of arbitrary structure as JSON text
         messages = json.loads(messages) if isinstance(messages, str) else messages
         tools = json.loads(tools) if isinstance(tools, str) and tools else tools
+        as_text = json.dumps([messages, tools], ensure_ascii=False, default=str)
+    except RecursionError:
+        return Rejected(reason=MALFORMED, detail="'messages' or 'tools' is nested too deeply")
     except ValueError as error:
         return Rejected(reason=MALFORMED, detail=f"'messages' or 'tools' is not JSON: {error}")
     if not isinstance(messages, list):
@@ -72,7 +75,7 @@ def chat_document(messages: Any, tools: Any = None) -> Document | Rejected:
             return Rejected(reason=MALFORMED, detail=f"message {i} is not an object with a role")
     if not any(message["role"] == "assistant" for message in messages):
         return Rejected(reason=NO_ASSISTANT)
-    if not _is_unicode(json.dumps([messages, tools], ensure_ascii=False, default=str)):
+    if not _is_unicode(as_text):
         return Rejected(reason=NOT_UTF8, detail="half of a surrogate pair")
     messages = [{key: v for key, v in message.items() if v is not None} for message in messages]
     return Document(messages=messages, tools=tools or None)

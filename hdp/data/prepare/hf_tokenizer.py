@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +14,52 @@ import numpy as np
 
 from .base import Chat, Tokenizer
 from .chat import ChatTemplate, spans2mask
+from .deadline import Deadlines, RowTimeout
 from .documents import TEMPLATE, Document, Rejected
+
+_RENDERING = 2  # a new number when the same chat gives other tokens or another mask
+_ROW_LIMIT_S, _CHARACTERS_PER_S = 20.0, 20_000  # time that a template may take for one chat
+_MAX_TIMEOUTS = 3
+# What the template gets from us, or what would make `apply_chat_template` do something else.
+_RESERVED = frozenset(
+    (
+        *("messages", "conversation", "tools", "documents", "add_generation_prompt"),
+        *("continue_final_message", "chat_template", "tokenize", "padding", "truncation"),
+        *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        *("tokenizer_kwargs", "sanitize_control_tokens"),
+    )
+)
+# Templates that print today's date would give other tokens each day.
+DATE = datetime.date(2025, 1, 1)
+_NOW = re.compile(r"""strftime_now\(\s*(?:"([^"\\{}]*)"|'([^'\\{}]*)')\s*\)""")
 
 
 class HFTokenizer(Tokenizer):
-    """A transformers tokenizer, unmodified."""
+    """A transformers tokenizer, unmodified.
 
-    def __init__(self, tokenizer: Any, name: str | None = None) -> None:
-        """`tokenizer`: the result of `hdp.models.huggingface.load_tokenizer`."""
+    Two things differ from calling it directly: text that already starts with the BOS does not get a
+    second one, and templates that print today's date print DATE.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        name: str | None = None,
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        row_limit_s: float = _ROW_LIMIT_S,
+    ) -> None:
+        """`tokenizer`: the result of `hdp.models.huggingface.load_tokenizer`.
+
+        template_kwargs: variables for the chat template. row_limit_s: how long it may take for a
+        short chat; a chat that takes longer is rejected.
+        """
         self.hf = tokenizer
         self.name = name or str(getattr(tokenizer, "name_or_path", "") or "hf")
         self.eos_id = tokenizer.eos_token_id
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        self._template_kwargs = dict(template_kwargs or {})
+        self._row_limit_s, self._num_timeouts = row_limit_s, 0
         self._templates: dict[str, ChatTemplate] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -31,19 +67,61 @@ class HFTokenizer(Tokenizer):
 
     def fingerprint(self) -> str:
         backend = getattr(self.hf, "backend_tokenizer", None)
-        model = (
-            backend.to_str() if backend is not None else repr(sorted(self.hf.get_vocab().items()))
-        )
-        state = json.dumps([model, repr(self.hf.chat_template), self.eos_id])
-        return "hf-" + hashlib.sha256(state.encode()).hexdigest()
+        if backend is not None:
+            model = json.loads(backend.to_str())
+            for setting in ("truncation", "padding"):  # calls change them, and they have no effect
+                model.pop(setting, None)
+        else:
+            model = sorted(self.hf.get_vocab().items())
+        state = {
+            "model": model,
+            "class": type(self.hf).__name__,
+            "templates": repr(self.hf.chat_template),
+            "template_kwargs": repr(sorted(self._template_kwargs.items())),
+            "special_tokens": repr(sorted(self.hf.special_tokens_map.items())),
+            "all_special_tokens": sorted(map(str, self.hf.all_special_tokens)),
+            "adds": [getattr(self.hf, f"add_{name}_token", None) for name in ("bos", "eos")],
+            "eos_id": self.eos_id,
+            "rendering": _RENDERING,
+            # A date in a format that only rendering shows cannot be fixed.
+            "day": str(datetime.date.today()) if self._prints_the_day else "",
+        }
+        return "hf-" + hashlib.sha256(json.dumps(state, default=str).encode()).hexdigest()
+
+    def notes(self) -> list[str]:
+        notes = [getattr(self.hf, "hdp_note", "")]
+        if self.eos_id is None:
+            notes.append(
+                f"tokenizer {self.name} has no EOS: nothing marks where a document ends, and the "
+                "model will not learn to stop"
+            )
+        if self._prints_the_day:
+            notes.append("the chat template prints today's date: chats are tokenized anew each day")
+        elif "strftime_now(" in _sources(self.hf):
+            notes.append(f"the chat template prints today's date: it is {DATE} in all chats")
+        return [note for note in notes if note]
+
+    @property
+    def _prints_the_day(self) -> bool:
+        return "strftime_now(" in _fix_date(_sources(self.hf))
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._call(list(texts), add_special_tokens=True)
-        return [np.array(ids, dtype=np.uint32) for ids in encoded["input_ids"]]
+        if not texts:
+            return []
+        encoded = self._call(list(texts), add_special_tokens=True)["input_ids"]
+        ids = [self._with_one_bos(*pair) for pair in zip(texts, encoded, strict=True)]
+        return [np.array(one, dtype=np.uint32) for one in ids]
+
+    def _with_one_bos(self, text: str, ids: list[int]) -> list[int]:
+        """`ids` without the BOS that was added to a text that has one."""
+        bos = self.hf.bos_token_id
+        has_own = bos is not None and text.lstrip().startswith(str(self.hf.bos_token))
+        return ids[1:] if has_own and ids[:2] == [bos, bos] else ids
 
     def encode_chats(self, chats: Sequence[Document]) -> list[Chat | Rejected]:
         self._check_chats()
-        results: list[Any] = [self._render(chat) for chat in chats]
+        with Deadlines() as deadlines:
+            results: list[Any] = [self._render_in_time(chat, deadlines) for chat in chats]
         rendered = [i for i, result in enumerate(results) if not isinstance(result, Rejected)]
         if not rendered:
             return results
@@ -88,21 +166,39 @@ class HFTokenizer(Tokenizer):
             **options,
         )
 
+    def _render_in_time(self, chat: Document, deadlines: Deadlines) -> Any:
+        limit_s = self._row_limit_s + len(repr(chat.messages)) / _CHARACTERS_PER_S
+        try:
+            with deadlines.row(limit_s):
+                return self._render(chat)
+        except RowTimeout:
+            self._num_timeouts += 1
+        detail = f"the template takes more than {limit_s:.0f} s: does a loop in it end?"
+        if self._num_timeouts >= _MAX_TIMEOUTS:
+            raise ValueError(f"chat template of {self.name}, {_MAX_TIMEOUTS} chats: {detail}")
+        return Rejected(reason=TEMPLATE, detail=detail)
+
     def _render(self, chat: Document) -> Any:
+        """(text, spans) of a chat, or a Rejected."""
         try:
             template = self.hf.get_chat_template(None, chat.tools)
             if template not in self._templates:
-                self._templates[template] = self._chat_template(template)
+                self._templates[template] = self._chat_template(_fix_date(template))
             return self._templates[template].render_spans(chat.messages or [], chat.tools)
         except Exception as error:  # templates may raise anything
-            return Rejected(reason=TEMPLATE, detail=f"{type(error).__name__}: {error}")
+            kind = type(error).__name__
+            if kind == "TemplateSyntaxError":
+                raise ValueError(f"chat template of {self.name} is not valid: {error}") from error
+            return Rejected(reason=TEMPLATE, detail=f"{kind}: {error}")
 
     def _chat_template(self, template: str) -> ChatTemplate:
         added = self.hf.added_tokens_decoder.values()
         special = {token.content for token in added if token.special}
 
         def render(messages: Any, **options: Any) -> str:
-            return self.hf.apply_chat_template(messages, tokenize=False, **options)
+            return self.hf.apply_chat_template(
+                messages, tokenize=False, **self._template_kwargs, **options
+            )
 
         return ChatTemplate(
             render,
@@ -110,3 +206,53 @@ class HFTokenizer(Tokenizer):
             special_tokens=sorted(special | set(self.hf.all_special_tokens)),
             eos_token=self.hf.eos_token,
         )
+
+
+def use_template(hf: Any, name: str, template: str | None, kwargs: Mapping[str, Any]) -> None:
+    """Give the transformers tokenizer `hf` another chat template, and check variables for it.
+
+    Args:
+        name: of the tokenizer, for messages.
+        template: a file, or the name of one of the templates that the tokenizer comes with.
+        kwargs: variables that the template reads, such as {"enable_thinking": False}.
+
+    Raises ValueError for a template that does not exist and for variables that it does not read.
+    """
+    if template is not None:
+        hf.chat_template = _find_template(hf, name, template)
+    source = _sources(hf)
+    for key in kwargs:
+        if key in _RESERVED or not re.search(rf"\b{re.escape(key)}\b", source):
+            raise ValueError(
+                f"--chat-template-kwargs: the chat template of {name} does not read {key!r}"
+            )
+
+
+def _sources(hf: Any) -> str:
+    """The source of all chat templates of a transformers tokenizer."""
+    known = hf.chat_template or ""
+    return "\n".join(known.values()) if isinstance(known, dict) else known
+
+
+def _find_template(hf: Any, name: str, template: str) -> str:
+    path = Path(template).expanduser()
+    if path.is_file():
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--chat-template {template}: {error}") from error
+        if not source.strip():
+            raise ValueError(f"--chat-template {template}: the file is empty")
+        return source
+    named = hf.chat_template if isinstance(hf.chat_template, dict) else {}
+    if template in named:
+        return named[template]
+    raise ValueError(
+        f"--chat-template {template!r} is neither a file nor one of the templates of {name}: "
+        f"{', '.join(sorted(named)) or 'it has no named ones'}"
+    )
+
+
+def _fix_date(template: str) -> str:
+    """`template` with DATE in the place of today's date."""
+    return _NOW.sub(lambda call: json.dumps(DATE.strftime(call[1] or call[2] or "")), template)

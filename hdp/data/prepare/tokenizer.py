@@ -16,16 +16,19 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hdp.errors import ChatTemplateError
+
 from .base import Chat, Tokenizer
 from .chat import spans2mask
 from .documents import TEMPLATE, Document, Rejected
-from .hf_tokenizer import HFTokenizer
+from .hf_tokenizer import HFTokenizer, use_template
+from .messages import CALLS, THOUGHT, Messages, normalize
 
 EOS, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
@@ -53,19 +56,20 @@ class _ChatMLTokenizer(Tokenizer):
         """Ids of header + body, and which of them contain a part of the body."""
 
     def encode_chats(self, chats: Sequence[Document]) -> list[Chat | Rejected]:
-        return [self._encode_chat(chat.messages or []) for chat in chats]
+        return [self._encode_chat(chat) for chat in chats]
 
-    def _encode_chat(self, messages: list[dict[str, Any]]) -> Chat | Rejected:
+    def _encode_chat(self, chat: Document) -> Chat | Rejected:
+        try:
+            messages, learns = normalize(chat.messages or [])
+            _check_is_text(messages, chat.tools, self.name)
+        except ChatTemplateError as error:
+            return Rejected(reason=TEMPLATE, detail=str(error))
         [line_end] = self.encode_texts(["\n"])
         ids: list[Any] = []
         mask: list[Any] = []
-        for i, message in enumerate(messages):
-            body = _plain_content(message)
-            if body is None:
-                detail = f"message {i}: {self.name} supports only text, no images or tool calls"
-                return Rejected(reason=TEMPLATE, detail=detail)
-            turn_ids, is_body = self._encode_turn(f"{message['role']}\n", body)
-            has_loss = message["role"] == "assistant"
+        for message, has_loss in zip(messages, learns, strict=True):
+            header, body = f"{message['role']}\n", message.get("content", "")
+            turn_ids, is_body = self._encode_turn(header, body)
             ids += [[self.im_start_id], turn_ids, [self.im_end_id], line_end]
             mask += [[False], is_body & has_loss, [has_loss], np.zeros(len(line_end), bool)]
         return np.concatenate(ids).astype(np.uint32), np.concatenate(mask).astype(bool)
@@ -79,7 +83,7 @@ class ByteTokenizer(_ChatMLTokenizer):
     im_end_id, im_start_id, eos_id = 0xFD, 0xFE, 0xFF
 
     def fingerprint(self) -> str:
-        return "bytes-1"
+        return "bytes-2"
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
@@ -129,7 +133,7 @@ class BpeTokenizer(_ChatMLTokenizer):
         return BpeTokenizer, (self._json,)
 
     def fingerprint(self) -> str:
-        return "bpe-" + hashlib.sha256(self._json.encode()).hexdigest()
+        return "bpe-2-" + hashlib.sha256(self._json.encode()).hexdigest()
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -175,23 +179,45 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> BpeTokenizer:
     return BpeTokenizer(backend.to_str())
 
 
-def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer "bytes", one from a folder written by `save_pretrained`, or transformers'."""
-    if path == "bytes":
-        return ByteTokenizer()
+def load_tokenizer(
+    path: str,
+    *,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Tokenizer:
+    """The tokenizer "bytes", one from a folder written by `save_pretrained`, or transformers'.
+
+    chat_template and chat_template_kwargs: see `hf_tokenizer.use_template`; only transformers'
+    tokenizers take them. Raises ValueError if there is no such tokenizer or template.
+    """
     folder = Path(path).expanduser()
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}
-    if config.get("hdp") == "bytes":
+    kind = "bytes" if path == "bytes" else config.get("hdp")
+    if kind in ("bytes", "bpe"):
+        check_no_template(path, chat_template, chat_template_kwargs)
+    if kind == "bytes":
         return ByteTokenizer()
-    if config.get("hdp") == "bpe":
+    if kind == "bpe":
         return BpeTokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"))
     from hdp.models import huggingface
 
     name = str(folder) if folder.exists() else path
-    return HFTokenizer(huggingface.load_tokenizer(name), name)
+    hf = huggingface.load_tokenizer(name)
+    kwargs = dict(chat_template_kwargs or {})
+    use_template(hf, name, chat_template, kwargs)
+    return HFTokenizer(hf, name, template_kwargs=kwargs)
+
+
+def check_no_template(name: str, template: str | None, kwargs: Mapping[str, Any] | None) -> None:
+    """Raise ValueError if a chat template is given for a tokenizer that only writes ChatML."""
+    if template or kwargs:
+        raise ValueError(
+            f"tokenizer {name} writes chats in ChatML: --chat-template and --chat-template-kwargs "
+            "need a Hugging Face tokenizer"
+        )
 
 
 def _tokenizers() -> Any:
@@ -222,15 +248,15 @@ def _save(folder: str | Path, backend_json: str, *, kind: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
-def _plain_content(message: dict[str, Any]) -> str | None:
-    """A message's text; None if the message contains anything else."""
-    content = message.get("content", "")
-    if message.get("tool_calls"):
-        return None
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        return None if None in parts else "".join(map(str, parts))
-    return content if isinstance(content, str) else None
+def _check_is_text(messages: Messages, tools: Any, name: str) -> None:
+    """Raise ChatTemplateError for what ChatML, as it is written here, cannot say."""
+    if tools:
+        raise ChatTemplateError(f"{name} supports only text, no tool definitions")
+    for i, message in enumerate(messages):
+        if CALLS in message or THOUGHT in message:
+            raise ChatTemplateError(
+                f"message {i}: {name} supports only text, no tool calls and no reasoning"
+            )
 
 
 def _byte_characters() -> list[str]:
