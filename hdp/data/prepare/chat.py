@@ -93,14 +93,16 @@ class ChatTemplate:
         if tools and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
             raise ChatTemplateError("'tools' is not a list of objects")
         messages, learns = normalize(messages, self._template)
-        first: Exception | None = None
+        problem: Exception | None = None
         for form in self._forms(messages):
             try:
                 return self._render_spans(form, learns, tools, one_by_one)
             except Exception as error:  # templates may raise anything
-                first = first or error
-        assert first is not None
-        raise first
+                is_ours = isinstance(error, ChatTemplateError)  # which says more than theirs
+                if problem is None or (is_ours and not isinstance(problem, ChatTemplateError)):
+                    problem = error
+        assert problem is not None
+        raise problem
 
     def _forms(self, messages: Messages) -> Iterator[Messages]:
         """`messages`, and in other forms that templates may expect, those that differ."""
@@ -189,7 +191,9 @@ class ChatTemplate:
                     parts.append(marks)
                     break
             else:
-                raise ChatTemplateError(f"the template depends on the content of message {only}")
+                raise ChatTemplateError(
+                    f"the template changes the content of message {only}, or depends on it"
+                )
         return parts
 
     @cached_property
@@ -249,7 +253,13 @@ class ChatTemplate:
                 f"the template does not show where message {i} ends: {error}"
             ) from error
         longest = min(len(text) - stop, len(replaced))
-        return len(text) - min(longest, _common_prefix(text[::-1], replaced[::-1]))
+        end = len(text) - min(longest, _common_prefix(text[::-1], replaced[::-1]))
+        # Two tokens may end alike, such as <|eom_id|> and <|eot_id|>; they differ as a whole.
+        for token in self._special_tokens:
+            place = text.find(token, max(stop, end - len(token) + 1), end + len(token) - 1)
+            if 0 <= place < end:
+                return place
+        return end
 
     def _prompt(self, role: str) -> str | None:
         """What the template prints after a message of `role` for the model to go on from.

@@ -3,9 +3,9 @@
 A chat is trained on only if everything that it says is in its rendering: each text, once where the
 model has to write it, in the order of the messages (a template may move the system prompt and tool
 definitions), with space at its ends trimmed at most, and under a header that tells its role from
-others. Reasoning is the exception, as many templates leave out that of earlier turns on purpose:
-`lost_thoughts` are the turns that it happened to, and it is an error after the last user message,
-where no template means to.
+others. Reasoning is the exception: many templates that know it leave out that of earlier turns on
+purpose. `lost_thoughts` are the turns that it happened to; after the last user message, where no
+template means to, it is an error.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Found:
             raise ChatTemplateError(self._missing(value))
         for message in sorted(self._changed):
             raise ChatTemplateError(f"message {message}: the template changes its content")
-        self._check_thoughts()
+        self._check_thoughts(template)
         self._check_roles(template)
 
     def _is_context(self, value: Value) -> bool:
@@ -108,12 +108,15 @@ class Found:
                 raise ChatTemplateError(f"the template renders {what} message {last}")
             stop, last = self.spans[i][1], i
 
-    def _check_thoughts(self) -> None:
+    def _check_thoughts(self, template: str) -> None:
+        lost = [value for value in self._values() if value.is_thought and not value.found]
         asked = [i for i, message in enumerate(self._messages) if message["role"] == "user"]
-        for i in sorted(self.lost_thoughts):
-            if i > max(asked, default=-1):
+        for value in lost:
+            is_known = value.what == CONTENT or value.what in template
+            if value.message > max(asked, default=-1) or not is_known:
                 raise ChatTemplateError(
-                    f"message {i} (assistant): its reasoning is not in the rendered chat"
+                    f"message {value.message} (assistant): its reasoning is not in the rendered "
+                    "chat"
                 )
 
     def _check_roles(self, template: str) -> None:
@@ -138,11 +141,15 @@ def _kind(role: str) -> str:
 
 
 def _share(some: set[tuple[str, str]], others: set[tuple[str, str]]) -> bool:
+    """Whether there are two messages with the same text before them, and the same end after.
+
+    What is after a message goes on with the next one's header, so only its start can be compared.
+    """
     return any(
         before
         and other_before
         and (before.endswith(other_before) or other_before.endswith(before))
-        and (after.startswith(other_after) or other_after.startswith(after))
+        and (after[:1] == other_after[:1] or not after or not other_after)
         for before, after in some
         for other_before, other_after in others
     )
