@@ -120,7 +120,8 @@ class Marks:
         if not core and self._is_bare:
             return content
         lead, trail = (_lead(content), _trail(content)) if core else (content, "")
-        plain = self._tags.split(core) if self._tags else [core]  # texts and tags take turns
+        has_tags = self._tags and ("<" in core or "[" in core)
+        plain = self._tags.split(core) if self._tags and has_tags else [core]  # text, tag, text
         pieces = list(plain)
         words = [n for n in range(0, len(plain), 2) if plain[n].strip()]
         thoughts = [n for n in range(1, len(plain), 2) if _THINK_TAG.search(plain[n])]
@@ -206,9 +207,16 @@ class Marks:
 
     def locate(self, text: str, marked: str) -> bool:
         """Set `found` of all values; False if `marked` without its marks is not `text`."""
+        # All that was inserted gets the same prefix, which a search finds fast.
+        inserted = {self._digits: "n", OPEN: "(", CLOSE: ")"}
+        for character, letter in {
+            **inserted,
+            **dict(zip(self._spaces, "fb", strict=False)),
+        }.items():
+            if character in marked:
+                marked = marked.replace(character, f"{self._prefix}{letter}")
         pattern = re.compile(
-            f"{self._prefix}(?P<mark>[0-9]+)x|{self._digits}(?P<number>[0-9]{{7}})"
-            f"|(?P<other>[{OPEN}{CLOSE}{''.join(self._spaces)}])"
+            f"{self._prefix}(?:(?P<mark>[0-9]+)x|n(?P<number>[0-9]{{7}})|(?P<other>[()fb]))"
         )
         hits: dict[int, list[int]] = {}
         position = last = 0
@@ -221,17 +229,16 @@ class Marks:
                 hits.setdefault(int(match["mark"]), []).append(position)
             elif match["number"]:
                 value = self.values[int(match["number"])]
-                python = {"true": "True", "false": "False", "null": "None"}
-                forms = (value.text, python.get(value.text, value.text))
-                form = next((form for form in forms if text.startswith(form, position)), None)
+                form = next((f for f in _spellings(value) if text.startswith(f, position)), None)
                 if form is None:
                     return False
                 value.found.append((position, position + len(form)))
                 position += len(form)
-            elif match["other"] in (OPEN, CLOSE):
-                self.generation.append((match["other"], position))
+            elif match["other"] in "()":
+                character = OPEN if match["other"] == "(" else CLOSE
+                self.generation.append((character, position))
             else:
-                (self._front if match["other"] == self._spaces[0] else self._back).add(position)
+                (self._front if match["other"] == "f" else self._back).add(position)
         if text[position:] != marked[last:]:
             return False
         for n, value in enumerate(self.values):
@@ -294,6 +301,12 @@ _ENCODINGS: tuple[Callable[[str], str], ...] = (
     lambda text: html.escape(text),
     _html_safe_json,
 )
+
+
+def _spellings(value: Value) -> Iterator[str]:
+    """A number, true, false or null as JSON and Python write it."""
+    yield value.text
+    yield {"true": "True", "false": "False", "null": "None"}.get(value.text, value.text)
 
 
 def _forms(text: str) -> Iterator[str]:
