@@ -74,6 +74,9 @@ FOREIGN = {
     "transformers": "hdp/models/huggingface.py",
     "datasets": "hdp/data/prepare/sources.py",
     "tokenizers": "hdp/data/prepare/tokenizer.py",
+    "pyarrow": "hdp/data/prepare/tables.py",
+    "zstandard": "hdp/data/prepare/files.py",
+    "compression": "hdp/data/prepare/files.py",  # of Python 3.14
     "matplotlib": "hdp/scheduler/render/figure.py",
     "tyro": "hdp/cli.py",
     "rich": "hdp/console.py",

@@ -31,8 +31,8 @@ import numpy as np
 
 from hdp import console
 
-from .documents import DAMAGE, EMPTY, Document, Rejected
-from .sources import Shard, Source
+from .documents import DAMAGE, EMPTY, UNKNOWN_TOKEN, Document, Rejected
+from .source import Shard, Source
 from .tokenizer import Tokenizer
 from .workers import num_cpus, ordered_map
 
@@ -55,7 +55,7 @@ class Tally:
         self.counts[rejected.reason] = self.counts.get(rejected.reason, 0) + 1
         known = self.examples.setdefault(rejected.reason, [])
         if len(known) < _MAX_EXAMPLES:
-            known.append((row, rejected.detail))
+            known.append((row, console.printable(rejected.detail)))
 
     def merge(self, other: Tally, first_row: int) -> None:
         """Add `other`, whose row 0 is row `first_row` here."""
@@ -143,12 +143,31 @@ def build(
         )
     return {
         **merged,
-        "label": _printable(source.label),
+        "label": console.printable(source.label),
         "is_chat": is_chat,
+        "notes": [console.printable(note) for note in source.describe()],
         "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
         "dtype": token_dtype(tokenizer.vocab_size).name,
     }
+
+
+def check_index(directory: Path, meta: dict[str, Any]) -> None:
+    """Check that a cache's index describes its tokens. Raises ValueError if not."""
+    seqlens, offsets = (
+        np.load(directory / f"{n}.npy", mmap_mode="r") for n in ("seqlens", "offsets")
+    )
+    num_tokens = (directory / TOKENS).stat().st_size // np.dtype(meta["dtype"]).itemsize
+    is_sound = (
+        len(seqlens) == meta["num_documents"]
+        and len(offsets) == len(seqlens) + 1
+        and offsets[0] == 0
+        and np.array_equal(np.diff(offsets), seqlens)
+        and int(offsets[-1]) == num_tokens == meta["num_tokens"]
+        and (not meta["is_chat"] or (directory / LOSS_MASK).stat().st_size == num_tokens)
+    )
+    if not is_sound:
+        raise ValueError(f"{directory}: the index does not fit the tokens")
 
 
 def row_name(names: dict[str, Any], row: int) -> str:
@@ -172,7 +191,7 @@ def _merge(
     """Step 3: append the shards' files and write the index."""
     source, directory = job.source, job.directory
     first_rows: list[int] = []
-    files = [_printable(name) for name in source.files]
+    files = [console.printable(name) for name in source.files]
     names = {"row_kind": source.row_kind, "files": files, "first_rows": first_rows}
     columns: dict[str, list[np.ndarray]] = {"rows": [], "seqlens": [], "num_loss_tokens": []}
     tally = Tally()
@@ -195,7 +214,9 @@ def _merge(
             num_positions += result.num_positions
     arrays = {name: np.concatenate(parts or [_int64([])]) for name, parts in columns.items()}
     if not len(arrays["rows"]):
-        raise ValueError(f"no documents in {source.label}: {_summary(tally, names)}")
+        raise ValueError(
+            f"no documents in {console.printable(source.label)}: {_summary(tally, names)}"
+        )
     assert tally.num_rows == len(arrays["rows"]) + sum(tally.counts.values()), vars(tally)
     arrays["offsets"] = np.concatenate([_int64([0]), np.cumsum(arrays["seqlens"])])
     for name, array in arrays.items():
@@ -242,8 +263,8 @@ def _tokenize_shard(job: _Job, task: tuple[int, Shard]) -> _TokenizedShard:
     with ExitStack() as stack:
         outputs = _open_outputs(stack, job.directory, job.source.is_chat, f"shard-{index}-")
         for batch in _batches(job.source.read(shard), tally):
-            num_positions = batch[-1][0] + 1 if batch else num_positions
-            for row, encoded in _encode(job, [item for item in batch if item[1]]):
+            num_positions = batch[-1][0] + 1
+            for row, encoded in _encode(job, [(row, item) for row, item in batch if item]):
                 if isinstance(encoded, Rejected):
                     tally.reject(row, encoded)
                     continue
@@ -252,9 +273,9 @@ def _tokenize_shard(job: _Job, task: tuple[int, Shard]) -> _TokenizedShard:
                     tally.reject(row, Rejected(reason=EMPTY, detail="no tokens"))
                     continue
                 assert ids.max() < job.tokenizer.vocab_size, (row, ids.max(), job.tokenizer.name)
-                outputs[TOKENS].write(ids.astype(dtype).tobytes())
+                outputs[TOKENS].write(np.ascontiguousarray(ids, dtype=dtype).data)
                 if mask is not None:
-                    outputs[LOSS_MASK].write(mask.tobytes())
+                    outputs[LOSS_MASK].write(np.ascontiguousarray(mask, dtype=bool).data)
                 rows.append(row)
                 seqlens.append(len(ids))
                 num_loss_tokens.append(
@@ -272,7 +293,10 @@ def _tokenize_shard(job: _Job, task: tuple[int, Shard]) -> _TokenizedShard:
 def _batches(
     items: Iterator[Document | Rejected | None], tally: Tally
 ) -> Iterator[list[tuple[int, Document | None]]]:
-    """Lists of (row, document) large enough for a tokenizer call; they include the last row."""
+    """Lists of (row, document) large enough for a tokenizer call; none is empty.
+
+    Together they hold every row, but a list may hold no document.
+    """
     batch: list[tuple[int, Document | None]] = []
     num_characters = 0
     for row, item in enumerate(items):
@@ -282,30 +306,81 @@ def _batches(
             item = None
         batch.append((row, item))
         if item is not None:
-            num_characters += len(item.text) if item.text is not None else 4096
+            num_characters += _num_characters(item)
         if num_characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, num_characters = [], 0
-    yield batch
+    if batch:
+        yield batch
 
 
-def _encode(job: _Job, batch: list[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """(row, (ids, mask or None) or Rejected) for each document, in order."""
-    documents = [document for _, document in batch]
-    if job.source.is_chat:
-        encoded: list[Any] = list(job.tokenizer.encode_chats(documents))
-    else:
-        texts = job.tokenizer.encode_texts([document.text for document in documents])
-        encoded = [(_with_eos(ids, job), None) for ids in texts]
-    for (row, _), result in zip(batch, encoded, strict=True):
-        yield row, result
+def _num_characters(document: Document) -> int:
+    texts = (document.text, document.prompt, document.completion)
+    contents = [message.get("content") for message in document.messages or ()]
+    return sum(len(text) for text in (*texts, *contents) if isinstance(text, str))
+
+
+def _encode(
+    job: _Job, batch: list[tuple[int, Document]]
+) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray | None] | Rejected]]:
+    """(row, (ids, mask or None) or Rejected) for each document, in order.
+
+    Documents of one kind go to the tokenizer together.
+    """
+    kinds = {"text": _encode_texts, "completion": _encode_completions, "input_ids": _check_tokens}
+    results: dict[int, Any] = {}
+    for name in (*kinds, "messages"):
+        chosen = [(row, item) for row, item in batch if getattr(item, name) is not None]
+        documents = [item for _, item in chosen]
+        if not documents:  # some back ends do not accept an empty list
+            continue
+        if name == "messages":
+            encoded: Any = job.tokenizer.encode_chats(documents)
+        else:
+            encoded = kinds[name](job, documents)
+        results |= zip((row for row, _ in chosen), encoded, strict=True)
+    return ((row, results[row]) for row, _ in batch)
+
+
+def _encode_texts(job: _Job, documents: list[Document]) -> list[Any]:
+    texts = job.tokenizer.encode_texts([document.text or "" for document in documents])
+    return [(_with_eos(ids, job), None) for ids in texts]
+
+
+def _encode_completions(job: _Job, documents: list[Document]) -> list[Any]:
+    results: list[Any] = []
+    for encoded in job.tokenizer.encode_completions(documents):
+        if not isinstance(encoded, Rejected):
+            ids, mask = encoded
+            longer = _with_eos(ids, job)
+            encoded = longer, np.append(mask, np.ones(len(longer) - len(ids), dtype=bool))
+        results.append(encoded)
+    return results
+
+
+def _check_tokens(job: _Job, documents: list[Document]) -> list[Any]:
+    """Token rows as they are, if the vocabulary has their ids."""
+    results: list[Any] = []
+    size = job.tokenizer.vocab_size
+    for document in documents:
+        ids, mask = document.input_ids, document.loss_mask
+        assert ids is not None and mask is not None
+        unknown = np.flatnonzero((ids < 0) | (ids >= size))
+        if len(unknown):
+            at = int(unknown[0])
+            detail = f"token {at} is {ids[at]}; {job.tokenizer.name} has ids 0 to {size - 1}"
+            results.append(Rejected(reason=UNKNOWN_TOKEN, detail=detail))
+        else:
+            results.append((ids, mask))
+    return results
 
 
 def _with_eos(ids: np.ndarray, job: _Job) -> np.ndarray:
     eos = job.tokenizer.eos_id
     if not job.append_eos or eos is None or (len(ids) and ids[-1] == eos):
         return ids
-    return np.append(ids, np.array(eos, dtype=ids.dtype))
+    # A tokenizer with few ids may return a dtype that cannot hold its EOS.
+    return np.append(ids, np.array(eos, dtype=np.promote_types(ids.dtype, np.min_scalar_type(eos))))
 
 
 def _open_outputs(
@@ -319,11 +394,6 @@ def _append(path: Path, output: IO[bytes]) -> None:
     with open(path, "rb") as part:
         shutil.copyfileobj(part, output, 1 << 24)
     path.unlink()
-
-
-def _printable(name: str) -> str:
-    """A path as printable text: file names may contain bytes that are not UTF-8."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _int64(values: Sequence[int]) -> np.ndarray:

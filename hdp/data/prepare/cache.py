@@ -13,7 +13,11 @@ Invariants, each with a test of the same name in tests/data/test_cache.py:
 
 * workers_change_nothing      the files are the same for any number of workers
 * changes_are_detected        a changed file, tokenizer or option gives a new cache
-* damaged_cache_is_rebuilt    a truncated file is detected by its size, and the cache is rebuilt
+* damaged_cache_is_rebuilt    truncated files are detected by their size, and other damage by the
+                              checksums that opening checks (sealed.py); the cache is rebuilt
+
+Tokens of caches over 64 MiB are not read to open them, so damage there that keeps the size is found
+by `hdp data CACHE --verify` only.
 """
 
 from __future__ import annotations
@@ -28,14 +32,14 @@ from hdp import console
 from hdp.data.dataset import TokenDataset, open_cache
 from hdp.data.views import Overlong
 
-from .build import build
+from .build import build, check_index
 from .documents import Document
 from .locate import open_source
 from .sealed import build_once
-from .sources import Source
+from .source import Source
 from .tokenizer import BpeTokenizer, Tokenizer, load_tokenizer, train_bpe
 
-_FORMAT_VERSION = 1  # of tokenizer and token caches; part of the key
+_FORMAT_VERSION = 2  # of tokenizer and token caches; part of the key
 _TRAINING_BYTES = 32 << 20  # a byte-pair tokenizer is trained on about this much of the source
 
 
@@ -47,6 +51,7 @@ def open_dataset(
     pattern: str | None = None,
     subset: str | None = None,
     split: str = "train",
+    format: str = "auto",
     append_eos: bool = True,
     max_length: int | None = None,
     overlong: Overlong = "error",
@@ -62,7 +67,7 @@ def open_dataset(
 
     Args:
         data: "stdlib", a file, folder, glob, list of files, hub name or `datasets.Dataset`; see
-            `locate.open_source`, which takes text_column, pattern, subset and split.
+            `locate.open_source`, which takes text_column, format, pattern, subset and split.
         tokenizer: "bpe:SIZE" (trained on the data), "bytes", a path or hub name, or a Tokenizer.
         append_eos: end each text with the tokenizer's EOS (a chat ends as its template says).
         max_length: maximum tokens per sequence; None: no limit.
@@ -73,27 +78,22 @@ def open_dataset(
         num_workers: tokenizer processes; None: one per core if there is enough data.
         show_progress: None: only on a terminal.
 
-    Raises ValueError if the data does not exist, contains no documents, or violates an option.
+    Raises ValueError if the data does not exist, contains no documents, or violates an option, and
+    OSError, naming the cache folder, if it is full.
     """
     folder = Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "hdp"
-    source = open_source(data, text_column=text_column, pattern=pattern, subset=subset, split=split)
+    where: dict[str, Any] = {"pattern": pattern, "subset": subset, "split": split}
+    source = open_source(data, text_column=text_column, format=format, **where)
     tokenizer = open_tokenizer(tokenizer, source, cache_dir=folder, show_progress=show_progress)
     key = _key([source.fingerprint(), tokenizer.fingerprint(), append_eos])
 
     def fill(directory: Path) -> dict[str, Any]:
-        meta = build(
-            directory,
-            source,
-            tokenizer,
-            append_eos=append_eos,
-            strict=strict,
-            num_workers=num_workers,
-            show_progress=show_progress,
-        )
+        options: dict[str, Any] = {"num_workers": num_workers, "show_progress": show_progress}
+        meta = build(directory, source, tokenizer, append_eos=append_eos, strict=strict, **options)
         return {**meta, "fingerprint": key}
 
     path = folder / f"tokens-{key}"
-    build_once(path, fill)
+    build_once(path, fill, check=check_index)
     return open_cache(
         path, max_length=max_length, overlong=overlong, strict=strict, tokenizer=tokenizer
     )
@@ -148,8 +148,9 @@ def _training_texts(source: Source, show_progress: bool | None) -> Iterator[str]
 
 
 def _texts(document: Document) -> Iterator[str]:
-    if document.text is not None:
-        yield document.text
+    for text in (document.text, document.prompt, document.completion):
+        if text:
+            yield text
     for message in document.messages or ():
         content = message.get("content")
         if isinstance(content, str):

@@ -16,27 +16,23 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .chat import ChatTemplate, spans2mask
-from .documents import TEMPLATE, Document, Rejected
-
-EOS, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+from .chatml import (
+    CHATML as CHATML,
 )
+from .chatml import EOS, IM_END, IM_START, SPECIAL_TOKENS, byte_characters, save_files
+from .documents import TEMPLATE, Document, Rejected
+from .words import SPLIT, pieces
+
 MIN_BPE_SIZE = 256 + len(SPECIAL_TOKENS)
-# Words with the character before them, up to three digits, and runs of punctuation or whitespace:
-# indentation and line ends of code become few tokens.
-_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PIECE_CHARACTERS, _NUM_PIECES = 1 << 16, 8  # of a long text, encoded at once
 
 Chat = tuple[np.ndarray, np.ndarray]  # (seqlen,) ids and (seqlen,) bool: the assistant's tokens
 
@@ -60,6 +56,14 @@ class Tokenizer(ABC):
     def encode_chats(self, chats: Sequence[Document]) -> list[Chat | Rejected]:
         """(ids, loss mask) per chat, or why there are none."""
 
+    def encode_completions(self, documents: Sequence[Document]) -> list[Chat | Rejected]:
+        """(ids, loss mask) per prompt with its completion, without an EOS.
+
+        A token with a character of the completion has a loss. Raises ValueError if the tokenizer
+        does not know which characters a token has.
+        """
+        raise ValueError(f"tokenizer {self.name} does not support rows with prompt and completion")
+
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, including special tokens."""
@@ -82,6 +86,9 @@ class _ChatMLTokenizer(Tokenizer):
 
     def encode_chats(self, chats: Sequence[Document]) -> list[Chat | Rejected]:
         return [self._encode_chat(chat.messages or []) for chat in chats]
+
+    def encode_completions(self, documents: Sequence[Document]) -> list[Chat | Rejected]:
+        return [self._encode_turn(d.prompt or "", d.completion or "") for d in documents]
 
     def _encode_chat(self, messages: list[dict[str, Any]]) -> Chat | Rejected:
         [line_end] = self.encode_texts(["\n"])
@@ -125,12 +132,12 @@ class ByteTokenizer(_ChatMLTokenizer):
         library = _tokenizers()
         byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         special = {self.eos_id: EOS, self.im_start_id: IM_START, self.im_end_id: IM_END}
-        vocab = {special.get(byte, char): byte for byte, char in enumerate(_byte_characters())}
+        vocab = {special.get(byte, char): byte for byte, char in enumerate(byte_characters())}
         backend = library.Tokenizer(library.models.BPE(vocab=vocab, merges=[]))
         backend.pre_tokenizer = byte_level
         backend.decoder = library.decoders.ByteLevel()
         backend.add_special_tokens(list(SPECIAL_TOKENS))
-        _save(folder, backend.to_str(), kind="bytes")
+        save_files(folder, backend.to_str(), kind="bytes")
 
 
 class BpeTokenizer(_ChatMLTokenizer):
@@ -150,6 +157,7 @@ class BpeTokenizer(_ChatMLTokenizer):
             )
         self.eos_id, self.im_start_id, self.im_end_id = (vocab[token] for token in SPECIAL_TOKENS)
         self._json = backend_json
+        self._can_cut = json.dumps(SPLIT) in backend_json  # of another split, cuts are not known
         self.vocab_size = self._backend.get_vocab_size()
         self.name = f"bpe:{self.vocab_size}"
 
@@ -160,20 +168,41 @@ class BpeTokenizer(_ChatMLTokenizer):
         return "bpe-" + hashlib.sha256(self._json.encode()).hexdigest()
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        short = [text for text in texts if len(text) <= _PIECE_CHARACTERS]
+        encodings = iter(self._backend.encode_batch_fast(short, add_special_tokens=False))
+        return [
+            np.array(next(encodings).ids, dtype=np.uint32)
+            if len(text) <= _PIECE_CHARACTERS
+            else self._encode_long(text)
+            for text in texts
+        ]
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        """The ids of a text, a few pieces at a time: encoding takes 170 times its memory."""
+        parts, ids = self._pieces(text), [np.zeros(0, dtype=np.uint32)]
+        while group := list(islice(parts, _NUM_PIECES)):
+            encodings = self._backend.encode_batch_fast(group, add_special_tokens=False)
+            ids += [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        return np.concatenate(ids)
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        return pieces(text, _PIECE_CHARACTERS) if self._can_cut else iter([text])
 
     def _encode_turn(self, header: str, body: str) -> Chat:
-        encoding = self._backend.encode(header + body, add_special_tokens=False)
-        span = (len(header), len(header) + len(body))
-        mask = spans2mask(np.array(encoding.offsets), [span])
-        return np.array(encoding.ids, dtype=np.uint32), mask
+        span, start = (len(header), len(header) + len(body)), 0
+        ids, mask = [np.zeros(0, dtype=np.uint32)], [np.zeros(0, dtype=bool)]
+        for piece in self._pieces(header + body):
+            encoding = self._backend.encode(piece, add_special_tokens=False)
+            ids.append(np.array(encoding.ids, dtype=np.uint32))
+            mask.append(spans2mask(np.array(encoding.offsets).reshape(-1, 2) + start, [span]))
+            start += len(piece)
+        return np.concatenate(ids), np.concatenate(mask)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        _save(folder, self._json, kind="bpe")
+        save_files(folder, self._json, kind="bpe")
 
 
 class HFTokenizer(Tokenizer):
@@ -199,6 +228,8 @@ class HFTokenizer(Tokenizer):
         return "hf-" + hashlib.sha256(state.encode()).hexdigest()
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if not texts:  # which transformers does not accept
+            return []
         encoded = self._call(list(texts), add_special_tokens=True)
         return [np.array(ids, dtype=np.uint32) for ids in encoded["input_ids"]]
 
@@ -219,6 +250,22 @@ class HFTokenizer(Tokenizer):
             )
         return results
 
+    def encode_completions(self, documents: Sequence[Document]) -> list[Chat | Rejected]:
+        if not documents:
+            return []
+        self._check_offsets("rows with prompt and completion")
+        texts = [(d.prompt or "") + (d.completion or "") for d in documents]
+        encoded = self._call(texts, add_special_tokens=True, return_offsets_mapping=True)
+        results: list[Chat | Rejected] = []
+        for document, text, ids, offsets in zip(
+            documents, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            mask = spans2mask(np.array(offsets), [(len(document.prompt or ""), len(text))])
+            if ids and ids[-1] == self.eos_id:  # added by the tokenizer, it has no characters
+                mask[-1] = True
+            results.append((np.array(ids, dtype=np.uint32), mask))
+        return results
+
     def decode(self, ids: Iterable[int]) -> str:
         return self.hf.decode([int(i) for i in ids], clean_up_tokenization_spaces=False)
 
@@ -232,10 +279,13 @@ class HFTokenizer(Tokenizer):
                 "instruct model's tokenizer, add chat_template.jinja to its folder, or use bpe or "
                 "bytes"
             )
+        self._check_offsets("chats")
+
+    def _check_offsets(self, what: str) -> None:
         if not self.hf.is_fast:
             raise ValueError(
                 f"tokenizer {self.name} does not provide character offsets, which the loss mask of "
-                "chats requires: use a fast tokenizer (tokenizer.json)"
+                f"{what} requires: use a fast tokenizer (tokenizer.json)"
             )
 
     def _call(self, texts: list[str], **options: Any) -> Any:
@@ -285,7 +335,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> BpeTokenizer:
             "bpe:4096"
         )
     library = _tokenizers()
-    words = library.pre_tokenizers.Split(library.Regex(_SPLIT), behavior="isolated")
+    words = library.pre_tokenizers.Split(library.Regex(SPLIT), behavior="isolated")
     byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend = library.Tokenizer(library.models.BPE())
     backend.pre_tokenizer = library.pre_tokenizers.Sequence([words, byte_level])
@@ -330,23 +380,6 @@ def _tokenizers() -> Any:
     return tokenizers
 
 
-def _save(folder: str | Path, backend_json: str, *, kind: str) -> None:
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOS,
-        "pad_token": EOS,
-        "additional_special_tokens": [IM_START, IM_END],
-        "chat_template": CHATML,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": int(1e30),
-        "hdp": kind,
-    }
-    (folder / "tokenizer.json").write_text(backend_json, encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-
-
 def _plain_content(message: dict[str, Any]) -> str | None:
     """A message's text; None if the message contains anything else."""
     content = message.get("content", "")
@@ -356,10 +389,3 @@ def _plain_content(message: dict[str, Any]) -> str | None:
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
         return None if None in parts else "".join(map(str, parts))
     return content if isinstance(content, str) else None
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that byte-level tokenizers use for each byte (GPT-2's table)."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
