@@ -317,6 +317,8 @@ def configured_files(folder: str, subset: str | None) -> dict[str, list[str]]:
     try:
         builder = datasets.load_dataset_builder(folder, subset)
     except Exception as error:  # it raises many classes
-        raise ValueError(f"cannot load {folder}: {error}") from error
+        cause = " ".join(str(error).partition("Example of usage")[0].split())
+        hint = "" if subset else " (choose one with --subset)"
+        raise ValueError(f"cannot load {folder}: {cause}{hint}") from error
     data_files = builder.config.data_files or {}
     return {str(split): [str(path) for path in paths] for split, paths in data_files.items()}
