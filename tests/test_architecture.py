@@ -66,7 +66,7 @@ ROOMS: dict[str, set[str]] = {
         *("objectives", "offloading", "ops", "scheduler", "scheduler.cli", "scheduler.costs"),
         *("scheduler.render", "training"),
     },
-    "cli": {"checkpoint", "config", "doctor", "profile", "scheduler.cli", "training"},
+    "cli": {"checkpoint", "config", "data", "doctor", "profile", "scheduler.cli", "training"},
 }
 
 # Each foreign library is imported in one file, inside functions: the rest works without it.

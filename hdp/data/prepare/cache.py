@@ -137,13 +137,15 @@ def _training_texts(source: Source, show_progress: bool | None) -> Iterator[str]
     stride = max(1, -(-source.num_bytes() // _TRAINING_BYTES))
     chosen = shards[::stride]
     total = sum(shard.num_bytes for shard in chosen)
+    num_characters = 0
     with console.progress(
         f"training a tokenizer on {source.label}", total, unit="bytes", enabled=show_progress
     ) as advance:
         for shard in chosen:
             for item in source.read(shard):
-                if isinstance(item, Document):
-                    yield from _texts(item)
+                for text in _texts(item) if isinstance(item, Document) else ():
+                    yield text[: max(0, 2 * _TRAINING_BYTES - num_characters)]  # of one long text
+                    num_characters += len(text)
             advance(shard.num_bytes)
 
 

@@ -89,8 +89,8 @@ def chat_document(messages: Any, tools: Any = None) -> Document | Rejected:
 def parse_line(line: bytes) -> dict[str, Any] | Rejected | None:
     """The object in one line of a JSON Lines file; None for a blank line."""
     try:
-        text = line.decode("utf-8-sig").strip()
-        if not text:
+        text = line.decode("utf-8-sig")
+        if not text or text.isspace():
             return None
         row = json.loads(text)
     except UnicodeDecodeError as error:

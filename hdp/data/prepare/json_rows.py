@@ -61,7 +61,8 @@ def line_rows(path: str, start: int, stop: int) -> Iterator[Any]:
             if not line:
                 return
             position += len(line)
-            yield parse_line(line)
+            row, line = parse_line(line), b""  # a long line is not kept while it is tokenized
+            yield row
 
 
 def value_rows(path: str, *, is_array: bool) -> Iterator[Any]:

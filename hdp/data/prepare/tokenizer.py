@@ -179,10 +179,11 @@ class BpeTokenizer(_ChatMLTokenizer):
 
     def _encode_long(self, text: str) -> np.ndarray:
         """The ids of a text, a few pieces at a time: encoding takes 170 times its memory."""
-        parts, ids = self._pieces(text), [np.zeros(0, dtype=np.uint32)]
+        dtype = np.min_scalar_type(self.vocab_size - 1)
+        parts, ids = self._pieces(text), [np.zeros(0, dtype=dtype)]
         while group := list(islice(parts, _NUM_PIECES)):
             encodings = self._backend.encode_batch_fast(group, add_special_tokens=False)
-            ids += [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+            ids += [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
         return np.concatenate(ids)
 
     def _pieces(self, text: str) -> Iterator[str]:
@@ -346,7 +347,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> BpeTokenizer:
         initial_alphabet=sorted(byte_level.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    parts = (part for text in texts for part in pieces(text, _PIECE_CHARACTERS))
+    backend.train_from_iterator(parts, trainer)
     return BpeTokenizer(backend.to_str())
 
 
