@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -57,17 +58,10 @@ def test_options(run, chats, tmp_path):
 
 
 def test_colors_on_a_terminal(run, chats, monkeypatch):
-    monkeypatch.setattr("hdp.data.cli.console.is_terminal", lambda stream: False)
-    plain = run("data", chats, "--tokenizer", "bytes")[1]
-    seen = []
-    monkeypatch.setattr(
-        "hdp.data.cli.console.is_terminal",
-        lambda stream: not seen.append(stream) and len(seen) == 2,
-    )
-    colored = run("data", chats, "--tokenizer", "bytes")[1]
-    if "\x1b[32m" in colored:  # the second question is about stdout
-        assert "\x1b[32msay\x1b[0m" in colored and "[[" not in colored.replace("[[ ]]", "")
-    assert "[[say]]" in plain
+    monkeypatch.setattr("hdp.console.is_terminal", lambda stream: stream is sys.stdout)
+    colored = run("data", chats, "--tokenizer", "bytes", "--rows", 1)[1]
+    assert "  | \x1b[32msay\x1b[0m\n  | \x1b[32mthis<|im_end|>\x1b[0m\n" in colored
+    assert "[[" not in colored and "ask\\x1b[31m" in colored
 
 
 def test_verify_and_caches(run, chats, tmp_path, monkeypatch):
