@@ -149,6 +149,25 @@ def test_alpaca_and_sharegpt_are_chats(tmp_path, tokenizer):
     assert found[0][1].strip() == "answer<|im_end|>"
 
 
+def test_alpaca_without_a_chat_template(tmp_path, tokenizer):
+    if not isinstance(tokenizer, HFTokenizer):
+        pytest.skip("always has one")
+    tokenizer.hf.chat_template = None
+    tokenizer = HFTokenizer(tokenizer.hf)
+    rows = [{"instruction": "question", "input": i, "output": "answer"} for i in ("", "this")]
+    write(tmp_path, {"a.jsonl": lines(*rows), "s.jsonl": lines({**rows[0], "system": "s"})})
+    dataset = load(tmp_path / "a.jsonl", tmp_path, tokenizer=tokenizer)
+    whole, loss = learned(dataset)
+    assert whole.startswith("Below is an instruction that describes a task. Write a response that")
+    assert whole.endswith(f"\n\n### Instruction:\nquestion\n\n### Response:\nanswer{EOS}")
+    assert loss.strip() == f"answer{EOS}"
+    whole, _ = learned(dataset, 1)
+    assert "a task, paired with an input that provides further context. Write" in whole
+    assert "question\n\n### Input:\nthis\n\n### Response:\nanswer" in whole
+    with pytest.raises(ValueError, match="has no chat template"):
+        load(tmp_path / "s.jsonl", tmp_path, tokenizer=tokenizer)
+
+
 def test_token_rows(tmp_path, tokenizer):
     rows = [
         {"input_ids": [97, 98, 99], "labels": [-100, 98, 99]},

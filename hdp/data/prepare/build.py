@@ -31,7 +31,8 @@ import numpy as np
 
 from hdp import console
 
-from .documents import DAMAGE, EMPTY, UNKNOWN_TOKEN, Document, Rejected
+from .documents import DAMAGE, EMPTY, Document, Rejected
+from .encode import encode_batch
 from .source import Shard, Source
 from .tokenizer import Tokenizer
 from .workers import num_cpus, ordered_map
@@ -264,7 +265,8 @@ def _tokenize_shard(job: _Job, task: tuple[int, Shard]) -> _TokenizedShard:
         outputs = _open_outputs(stack, job.directory, job.source.is_chat, f"shard-{index}-")
         for batch in _batches(job.source.read(shard), tally):
             num_positions = batch[-1][0] + 1
-            for row, encoded in _encode(job, [(row, item) for row, item in batch if item]):
+            documents = [(row, item) for row, item in batch if item]
+            for row, encoded in encode_batch(documents, job.tokenizer, append_eos=job.append_eos):
                 if isinstance(encoded, Rejected):
                     tally.reject(row, encoded)
                     continue
@@ -318,69 +320,6 @@ def _num_characters(document: Document) -> int:
     texts = (document.text, document.prompt, document.completion)
     contents = [message.get("content") for message in document.messages or ()]
     return sum(len(text) for text in (*texts, *contents) if isinstance(text, str))
-
-
-def _encode(
-    job: _Job, batch: list[tuple[int, Document]]
-) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray | None] | Rejected]]:
-    """(row, (ids, mask or None) or Rejected) for each document, in order.
-
-    Documents of one kind go to the tokenizer together.
-    """
-    kinds = {"text": _encode_texts, "completion": _encode_completions, "input_ids": _check_tokens}
-    results: dict[int, Any] = {}
-    for name in (*kinds, "messages"):
-        chosen = [(row, item) for row, item in batch if getattr(item, name) is not None]
-        documents = [item for _, item in chosen]
-        if not documents:  # some back ends do not accept an empty list
-            continue
-        if name == "messages":
-            encoded: Any = job.tokenizer.encode_chats(documents)
-        else:
-            encoded = kinds[name](job, documents)
-        results |= zip((row for row, _ in chosen), encoded, strict=True)
-    return ((row, results[row]) for row, _ in batch)
-
-
-def _encode_texts(job: _Job, documents: list[Document]) -> list[Any]:
-    texts = job.tokenizer.encode_texts([document.text or "" for document in documents])
-    return [(_with_eos(ids, job), None) for ids in texts]
-
-
-def _encode_completions(job: _Job, documents: list[Document]) -> list[Any]:
-    results: list[Any] = []
-    for encoded in job.tokenizer.encode_completions(documents):
-        if not isinstance(encoded, Rejected):
-            ids, mask = encoded
-            longer = _with_eos(ids, job)
-            encoded = longer, np.append(mask, np.ones(len(longer) - len(ids), dtype=bool))
-        results.append(encoded)
-    return results
-
-
-def _check_tokens(job: _Job, documents: list[Document]) -> list[Any]:
-    """Token rows as they are, if the vocabulary has their ids."""
-    results: list[Any] = []
-    size = job.tokenizer.vocab_size
-    for document in documents:
-        ids, mask = document.input_ids, document.loss_mask
-        assert ids is not None and mask is not None
-        unknown = np.flatnonzero((ids < 0) | (ids >= size))
-        if len(unknown):
-            at = int(unknown[0])
-            detail = f"token {at} is {ids[at]}; {job.tokenizer.name} has ids 0 to {size - 1}"
-            results.append(Rejected(reason=UNKNOWN_TOKEN, detail=detail))
-        else:
-            results.append((ids, mask))
-    return results
-
-
-def _with_eos(ids: np.ndarray, job: _Job) -> np.ndarray:
-    eos = job.tokenizer.eos_id
-    if not job.append_eos or eos is None or (len(ids) and ids[-1] == eos):
-        return ids
-    # A tokenizer with few ids may return a dtype that cannot hold its EOS.
-    return np.append(ids, np.array(eos, dtype=np.promote_types(ids.dtype, np.min_scalar_type(eos))))
 
 
 def _open_outputs(

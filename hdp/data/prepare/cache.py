@@ -150,9 +150,9 @@ def _training_texts(source: Source, show_progress: bool | None) -> Iterator[str]
 
 
 def _texts(document: Document) -> Iterator[str]:
-    for text in (document.text, document.prompt, document.completion):
-        if text:
-            yield text
+    if document.messages is None:
+        texts = (document.text, document.prompt, document.completion)
+        yield from (text for text in texts if text)
     for message in document.messages or ():
         content = message.get("content")
         if isinstance(content, str):

@@ -29,7 +29,8 @@ NOTHING_TO_LEARN = (EMPTY, NO_ASSISTANT)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
     """One of: text; a conversation for the tokenizer's chat template; a prompt and its completion,
-    which alone gets a loss; token ids."""
+    which alone gets a loss; token ids. A conversation that has a prompt and a completion, too, is
+    these for a tokenizer without a chat template."""
 
     text: str | None = None
     messages: list[dict[str, Any]] | None = None

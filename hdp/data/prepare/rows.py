@@ -6,7 +6,8 @@
     sharegpt   conversations [, tools,      a chat: {"from": "human", "value": ...} turns, or
                system]                      {"role": ..., "content": ...}
     alpaca     instruction, output          a chat of one turn: the user's message is instruction
-               [, input, system, history]   and input with an empty line in between
+               [, input, system, history]   and input with an empty line in between; for a tokenizer
+                                            without a chat template, Alpaca's own prompt
     prompt     prompt, completion           two strings, or two lists of messages, with a loss on
                                             the completion only
     tokens     input_ids [, labels, masks]  token ids, as they are
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -209,8 +211,25 @@ def _alpaca(row: dict[str, Any]) -> Document | Rejected:
             {"role": "user", "content": user},
             {"role": "assistant", "content": assistant},
         ]
+    is_one_turn = not messages
     messages.append({"role": "user", "content": "\n\n".join(parts)})
-    return chat_document([*messages, {"role": "assistant", "content": row["output"]}])
+    chat = chat_document([*messages, {"role": "assistant", "content": row["output"]}])
+    if isinstance(chat, Rejected) or not is_one_turn:
+        return chat
+    return replace(chat, prompt=_alpaca_prompt(parts), completion=row["output"])
+
+
+def _alpaca_prompt(parts: list[str]) -> str:
+    """The prompt of https://github.com/tatsu-lab/stanford_alpaca, with which models were trained
+    before tokenizers had chat templates."""
+    task, *inputs = parts
+    beside = ", paired with an input that provides further context" if inputs else ""
+    return (
+        f"Below is an instruction that describes a task{beside}. Write a response that "
+        f"appropriately completes the request.\n\n### Instruction:\n{task}\n\n"
+        + "".join(f"### Input:\n{text}\n\n" for text in inputs)
+        + "### Response:\n"
+    )
 
 
 def _prompt(row: dict[str, Any]) -> Document | Rejected:

@@ -43,6 +43,7 @@ class Tokenizer(ABC):
     name: str
     vocab_size: int  # ids are in [0, vocab_size)
     eos_id: int | None
+    has_chat_template = True
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -215,6 +216,7 @@ class HFTokenizer(Tokenizer):
         self.name = name or str(getattr(tokenizer, "name_or_path", "") or "hf")
         self.eos_id = tokenizer.eos_token_id
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        self.has_chat_template = bool(tokenizer.chat_template)
         self._templates: dict[str, ChatTemplate] = {}
 
     def __getstate__(self) -> dict[str, Any]:
