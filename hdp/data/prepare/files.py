@@ -77,12 +77,12 @@ def file_state(path: str) -> tuple[str, int, int]:
 
 
 def problem(error: BaseException) -> str:
-    """One of READ_ERRORS in words."""
+    """One of READ_ERRORS in words, on one line."""
     if isinstance(error, EOFError):
         return "it ends early: truncated"
     if isinstance(error, OSError):
-        return str(error.strerror or error)
-    return f"damaged: {error}"
+        return " ".join(str(error.strerror or error).split())
+    return "damaged: " + " ".join(str(error).split())
 
 
 def _open_regular(path: str) -> IO[bytes]:

@@ -96,17 +96,18 @@ class RowSource(Source):
         if row_format is not None:
             return row_format
         requested = self.requested_format
-        wanted = (
-            f"no column {self.text_column!r}"
-            if requested in ("auto", "text")
-            else f"not the columns of format {requested}, {columns_of(requested)[0]}"
-        )
-        hint = ""
-        if "chosen" in columns or "rejected" in columns:
-            hint = "; preference pairs are not supported"
+        if requested not in ("auto", "text"):
+            needs = ", ".join(columns_of(requested, self.text_column)[0])
+            raise ValueError(
+                f"{self.label} does not have the columns of format {requested} ({needs}); its "
+                f"columns are {columns}: choose another format (--format)"
+            )
+        is_pair = "chosen" in columns or "rejected" in columns
+        hint = "; preference pairs are not supported" if is_pair else ""
         raise ValueError(
-            f"{self.label} has {wanted}; its columns are {columns}: choose one with text_column "
-            f"(--text-column); chats need `messages`{hint}"
+            f"{self.label} has no column {self.text_column!r}; its columns are {columns}: choose "
+            "one with text_column (--text-column); chats need `messages`, and docs/data.md lists "
+            f"other formats{hint}"
         )
 
     @cached_property

@@ -69,12 +69,31 @@ def table_rows(path: str, start: int, stop: int) -> Iterator[dict[str, Any] | Re
         with _table(path) as table:
             json_columns = [field.name for field in table.schema if _holds_json(field.type)]
             for batch in table.batches(start, min(stop, table.num_groups)):
-                for row in batch.to_pylist():
-                    for name in json_columns:
-                        row[name] = _decoded(row[name], table.schema.field(name).type)
+                for row in _rows_of(batch):
+                    if isinstance(row, dict):
+                        for name in json_columns:
+                            row[name] = _decoded(row[name], table.schema.field(name).type)
                     yield row
     except _errors() as error:
-        yield Rejected(reason=UNREADABLE, detail=problem(error))
+        yield Rejected(reason=UNREADABLE, detail=f"{problem(error)}; the rest of it is skipped")
+
+
+def _rows_of(batch: Any) -> Iterator[dict[str, Any] | Rejected]:
+    """Rows of a batch; a damaged batch row by row, so that one bad row is one rejection.
+
+    Arrow files are mapped as they are: without validation, damaged offsets read outside the map.
+    """
+    try:
+        batch.validate(full=True)
+        rows = batch.to_pylist()
+    except (*_errors(), ValueError, OverflowError) as error:  # such as UnicodeDecodeError
+        if batch.num_rows <= 1:
+            yield Rejected(reason=MALFORMED, detail=problem(error))
+            return
+        for i in range(batch.num_rows):
+            yield from _rows_of(batch.slice(i, 1))
+        return
+    yield from rows
 
 
 class _Parquet:
@@ -165,7 +184,10 @@ def _decoded(value: Any, kind: Any) -> Any:
     if value is None:
         return None
     if getattr(kind, "extension_name", "") == "arrow.json":
-        return json.loads(value) if isinstance(value, (str, bytes)) else value
+        try:
+            return json.loads(value) if isinstance(value, (str, bytes)) else value
+        except (ValueError, RecursionError):
+            return value
     if isinstance(value, dict):
         return {name: _decoded(item, kind.field(name).type) for name, item in value.items()}
     if isinstance(value, list) and hasattr(kind, "value_type"):
