@@ -86,7 +86,7 @@ def _rows_of(batch: Any) -> Iterator[dict[str, Any] | Rejected]:
     try:
         batch.validate(full=True)
         rows = batch.to_pylist()
-    except (*_errors(), ValueError, OverflowError) as error:  # such as UnicodeDecodeError
+    except _errors(ValueError, OverflowError) as error:  # such as UnicodeDecodeError
         if batch.num_rows <= 1:
             yield Rejected(reason=MALFORMED, detail=problem(error))
             return
@@ -164,13 +164,13 @@ def _table(path: str) -> Any:
     return kind(pyarrow, path)
 
 
-def _errors() -> tuple[type[BaseException], ...]:
-    """What a damaged file raises."""
+def _errors(*others: type[Exception]) -> tuple[type[BaseException], ...]:
+    """What a damaged file raises, and `others`."""
     try:
         import pyarrow
     except ImportError:
-        return (OSError,)
-    return (OSError, pyarrow.ArrowException)
+        return (OSError, *others)
+    return (OSError, pyarrow.ArrowException, *others)
 
 
 def _holds_json(kind: Any) -> bool:
