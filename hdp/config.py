@@ -52,12 +52,14 @@ class TrainConfig:
     quoted glob such as "data/*.jsonl", or the name of a dataset on the hub."""
     text_column: str = "text"
     """Column that holds the text in JSONL or Parquet rows; rows with `messages` are chats."""
+    format: Literal["auto", "text", "chat", "sharegpt", "alpaca", "prompt", "tokens"] = "auto"
+    """What a row is; auto: by its columns (messages, conversations, instruction, prompt, ...)."""
     pattern: str | None = None
     """Which files to read from a folder, for example "*.md"."""
     subset: str | None = None
-    """Configuration of a hub dataset."""
+    """Configuration of a hub dataset, or of a folder whose README has several."""
     split: str = "train"
-    """Split of a hub dataset."""
+    """Split of a hub dataset (also train[:10%]), or of a folder whose file names tell splits."""
     tokenizer: str = "auto"
     """auto (the model's own; demo: bpe:4096), bpe:SIZE (trained on the data), bytes, or a path."""
     chat_template: str | None = None

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from hdp.data.prepare.build import LOSS_MASK, NAMES, TOKENS, damage_message, row_name
+from hdp.data.prepare.build import LOSS_MASK, NAMES, TOKENS, check_index, damage_message, row_name
 from hdp.data.prepare.documents import DAMAGE
 from hdp.data.prepare.sealed import read_seal
 from hdp.data.prepare.tokenizer import Tokenizer
@@ -199,7 +199,7 @@ def open_cache(
     damaged, if documents exceed the limit, and under `strict` if rows were damaged.
     """
     path = Path(path)
-    meta = read_seal(path)
+    meta = read_seal(path, check=check_index)
     if meta is None or "num_documents" not in meta:
         raise ValueError(
             f"{path} is not a token cache, or is damaged: build it with hdp.data.open_dataset"

@@ -182,6 +182,7 @@ def open_data(config: TrainConfig) -> TokenDataset:
         config.data,
         tokenizer=tokenizer,
         text_column=config.text_column,
+        format=config.format,
         pattern=config.pattern,
         subset=config.subset,
         split=config.split,

@@ -19,6 +19,7 @@ class Tokenizer(ABC):
     name: str
     vocab_size: int  # ids are in [0, vocab_size)
     eos_id: int | None
+    has_chat_template = True
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -35,6 +36,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_chats(self, chats: Sequence[Document]) -> list[Chat | Rejected]:
         """(ids, loss mask) per chat, or why there are none."""
+
+    def encode_completions(self, documents: Sequence[Document]) -> list[Chat | Rejected]:
+        """(ids, loss mask) per prompt with its completion, without an EOS.
+
+        A token with a character of the completion has a loss. Raises ValueError if the tokenizer
+        does not know which characters a token has.
+        """
+        raise ValueError(f"tokenizer {self.name} does not support rows with prompt and completion")
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:

@@ -60,6 +60,7 @@ class HFTokenizer(Tokenizer):
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self._template_kwargs = dict(template_kwargs or {})
         self._row_limit_s, self._num_timeouts = row_limit_s, 0
+        self.has_chat_template = bool(tokenizer.chat_template)
         self._templates: dict[str, ChatTemplate] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -136,6 +137,23 @@ class HFTokenizer(Tokenizer):
             )
         return results
 
+    def encode_completions(self, documents: Sequence[Document]) -> list[Chat | Rejected]:
+        if not documents:
+            return []
+        self._check_offsets("rows with prompt and completion")
+        texts = [(d.prompt or "") + (d.completion or "") for d in documents]
+        encoded = self._call(texts, add_special_tokens=True, return_offsets_mapping=True)
+        results: list[Chat | Rejected] = []
+        for document, text, ids, offsets in zip(
+            documents, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            mask = spans2mask(np.array(offsets), [(len(document.prompt or ""), len(text))])
+            if ids and ids[-1] == self.eos_id:  # added by the tokenizer, it has no characters
+                mask[-1] = True
+            kept = self._with_one_bos(text, ids)
+            results.append((np.array(kept, dtype=np.uint32), mask[len(ids) - len(kept) :]))
+        return results
+
     def decode(self, ids: Iterable[int]) -> str:
         return self.hf.decode([int(i) for i in ids], clean_up_tokenization_spaces=False)
 
@@ -149,10 +167,13 @@ class HFTokenizer(Tokenizer):
                 "instruct model's tokenizer, add chat_template.jinja to its folder, or use bpe or "
                 "bytes"
             )
+        self._check_offsets("chats")
+
+    def _check_offsets(self, what: str) -> None:
         if not self.hf.is_fast:
             raise ValueError(
                 f"tokenizer {self.name} does not provide character offsets, which the loss mask of "
-                "chats requires: use a fast tokenizer (tokenizer.json)"
+                f"{what} requires: use a fast tokenizer (tokenizer.json)"
             )
 
     def _call(self, texts: list[str], **options: Any) -> Any:

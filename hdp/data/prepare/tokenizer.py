@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,17 @@ from hdp.errors import ChatTemplateError
 
 from .base import Chat, Tokenizer
 from .chat import spans2mask
+from .chatml import (
+    CHATML as CHATML,
+)
+from .chatml import EOS, IM_END, IM_START, SPECIAL_TOKENS, byte_characters, save_files
 from .documents import TEMPLATE, Document, Rejected
 from .hf_tokenizer import HFTokenizer, use_template
 from .messages import CALLS, THOUGHT, Messages, normalize
+from .words import SPLIT, pieces
 
-EOS, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 MIN_BPE_SIZE = 256 + len(SPECIAL_TOKENS)
-# Words with the character before them, up to three digits, and runs of punctuation or whitespace:
-# indentation and line ends of code become few tokens.
-_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PIECE_CHARACTERS, _NUM_PIECES = 1 << 16, 8  # of a long text, encoded at once
 
 
 class _ChatMLTokenizer(Tokenizer):
@@ -57,6 +53,9 @@ class _ChatMLTokenizer(Tokenizer):
 
     def encode_chats(self, chats: Sequence[Document]) -> list[Chat | Rejected]:
         return [self._encode_chat(chat) for chat in chats]
+
+    def encode_completions(self, documents: Sequence[Document]) -> list[Chat | Rejected]:
+        return [self._encode_turn(d.prompt or "", d.completion or "") for d in documents]
 
     def _encode_chat(self, chat: Document) -> Chat | Rejected:
         try:
@@ -101,12 +100,12 @@ class ByteTokenizer(_ChatMLTokenizer):
         library = _tokenizers()
         byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         special = {self.eos_id: EOS, self.im_start_id: IM_START, self.im_end_id: IM_END}
-        vocab = {special.get(byte, char): byte for byte, char in enumerate(_byte_characters())}
+        vocab = {special.get(byte, char): byte for byte, char in enumerate(byte_characters())}
         backend = library.Tokenizer(library.models.BPE(vocab=vocab, merges=[]))
         backend.pre_tokenizer = byte_level
         backend.decoder = library.decoders.ByteLevel()
         backend.add_special_tokens(list(SPECIAL_TOKENS))
-        _save(folder, backend.to_str(), kind="bytes")
+        save_files(folder, backend.to_str(), kind="bytes")
 
 
 class BpeTokenizer(_ChatMLTokenizer):
@@ -126,6 +125,7 @@ class BpeTokenizer(_ChatMLTokenizer):
             )
         self.eos_id, self.im_start_id, self.im_end_id = (vocab[token] for token in SPECIAL_TOKENS)
         self._json = backend_json
+        self._can_cut = json.dumps(SPLIT) in backend_json  # of another split, cuts are not known
         self.vocab_size = self._backend.get_vocab_size()
         self.name = f"bpe:{self.vocab_size}"
 
@@ -136,20 +136,42 @@ class BpeTokenizer(_ChatMLTokenizer):
         return "bpe-2-" + hashlib.sha256(self._json.encode()).hexdigest()
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        short = [text for text in texts if len(text) <= _PIECE_CHARACTERS]
+        encodings = iter(self._backend.encode_batch_fast(short, add_special_tokens=False))
+        return [
+            np.array(next(encodings).ids, dtype=np.uint32)
+            if len(text) <= _PIECE_CHARACTERS
+            else self._encode_long(text)
+            for text in texts
+        ]
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        """The ids of a text, a few pieces at a time: encoding takes 170 times its memory."""
+        dtype = np.min_scalar_type(self.vocab_size - 1)
+        parts, ids = self._pieces(text), [np.zeros(0, dtype=dtype)]
+        while group := list(islice(parts, _NUM_PIECES)):
+            encodings = self._backend.encode_batch_fast(group, add_special_tokens=False)
+            ids += [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
+        return np.concatenate(ids)
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        return pieces(text, _PIECE_CHARACTERS) if self._can_cut else iter([text])
 
     def _encode_turn(self, header: str, body: str) -> Chat:
-        encoding = self._backend.encode(header + body, add_special_tokens=False)
-        span = (len(header), len(header) + len(body))
-        mask = spans2mask(np.array(encoding.offsets), [span])
-        return np.array(encoding.ids, dtype=np.uint32), mask
+        span, start = (len(header), len(header) + len(body)), 0
+        ids, mask = [np.zeros(0, dtype=np.uint32)], [np.zeros(0, dtype=bool)]
+        for piece in self._pieces(header + body):
+            encoding = self._backend.encode(piece, add_special_tokens=False)
+            ids.append(np.array(encoding.ids, dtype=np.uint32))
+            mask.append(spans2mask(np.array(encoding.offsets).reshape(-1, 2) + start, [span]))
+            start += len(piece)
+        return np.concatenate(ids), np.concatenate(mask)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        _save(folder, self._json, kind="bpe")
+        save_files(folder, self._json, kind="bpe")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> BpeTokenizer:
@@ -164,7 +186,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> BpeTokenizer:
             "bpe:4096"
         )
     library = _tokenizers()
-    words = library.pre_tokenizers.Split(library.Regex(_SPLIT), behavior="isolated")
+    words = library.pre_tokenizers.Split(library.Regex(SPLIT), behavior="isolated")
     byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend = library.Tokenizer(library.models.BPE())
     backend.pre_tokenizer = library.pre_tokenizers.Sequence([words, byte_level])
@@ -175,7 +197,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> BpeTokenizer:
         initial_alphabet=sorted(byte_level.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    parts = (part for text in texts for part in pieces(text, _PIECE_CHARACTERS))
+    backend.train_from_iterator(parts, trainer)
     return BpeTokenizer(backend.to_str())
 
 
@@ -231,23 +254,6 @@ def _tokenizers() -> Any:
     return tokenizers
 
 
-def _save(folder: str | Path, backend_json: str, *, kind: str) -> None:
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOS,
-        "pad_token": EOS,
-        "additional_special_tokens": [IM_START, IM_END],
-        "chat_template": CHATML,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": int(1e30),
-        "hdp": kind,
-    }
-    (folder / "tokenizer.json").write_text(backend_json, encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-
-
 def _check_is_text(messages: Messages, tools: Any, name: str) -> None:
     """Raise ChatTemplateError for what ChatML, as it is written here, cannot say."""
     if tools:
@@ -257,10 +263,3 @@ def _check_is_text(messages: Messages, tools: Any, name: str) -> None:
             raise ChatTemplateError(
                 f"message {i}: {name} supports only text, no tool calls and no reasoning"
             )
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that byte-level tokenizers use for each byte (GPT-2's table)."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
