@@ -1,5 +1,6 @@
 """The `hdp` command: a dispatcher that imports only what each command needs.
 
+    hdp data chats.jsonl --tokenizer Qwen/Qwen3-0.6B                   rows as they are trained on
     hdp plan lengths.txt --hdp-size 64 --max-tokens-per-rank 32768     no torch
     hdp doctor                                                         works without torch
     torchrun --nproc-per-node 8 -m hdp profile --out cost.json
@@ -35,7 +36,8 @@ usage: hdp COMMAND [options]
   train      train a model; on multiple ranks: torchrun --nproc-per-node 8 -m hdp train ...
   doctor     report this machine's hardware and libraries, and the back ends in use
   profile    measure this machine and write a cost model for --cost
-  plan       plan one batch of sequence lengths
+  data       show rows as they will be trained on, what is skipped, and the lengths
+  plan       plan one batch of sequence lengths, or of a data file with --tokenizer
   simulate   run a plan in the simulator
   compare    compare policies on the same batches
 
@@ -64,13 +66,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return profile.main(arguments[1:])
     if command in ("plan", "simulate", "compare"):
-        from hdp.scheduler import cli
+        return _plan(arguments)
+    if command == "data":
+        from hdp.data import cli as data
 
-        return cli.main(arguments)
+        return data.main(arguments[1:])
     if command == "train":
         return _train(arguments[1:])
     print(f"hdp: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
     return 2
+
+
+def _plan(arguments: list[str]) -> int:
+    from hdp.scheduler import cli
+
+    if any(word.partition("=")[0] == "--tokenizer" for word in arguments):
+        from hdp.data.cli import with_lengths
+
+        try:
+            arguments = with_lengths(arguments)
+        except (ValueError, OSError) as error:
+            print(f"hdp: error: {error}", file=sys.stderr, flush=True)
+            return 2
+    return cli.main(arguments)
 
 
 def parse_config(

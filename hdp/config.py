@@ -52,14 +52,20 @@ class TrainConfig:
     quoted glob such as "data/*.jsonl", or the name of a dataset on the hub."""
     text_column: str = "text"
     """Column that holds the text in JSONL or Parquet rows; rows with `messages` are chats."""
+    format: Literal["auto", "text", "chat", "sharegpt", "alpaca", "prompt", "tokens"] = "auto"
+    """What a row is; auto: by its columns (messages, conversations, instruction, prompt, ...)."""
     pattern: str | None = None
     """Which files to read from a folder, for example "*.md"."""
     subset: str | None = None
-    """Configuration of a hub dataset."""
+    """Configuration of a hub dataset, or of a folder whose README has several."""
     split: str = "train"
-    """Split of a hub dataset."""
+    """Split of a hub dataset (also train[:10%]), or of a folder whose file names tell splits."""
     tokenizer: str = "auto"
     """auto (the model's own; demo: bpe:4096), bpe:SIZE (trained on the data), bytes, or a path."""
+    chat_template: str | None = None
+    """Chat template: a Jinja file, or the name of a template that the tokenizer has."""
+    chat_template_kwargs: str | None = None
+    """Variables for the chat template, as JSON, for example '{"enable_thinking": false}'."""
     max_length: int | None = None
     """Maximum sequence length; None: as many tokens as all ranks hold together."""
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
@@ -152,6 +158,9 @@ class TrainConfig:
         _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         if not isinstance(self.model_entries, dict):
             raise ValueError(f"--config-overrides must be a JSON object: {self.config_overrides}")
+        if not isinstance(self.template_variables, dict):
+            given = self.chat_template_kwargs
+            raise ValueError(f"--chat-template-kwargs must be a JSON object: {given}")
         if (self.policy == "static") != (self.cp_size is not None):
             raise ValueError(
                 f"policy {self.policy!r} with cp_size {self.cp_size}: --policy static requires "
@@ -173,13 +182,14 @@ class TrainConfig:
     @property
     def model_entries(self) -> dict[str, Any]:
         """The parsed --config-overrides."""
-        try:
-            return json.loads(self.config_overrides or "{}")
-        except ValueError as error:
-            raise ValueError(
-                f"--config-overrides {self.config_overrides!r} is not valid JSON ({error}); "
-                "write it like '{\"sliding_window\": null}'"
-            ) from error
+        return _parse("config-overrides", self.config_overrides, '{"sliding_window": null}')
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """The parsed --chat-template-kwargs."""
+        return _parse(
+            "chat-template-kwargs", self.chat_template_kwargs, '{"enable_thinking": false}'
+        )
 
     def to_json(self) -> str:
         """All values as JSON; `train` writes this to run_dir/config.json."""
@@ -190,3 +200,12 @@ def _require(is_valid: bool, name: str, value: Any, expected: str) -> None:
     if not is_valid:
         flag = name.replace("_", "-")
         raise ValueError(f"--{flag} must be {expected}, got {value}")
+
+
+def _parse(flag: str, value: str | None, example: str) -> Any:
+    try:
+        return json.loads(value or "{}")
+    except ValueError as error:
+        raise ValueError(
+            f"--{flag} {value!r} is not valid JSON ({error}); write it like '{example}'"
+        ) from error

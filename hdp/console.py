@@ -76,10 +76,25 @@ def _bar_columns(unit: str, *, known_total: bool) -> list[Any]:
     return columns
 
 
+def printable(text: str) -> str:
+    """`text` on one line and without escapes: file names and rows may hold anything.
+
+    Bytes that are not UTF-8 become U+FFFD, and characters that a terminal acts on or hides
+    (escapes, line ends, marks of direction) their escape sequence.
+    """
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
 def note(message: str, *, stream: TextIO | None = None) -> None:
     """Print one line for people and logs, such as which fallback is in use."""
     stream = sys.stderr if stream is None else stream
-    print(f"hdp: {message}", file=stream, flush=True)
+    lines = [printable(line) for line in message.split("\n")]
+    print("hdp: " + "\n".join(lines), file=stream, flush=True)
 
 
 def print_table(

@@ -77,7 +77,7 @@ ROOMS: dict[str, set[str]] = {
         *("objectives", "offloading", "ops", "scheduler", "scheduler.cli", "scheduler.costs"),
         *("scheduler.render", "training"),
     },
-    "cli": {"checkpoint", "config", "doctor", "profile", "scheduler.cli", "training"},
+    "cli": {"checkpoint", "config", "data", "doctor", "profile", "scheduler.cli", "training"},
 }
 
 # Each foreign library is imported in one file, inside functions: the rest works without it.
@@ -87,6 +87,9 @@ FOREIGN = {
     "safetensors": "hdp/models/weight_files.py",
     "datasets": "hdp/data/prepare/sources.py",
     "tokenizers": "hdp/data/prepare/tokenizer.py",
+    "pyarrow": "hdp/data/prepare/tables.py",
+    "zstandard": "hdp/data/prepare/files.py",
+    "compression": "hdp/data/prepare/files.py",  # of Python 3.14
     "matplotlib": "hdp/scheduler/render/figure.py",
     "tyro": "hdp/cli.py",
     "rich": "hdp/console.py",

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from hdp.data.prepare.build import LOSS_MASK, NAMES, TOKENS, damage_message, row_name
+from hdp.data.prepare.build import LOSS_MASK, NAMES, TOKENS, check_index, damage_message, row_name
 from hdp.data.prepare.documents import DAMAGE
 from hdp.data.prepare.sealed import read_seal
 from hdp.data.prepare.tokenizer import Tokenizer
@@ -51,6 +51,7 @@ class DataReport:
     num_overlong: int  # documents longer than max_length
     lost_tokens: int  # left out by drop or truncate
     num_without_loss: int  # sequences left out because they have no loss tokens
+    notes: tuple[str, ...] = ()  # what else users should know about the rows and the tokenizer
 
     def __str__(self) -> str:
         lines = [
@@ -58,6 +59,7 @@ class DataReport:
             f"({self.tokenizer}), {self.num_loss_tokens:,} with loss, "
             f"longest {self.longest_tokens:,}"
         ]
+        lines += self.notes
         for reason, count in self.num_rejected.items():
             name, detail = self.examples[reason][0]
             detail = f" ({detail})" if detail else ""
@@ -197,7 +199,7 @@ def open_cache(
     damaged, if documents exceed the limit, and under `strict` if rows were damaged.
     """
     path = Path(path)
-    meta = read_seal(path)
+    meta = read_seal(path, check=check_index)
     if meta is None or "num_documents" not in meta:
         raise ValueError(
             f"{path} is not a token cache, or is damaged: build it with hdp.data.open_dataset"
@@ -235,6 +237,7 @@ def _report(
         num_overlong=sequences.num_overlong,
         lost_tokens=sequences.lost_tokens,
         num_without_loss=sequences.num_without_loss,
+        notes=tuple(meta.get("notes", ())),
     )
 
 

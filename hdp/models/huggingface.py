@@ -222,7 +222,7 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
         local = local_path(path)
         if local is not None and names_generic_tokenizer(local):
             return PreTrainedTokenizerFast.from_pretrained(local, local_files_only=True)
-        return auto_tokenizer(path)
+        return _as_in_file(auto_tokenizer(path), path)
     except Exception as error:  # the libraries raise plain Exception for an unusable file
         raise ValueError(
             f"no tokenizer at {str(path)!r}: {_reason(path, error)}; pass a folder with a "
@@ -238,6 +238,58 @@ def _reason(path: str | os.PathLike, error: Exception) -> str:
     if not isinstance(error, (ValueError, OSError)) and (folder / "tokenizer.json").is_file():
         return f"{folder / 'tokenizer.json'} is not a tokenizer ({first_line(error)})"
     return first_line(error)
+
+
+# Scripts, digits, whitespace and code: where the pre-tokenizers of model classes differ.
+_PROBE = (
+    "Hello, world! It's 2000+17=2017, x1 = 3.14159e-10;\n\n\tif a_b:\r\n        return 'yes' # TO"
+    " \u00e9\u4e2d\u6587 \u0440\u0443\u0441 \u0639\u0631\u0628\u064a \u0939\u093f\u0928"
+    " \u0e44\u0e17\u0e22 \uac00\uac01 e\u0301 \U0001f600\u200d\U0001f680 \u00a0 12345678   \n  \n"
+    "</x>{}[]"
+)
+_NAMED_TOKENS = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+
+
+def _as_in_file(tokenizer: Any, path: str | os.PathLike) -> Any:
+    """`tokenizer`, or what tokenizer.json says if transformers' class for it gives other ids.
+
+    Some classes build their own pre-tokenizer, and the one in the file has no effect. The model was
+    trained with the file. The attribute `hdp_note` says that it was loaded instead.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import cached_file
+
+    file = cached_file(
+        str(path),
+        "tokenizer.json",
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if file is None or backend is None:
+        return tokenizer
+    saved = type(backend).from_file(file)
+
+    def ids(one: Any) -> list[int]:
+        return one.encode(_PROBE, add_special_tokens=False).ids
+
+    stated = any(name in tokenizer.init_kwargs for name in ("add_bos_token", "add_eos_token"))
+    same_ends = stated or saved.encode("a").ids == backend.encode("a").ids
+    if ids(saved) == ids(backend) and same_ends:
+        return tokenizer
+    plain: Any = PreTrainedTokenizerFast.from_pretrained(path)
+    if ids(plain.backend_tokenizer) != ids(saved):
+        raise ValueError("transformers does not encode text as its tokenizer.json does")
+    for name in (f"{name}_token" for name in _NAMED_TOKENS):
+        token = getattr(tokenizer, name, None)
+        if token in plain.get_vocab() and getattr(plain, name, None) is None:
+            setattr(plain, name, token)
+    plain.hdp_note = (
+        f"tokenizer {path}: transformers' {type(tokenizer).__name__} does not give the ids of "
+        "tokenizer.json; used the file"
+    )
+    return plain
 
 
 def auto_tokenizer(path: str | os.PathLike) -> Any:

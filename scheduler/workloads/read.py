@@ -18,6 +18,8 @@ from hdp.scheduler.plain import parse_json, read_bytes, shown
 from .generate import WORKLOADS, draw
 from .limit import counted, limit_lengths
 
+_DATA = (".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".gz", ".bz2", ".xz", ".zst")
+
 
 def read_lengths(
     source: str | Path,
@@ -74,6 +76,11 @@ def _read_file(path: Path) -> np.ndarray:
     if not path.is_file():
         names = ", ".join(WORKLOADS)
         raise ValueError(f"no file {path}; named workloads are workload:NAME with NAME in {names}")
+    if path.name.endswith(_DATA):
+        raise ValueError(
+            f"{path} holds rows of data, whose lengths depend on a tokenizer: name one, as in "
+            f"`hdp plan {path} --tokenizer bytes ...`"
+        )
     try:
         if path.suffix == ".npy":
             values = _from_npy(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from typing import Any
 
@@ -37,7 +38,11 @@ def make_render(template: str, kind: Kind):
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
+    def tojson(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
     environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = tojson
     compile_once = functools.cache(environment.from_string)
     bos = next((s for s in ("<s>", "<|begin_of_text|>") if s in kind.special), "")
 
@@ -62,6 +67,14 @@ def make_template(name: str, template: str | None = None) -> ChatTemplate:
     return ChatTemplate(
         make_render(template, kind), template, special_tokens=kind.special, eos_token=kind.eos
     )
+
+
+MARKED = CHATML.replace(
+    "{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' -}}",
+    "{{- '<|im_start|>' + m['role'] + '\\n' -}}{%- if m['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- m['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
+    "{%- else -%}{{- m['content'] + '<|im_end|>' -}}{%- endif -%}{{- '\\n' -}}",
+)
 
 
 # Contents that look like template output, or have whitespace where templates trim.
@@ -101,18 +114,51 @@ def test_spans_cover_the_turns(name, messages):
     assert spans == expected_spans
 
 
+@pytest.mark.parametrize("name", KINDS)
+@given(messages=chats())
+def test_marks_at_once_equal_marks_one_by_one(name, messages):
+    """The fast way and the slow one, which shares none of the other messages' marks."""
+    chat = make_template(name)
+    assert chat.render_spans(messages, one_by_one=True) == chat.render_spans(messages)
+
+
+class Counter:
+    """A renderer that counts what it renders."""
+
+    def __init__(self, render: Any) -> None:
+        self.render, self.num_calls, self.num_characters = render, 0, 0
+
+    def __call__(self, messages: Any, **options: Any) -> str:
+        text = self.render(messages, **options)
+        self.num_calls, self.num_characters = self.num_calls + 1, self.num_characters + len(text)
+        return text
+
+
+@pytest.mark.parametrize("name", [*KINDS, "tools", "generation"])
+@pytest.mark.parametrize("num_turns", [8, 1024])
+def test_two_renderings(name, num_turns):
+    """A chat of 1,024 turns takes two renderings and a few of short examples."""
+    kind = KINDS.get(name, KINDS["chatml"])
+    template = {"tools": TOOLS, "generation": MARKED}.get(name, kind.template)
+    render = Counter(make_render(template, kind))
+    chat = ChatTemplate(render, template, special_tokens=kind.special, eos_token=kind.eos)
+    messages = []
+    for n in range(num_turns // 2):
+        messages.append({"role": "user", "content": f"Question {n}: " + "why is it so? " * 4})
+        call = {"tool_calls": [{"name": f"f{n}", "arguments": {}}]} if name == "tools" else {}
+        messages.append({"role": "assistant", "content": f"{n}. " + "It is so. " * 8, **call})
+    text, spans = chat.render_spans(messages)
+    assert len(spans) == num_turns // 2
+    assert render.num_calls <= 2 + 8  # the examples show prompts and ends of turns
+    assert render.num_characters < 3 * len(text) + 2000
+
+
 @given(messages=chats())
 def test_both_methods_agree(messages):
     """A template gives the same spans with and without {% generation %}."""
-    marked = CHATML.replace(
-        "{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' -}}",
-        "{{- '<|im_start|>' + m['role'] + '\\n' -}}{%- if m['role'] == 'assistant' -%}"
-        "{%- generation -%}{{- m['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
-        "{%- else -%}{{- m['content'] + '<|im_end|>' -}}{%- endif -%}{{- '\\n' -}}",
-    )
-    assert marked != CHATML
+    assert MARKED != CHATML
     plain = make_template("chatml").render_spans(messages)
-    assert make_template("chatml", marked).render_spans(messages) == plain
+    assert make_template("chatml", MARKED).render_spans(messages) == plain
 
 
 SPACED = """

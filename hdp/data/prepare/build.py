@@ -32,7 +32,8 @@ import numpy as np
 from hdp import console
 
 from .documents import DAMAGE, EMPTY, Document, Rejected
-from .sources import Shard, Source
+from .encode import encode_batch
+from .source import Shard, Source
 from .tokenizer import Tokenizer
 from .workers import num_cpus, ordered_map
 
@@ -55,7 +56,7 @@ class Tally:
         self.counts[rejected.reason] = self.counts.get(rejected.reason, 0) + 1
         known = self.examples.setdefault(rejected.reason, [])
         if len(known) < _MAX_EXAMPLES:
-            known.append((row, rejected.detail))
+            known.append((row, console.printable(rejected.detail)))
 
     def merge(self, other: Tally, first_row: int) -> None:
         """Add `other`, whose row 0 is row `first_row` here."""
@@ -143,12 +144,31 @@ def build(
         )
     return {
         **merged,
-        "label": _printable(source.label),
+        "label": console.printable(source.label),
         "is_chat": is_chat,
+        "notes": [console.printable(note) for note in source.describe()],
         "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
         "dtype": token_dtype(tokenizer.vocab_size).name,
     }
+
+
+def check_index(directory: Path, meta: dict[str, Any]) -> None:
+    """Check that a cache's index describes its tokens. Raises ValueError if not."""
+    seqlens, offsets = (
+        np.load(directory / f"{n}.npy", mmap_mode="r") for n in ("seqlens", "offsets")
+    )
+    num_tokens = (directory / TOKENS).stat().st_size // np.dtype(meta["dtype"]).itemsize
+    is_sound = (
+        len(seqlens) == meta["num_documents"]
+        and len(offsets) == len(seqlens) + 1
+        and offsets[0] == 0
+        and np.array_equal(np.diff(offsets), seqlens)
+        and int(offsets[-1]) == num_tokens == meta["num_tokens"]
+        and (not meta["is_chat"] or (directory / LOSS_MASK).stat().st_size == num_tokens)
+    )
+    if not is_sound:
+        raise ValueError(f"{directory}: the index does not fit the tokens")
 
 
 def row_name(names: dict[str, Any], row: int) -> str:
@@ -172,7 +192,7 @@ def _merge(
     """Step 3: append the shards' files and write the index."""
     source, directory = job.source, job.directory
     first_rows: list[int] = []
-    files = [_printable(name) for name in source.files]
+    files = [console.printable(name) for name in source.files]
     names = {"row_kind": source.row_kind, "files": files, "first_rows": first_rows}
     columns: dict[str, list[np.ndarray]] = {"rows": [], "seqlens": [], "num_loss_tokens": []}
     tally = Tally()
@@ -195,7 +215,9 @@ def _merge(
             num_positions += result.num_positions
     arrays = {name: np.concatenate(parts or [_int64([])]) for name, parts in columns.items()}
     if not len(arrays["rows"]):
-        raise ValueError(f"no documents in {source.label}: {_summary(tally, names)}")
+        raise ValueError(
+            f"no documents in {console.printable(source.label)}: {_summary(tally, names)}"
+        )
     assert tally.num_rows == len(arrays["rows"]) + sum(tally.counts.values()), vars(tally)
     arrays["offsets"] = np.concatenate([_int64([0]), np.cumsum(arrays["seqlens"])])
     for name, array in arrays.items():
@@ -242,8 +264,9 @@ def _tokenize_shard(job: _Job, task: tuple[int, Shard]) -> _TokenizedShard:
     with ExitStack() as stack:
         outputs = _open_outputs(stack, job.directory, job.source.is_chat, f"shard-{index}-")
         for batch in _batches(job.source.read(shard), tally):
-            num_positions = batch[-1][0] + 1 if batch else num_positions
-            for row, encoded in _encode(job, [item for item in batch if item[1]]):
+            num_positions = batch[-1][0] + 1
+            documents = [(row, item) for row, item in batch if item]
+            for row, encoded in encode_batch(documents, job.tokenizer, append_eos=job.append_eos):
                 if isinstance(encoded, Rejected):
                     tally.reject(row, encoded)
                     continue
@@ -252,9 +275,9 @@ def _tokenize_shard(job: _Job, task: tuple[int, Shard]) -> _TokenizedShard:
                     tally.reject(row, Rejected(reason=EMPTY, detail="no tokens"))
                     continue
                 assert ids.max() < job.tokenizer.vocab_size, (row, ids.max(), job.tokenizer.name)
-                outputs[TOKENS].write(ids.astype(dtype).tobytes())
+                outputs[TOKENS].write(np.ascontiguousarray(ids, dtype=dtype).data)
                 if mask is not None:
-                    outputs[LOSS_MASK].write(mask.tobytes())
+                    outputs[LOSS_MASK].write(np.ascontiguousarray(mask, dtype=bool).data)
                 rows.append(row)
                 seqlens.append(len(ids))
                 num_loss_tokens.append(
@@ -272,7 +295,10 @@ def _tokenize_shard(job: _Job, task: tuple[int, Shard]) -> _TokenizedShard:
 def _batches(
     items: Iterator[Document | Rejected | None], tally: Tally
 ) -> Iterator[list[tuple[int, Document | None]]]:
-    """Lists of (row, document) large enough for a tokenizer call; they include the last row."""
+    """Lists of (row, document) large enough for a tokenizer call; none is empty.
+
+    Together they hold every row, but a list may hold no document.
+    """
     batch: list[tuple[int, Document | None]] = []
     num_characters = 0
     for row, item in enumerate(items):
@@ -282,30 +308,18 @@ def _batches(
             item = None
         batch.append((row, item))
         if item is not None:
-            num_characters += len(item.text) if item.text is not None else 4096
+            num_characters += _num_characters(item)
         if num_characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, num_characters = [], 0
-    yield batch
+    if batch:
+        yield batch
 
 
-def _encode(job: _Job, batch: list[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """(row, (ids, mask or None) or Rejected) for each document, in order."""
-    documents = [document for _, document in batch]
-    if job.source.is_chat:
-        encoded: list[Any] = list(job.tokenizer.encode_chats(documents))
-    else:
-        texts = job.tokenizer.encode_texts([document.text for document in documents])
-        encoded = [(_with_eos(ids, job), None) for ids in texts]
-    for (row, _), result in zip(batch, encoded, strict=True):
-        yield row, result
-
-
-def _with_eos(ids: np.ndarray, job: _Job) -> np.ndarray:
-    eos = job.tokenizer.eos_id
-    if not job.append_eos or eos is None or (len(ids) and ids[-1] == eos):
-        return ids
-    return np.append(ids, np.array(eos, dtype=ids.dtype))
+def _num_characters(document: Document) -> int:
+    texts = (document.text, document.prompt, document.completion)
+    contents = [message.get("content") for message in document.messages or ()]
+    return sum(len(text) for text in (*texts, *contents) if isinstance(text, str))
 
 
 def _open_outputs(
@@ -319,11 +333,6 @@ def _append(path: Path, output: IO[bytes]) -> None:
     with open(path, "rb") as part:
         shutil.copyfileobj(part, output, 1 << 24)
     path.unlink()
-
-
-def _printable(name: str) -> str:
-    """A path as printable text: file names may contain bytes that are not UTF-8."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _int64(values: Sequence[int]) -> np.ndarray:

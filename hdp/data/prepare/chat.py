@@ -3,28 +3,31 @@
 The loss covers what the model has to generate: the assistant's content, its tool calls, and the
 token that ends its turn, but not headers or a line break after the end of turn. Templates differ in
 everything else (they trim, move the system prompt, strip old reasoning, append a final token), so
-nothing is assumed about their structure. Spans are found in the actual rendering:
+nothing is assumed about their structure. A chat is rendered twice, however long it is:
 
-* templates with {% generation %} mark the spans themselves: the tags are replaced by marker
-  characters, which are then located in the rendered text
-* for all others, each assistant turn is rendered two more times. First, the chat before the turn
-  with the generation prompt: if that is a prefix of the chat, the turn starts where it ends.
-  Second, the chat with the turn's content replaced: where the two renderings differ is the turn's
-  body. The special token after it belongs to the turn if it closes a turn rather than opens one.
+  1. as it is: the text that is trained on
+  2. with marks around everything that the row says (see `marks`), which shows where each value is;
+     a chat of which something is missing is refused (see `found`)
 
-Each step is checked against the plain rendering, and a chat that fails a check raises
-ChatTemplateError: spans are exact or absent. Invariants, each with a test of the same name in
-tests/data/test_chat.py:
+A turn starts where the generation prompt ends, which a short example shows once per template, and
+ends with the special token after its last value, if that closes a turn rather than opens one.
+Templates with {% generation %} mark the turns themselves: in the second rendering, the tags are
+replaced by marks, too. If marks change what a template does, each message is marked on its own.
+
+A chat that fails a check raises ChatTemplateError: spans are exact or absent. Invariants, each with
+a test of the same name in tests/data/test_chat.py:
 
 * marks_change_nothing     the text is what the template renders, character for character
 * spans_cover_the_turns    content and end of turn are inside, headers and other roles outside
 * both_methods_agree       a template gives the same spans with and without {% generation %}
+* marks_at_once_equal_marks_one_by_one  and so do marks on all messages and on one after the other
+* two_renderings           are enough, for a chat of any length
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -33,15 +36,25 @@ import numpy as np
 
 from hdp.errors import ChatTemplateError
 
-Messages = list[dict[str, Any]]
-Span = tuple[int, int]
+from .found import Found
+from .marks import CLOSE, OPEN, TOOLS, Marks, Span
+from .messages import (
+    CALLS,
+    CONTENT,
+    Messages,
+    normalize,
+    with_empty_content,
+    with_json_arguments,
+    with_parts,
+)
+
 Render = Callable[..., str]
 
 _GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")
 _END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
-# Private-use characters, which do not occur in text: a mark where a span opens, a mark where it
-# closes, and replacement content whose first and last characters differ from those of any other.
-_OPEN, _CLOSE, _OTHER = "\U000f8a31", "\U000f8a32", "\U000f8a33other\U000f8a33"
+_OTHER = "\U000f8a33other\U000f8a33"  # a content unlike any other
+_MAX_ONE_BY_ONE = 64  # messages; it takes a rendering for each
+_MAX_GROWTH, _FREE_GROWTH = 100, 1 << 20  # characters rendered per character, and on top of it
 
 
 class ChatTemplate:
@@ -64,37 +77,124 @@ class ChatTemplate:
     ) -> None:
         self._render, self._template = render, template
         self._special_tokens, self._eos_token = tuple(filter(None, special_tokens)), eos_token
+        self._has_generation = bool(_GENERATION.search(template))
+        self._prompts: dict[str, str | None] = {}
 
-    def render_spans(self, messages: Messages, tools: Any = None) -> tuple[str, list[Span]]:
-        """The rendered chat, and each assistant turn in it as a [start, stop) range of characters.
+    def render_spans(
+        self, messages: Messages, tools: Any = None, *, one_by_one: bool = False
+    ) -> tuple[str, list[Span]]:
+        """The rendered chat, and each turn with a loss in it as a [start, stop) character range.
 
-        Raises ChatTemplateError if the turns cannot be found, and whatever the template raises.
+        one_by_one: mark one message at a time, which is slow and needs no other message's marks.
+
+        Raises ChatTemplateError if a part of the chat is not in the result or the turns cannot be
+        found, and whatever the template raises.
         """
+        if tools and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+            raise ChatTemplateError("'tools' is not a list of objects")
+        messages, learns = normalize(messages, self._template)
+        problem: Exception | None = None
+        for form in self._forms(messages):
+            try:
+                return self._render_spans(form, learns, tools, one_by_one)
+            except Exception as error:  # templates may raise anything
+                is_ours = isinstance(error, ChatTemplateError)  # which says more than theirs
+                if problem is None or (is_ours and not isinstance(problem, ChatTemplateError)):
+                    problem = error
+        assert problem is not None
+        raise problem
+
+    def _forms(self, messages: Messages) -> Iterator[Messages]:
+        """`messages`, and in other forms that templates may expect, those that differ."""
+        tried: list[Messages] = []
+        for with_json in (False, True):
+            for is_filled in (False, True):
+                form = with_json_arguments(messages) if with_json else messages
+                form = with_empty_content(form) if is_filled else form
+                form = self._shaped(form)
+                if form not in tried:
+                    tried.append(form)
+                    yield form
+
+    def _render_spans(
+        self, messages: Messages, learns: list[bool], tools: Any, one_by_one: bool
+    ) -> tuple[str, list[Span]]:
         text = self._text(messages, tools)
-        if any(mark in text for mark in (_OPEN, _CLOSE, _OTHER[0])):
+        if any(mark in text for mark in (OPEN, CLOSE, _OTHER[0])):
             raise ChatTemplateError("the chat contains characters that are reserved for marks")
-        if _GENERATION.search(self._template):
-            spans = self._marked_spans(text, messages, tools)
+        marks = None if one_by_one else self._mark_all(text, messages, tools)
+        blocks: list[Span] = []
+        if self._has_generation:
+            generation = marks.generation if marks else self._generation(text, messages, tools)
+            blocks = _blocks(generation)
+        parts = [marks] if marks else self._mark_one_by_one(text, messages, tools)
+        found = Found(text, messages, parts)
+        found.check(self._template)
+        if self._has_generation:
+            spans = _learned_blocks(blocks, messages, learns, found)
         else:
-            spans = [
-                self._turn_span(text, messages, i, tools)
-                for i, message in enumerate(messages)
-                if message["role"] == "assistant"
-            ]
+            turns = [i for i in sorted(found.spans) if learns[i] and i not in found.lost_thoughts]
+            spans = [self._turn(text, messages, i, tools, found) for i in turns]
         for (_, stop), (start, _) in pairwise(spans):
             if start < stop:
                 raise ChatTemplateError(f"assistant turns overlap at character {start} of the chat")
         return text, spans
 
     def _text(self, messages: Messages, tools: Any, *, prompt: bool = False, template=None) -> str:
-        return self._render(
+        text = self._render(
             messages,
             tools=tools,
             add_generation_prompt=prompt,
             chat_template=template or self._template,
         )
+        if len(text) > _FREE_GROWTH and len(text) > _FREE_GROWTH + _MAX_GROWTH * (
+            len(repr(messages)) + len(repr(tools)) + len(self._template)
+        ):
+            raise ChatTemplateError(f"the template renders {len(text):,} characters")
+        return text
 
-    # -- templates with {% generation %} --
+    # -- marks --
+
+    def _mark_all(self, text: str, messages: Messages, tools: Any) -> Marks | None:
+        """Marks on everything at once; None if they change what the template does."""
+        everything = text + repr(messages) + repr(tools)
+        for is_bare in (False, True):
+            marks = Marks(everything, self._template, is_bare=is_bare)
+            marked, marked_tools = marks.mark(messages, tools)
+            try:
+                result = self._text(marked, marked_tools, template=self._marked_template)
+            except Exception:
+                continue  # a template may reject marks
+            if marks.locate(text, result):
+                return marks
+        return None
+
+    def _mark_one_by_one(self, text: str, messages: Messages, tools: Any) -> list[Marks]:
+        if len(messages) > _MAX_ONE_BY_ONE:
+            raise ChatTemplateError(
+                f"the template treats marks as content, and {len(messages)} messages are too many "
+                "to look at one by one"
+            )
+        everything = text + repr(messages) + repr(tools)
+        parts = []
+        for only in [*range(len(messages)), *([TOOLS] if tools else [])]:
+            for is_bare in (False, True):
+                marks = Marks(everything, self._template, is_bare=is_bare)
+                marked, marked_tools = marks.mark(messages, tools, only)
+                try:
+                    result = self._text(marked, marked_tools)
+                except Exception as error:
+                    raise ChatTemplateError(
+                        f"the template rejects replaced content in message {only}: {error}"
+                    ) from error
+                if marks.locate(text, result):
+                    parts.append(marks)
+                    break
+            else:
+                raise ChatTemplateError(
+                    f"the template changes the content of message {only}, or depends on it"
+                )
+        return parts
 
     @cached_property
     def _marked_template(self) -> str:
@@ -107,97 +207,88 @@ class ChatTemplate:
         def mark(character: str) -> str:
             return r"{%\1 set hdp_mark = 0 -%}{{ '" + character + r"' }}{%- set hdp_mark = 0 \2%}"
 
-        marked = _GENERATION.sub(mark(_OPEN), self._template)
-        return _END_GENERATION.sub(mark(_CLOSE), marked)
+        marked = _GENERATION.sub(mark(OPEN), self._template)
+        return _END_GENERATION.sub(mark(CLOSE), marked)
 
-    def _marked_spans(self, text: str, messages: Messages, tools: Any) -> list[Span]:
-        marked = self._text(messages, tools, template=self._marked_template)
-        pieces = re.split(f"([{_OPEN}{_CLOSE}])", marked)
-        if "".join(pieces[::2]) != text:
+    def _generation(self, text: str, messages: Messages, tools: Any) -> list[tuple[str, int]]:
+        """(OPEN or CLOSE, position in the text) for the ends of {% generation %} blocks."""
+        marks = Marks("", self._template)
+        if not marks.locate(text, self._text(messages, tools, template=self._marked_template)):
             raise ChatTemplateError(
                 "marking the template's {% generation %} blocks changes its output"
             )
-        spans: list[Span] = []
-        position, start = 0, None
-        for piece in pieces:
-            if piece == _OPEN and start is None:
-                start = position
-            elif piece == _CLOSE and start is not None:
-                spans.append((start, position))
-                start = None
-            elif piece in (_OPEN, _CLOSE):
-                raise ChatTemplateError("the template nests {% generation %} blocks")
-            else:
-                position += len(piece)
-        return spans
+        return marks.generation
 
-    # -- all others --
+    # -- turns of templates without {% generation %} --
 
-    def _turn_span(self, text: str, messages: Messages, i: int, tools: Any) -> Span:
-        body_start, body_stop = self._turn_body(text, messages, i, tools)
-        start = self._turn_start(text, messages[:i], tools)
-        if start is None or start > body_stop:
-            start = body_start
-        self._check_tools_outside(text, messages, i, body_stop, tools)
-        closer = self._closer.match(text, body_stop) if self._closer else None
+    def _turn(self, text: str, messages: Messages, i: int, tools: Any, found: Found) -> Span:
+        start, stop = found.spans[i]
+        before, after = found.around(i)
+        prompt = self._prompt(messages[i - 1]["role"]) if i else None
+        if prompt is not None and (place := before.rfind(prompt)) >= 0:
+            start += place + len(prompt) - len(before)
+        if CALLS in messages[i]:
+            stop = self._end_of_calls(text, messages, i, tools, stop, after)
+        closer = self._closer.match(text, stop) if self._closer else None
         if closer and closer["token"] not in self._openers:
             return start, closer.end()
         # Plain-text templates end a turn with text, such as an empty line.
-        try:
-            until = self._text(messages[: i + 1], tools)
-        except Exception:
-            return start, body_stop
-        is_prefix = len(until) >= body_stop and text.startswith(until)
-        return start, len(until) if is_prefix and not closer else body_stop
+        is_ending = not closer and text.startswith(self._ending, stop)
+        return start, stop + len(self._ending) * is_ending
 
-    def _turn_start(self, text: str, history: Messages, tools: Any) -> int | None:
-        """Where the model starts to generate; None if the generation prompt does not show it."""
-        if not history:
-            return None
-        try:
-            prompt = self._text(history, tools, prompt=True)
-            has_header = prompt != self._text(history, tools)
-        except Exception:  # a template may reject an incomplete chat
-            return None
-        return len(prompt) if has_header and text.startswith(prompt) else None
-
-    def _turn_body(self, text: str, messages: Messages, i: int, tools: Any) -> Span:
-        """The part of the text that depends on the content of message i."""
-        is_list = isinstance(messages[i].get("content"), list)
-        content = [{"type": "text", "text": _OTHER}] if is_list else _OTHER
-        other = {"role": messages[i]["role"], "content": content}
+    def _end_of_calls(
+        self, text: str, messages: Messages, i: int, tools: Any, stop: int, after: str
+    ) -> int:
+        """Where the template's text around the last tool call of message i ends."""
+        closer = self._closer.match(self._ending) if self._closer else None
+        if closer and closer["token"] not in self._openers and after.count(closer["token"]) == 1:
+            return stop + after.index(closer["token"])
+        # The turn ends unlike one without calls: compare with one.
+        other: dict[str, Any] = {"role": "assistant", CONTENT: _OTHER}
+        [other] = self._shaped([other])
         try:
             replaced = self._text([*messages[:i], other, *messages[i + 1 :]], tools)
         except Exception as error:
             raise ChatTemplateError(
-                f"the template rejects replaced content in message {i}: {error}"
+                f"the template does not show where message {i} ends: {error}"
             ) from error
-        if replaced.count(_OTHER) != 1:
-            raise ChatTemplateError(
-                f"the template renders message {i} {replaced.count(_OTHER)} times"
-            )
-        start = _common_prefix(text, replaced)
-        longest = min(len(text), len(replaced)) - start
-        return start, len(text) - min(longest, _common_prefix(text[::-1], replaced[::-1]))
+        longest = min(len(text) - stop, len(replaced))
+        end = len(text) - min(longest, _common_prefix(text[::-1], replaced[::-1]))
+        # Two tokens may end alike, such as <|eom_id|> and <|eot_id|>; they differ as a whole.
+        for token in self._special_tokens:
+            place = text.find(token, max(stop, end - len(token) + 1), end + len(token) - 1)
+            if 0 <= place < end:
+                return place
+        return end
 
-    def _check_tools_outside(
-        self, text: str, messages: Messages, i: int, stop: int, tools: Any
-    ) -> None:
-        """Check that the template does not render a tool's answer inside the calling turn."""
-        count = 0
-        while messages[i + 1 + count : i + 2 + count] and messages[i + 1 + count]["role"] == "tool":
-            count += 1
-        if not count:
-            return
-        answers = [{**m, "content": _OTHER} for m in messages[i + 1 : i + 1 + count]]
-        try:
-            replaced = self._text([*messages[: i + 1], *answers, *messages[i + 1 + count :]], tools)
-        except Exception as error:
-            raise ChatTemplateError(
-                f"the template rejects a replaced tool answer: {error}"
-            ) from error
-        if _common_prefix(text, replaced) < stop:
-            raise ChatTemplateError(f"the template renders the tool's answer inside message {i}")
+    def _prompt(self, role: str) -> str | None:
+        """What the template prints after a message of `role` for the model to go on from.
+
+        An example tells, and not the chat, as the same turn must not depend on other rows.
+        """
+        if role not in self._prompts:
+            self._prompts[role] = None
+            for example in map(self._shaped, (_example(role), _example(role)[-1:])):
+                try:
+                    prompt = self._text(example, None, prompt=True)
+                    has_header = prompt != self._text(example, None)
+                except Exception:
+                    continue
+                _, word, header = prompt.rpartition(_OTHER)
+                self._prompts[role] = header if word and has_header else None
+                break
+        return self._prompts[role]
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether the template shows contents only if they are lists of parts."""
+        message = [{"role": "user", CONTENT: _OTHER}]
+        return _OTHER not in self._try(message) and _OTHER in self._try(with_parts(message))
+
+    @cached_property
+    def _ending(self) -> str:
+        """What the template prints after the content of an assistant's turn."""
+        return self._try(self._shaped(_example("assistant"))).rpartition(_OTHER)[2]
 
     @cached_property
     def _closer(self) -> re.Pattern[str] | None:
@@ -207,17 +298,63 @@ class ChatTemplate:
     @cached_property
     def _openers(self) -> set[str]:
         """Special tokens that start a turn: those before a lone user turn's content, not after."""
-        try:
-            before, _, after = self._text([{"role": "user", "content": _OTHER}], None).partition(
-                _OTHER
-            )
-        except Exception:
-            return set()
+        before, _, after = self._try(self._shaped(_example("user"))).partition(_OTHER)
         return {
             token
             for token in self._special_tokens
             if token in before and token not in after and token != self._eos_token
         }
+
+    def _shaped(self, messages: Messages) -> Messages:
+        return with_parts(messages) if self._wants_parts else messages
+
+    def _try(self, messages: Messages) -> str:
+        """The rendering of an example; empty if the template rejects it."""
+        try:
+            return self._text(messages, None)
+        except Exception:
+            return ""
+
+
+def _example(role: str) -> Messages:
+    """A short chat that ends with a message of `role`, with _OTHER as its content."""
+    last = {"role": role, CONTENT: _OTHER}
+    user = {"role": "user", CONTENT: "u"}
+    if role in ("user", "system", "developer"):
+        return [last]
+    if role == "assistant":
+        return [user, last]
+    function = {"name": "f", "arguments": {}}
+    call = {"id": "call00000", "type": "function", "function": function}
+    caller = {"role": "assistant", CONTENT: "", CALLS: [call]}
+    return [user, caller, {**last, "name": "f", "tool_call_id": "call00000"}]
+
+
+def _blocks(generation: Sequence[tuple[str, int]]) -> list[Span]:
+    """The spans of {% generation %} blocks. Raises ChatTemplateError if they are nested."""
+    spans: list[Span] = []
+    start = None
+    for character, position in generation:
+        if (character == OPEN) != (start is None):
+            raise ChatTemplateError("the template nests {% generation %} blocks")
+        if character == CLOSE and start is not None:
+            spans.append((start, position))
+        start = position if character == OPEN else None
+    return spans
+
+
+def _learned_blocks(
+    blocks: list[Span], messages: Messages, learns: list[bool], found: Found
+) -> list[Span]:
+    """The blocks without those of assistant turns that carry no loss."""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" or (learns[i] and i not in found.lost_thoughts):
+            continue
+        if i not in found.spans:
+            raise ChatTemplateError(f"message {i}: an empty turn without a loss cannot be found")
+        start, stop = found.spans[i]
+        blocks = [block for block in blocks if block[1] < start or stop < block[0]]
+    return blocks
 
 
 def spans2mask(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:

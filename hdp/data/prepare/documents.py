@@ -11,12 +11,15 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 UNREADABLE = "unreadable"
 NOT_UTF8 = "not UTF-8"
 MALFORMED = "malformed"
-NO_COLUMN = "without the column"
+NO_COLUMN = "missing a column"
 TEMPLATE = "refused by the chat template"
-DAMAGE = (UNREADABLE, NOT_UTF8, MALFORMED, NO_COLUMN, TEMPLATE)
+UNKNOWN_TOKEN = "outside the vocabulary"
+DAMAGE = (UNREADABLE, NOT_UTF8, MALFORMED, NO_COLUMN, TEMPLATE, UNKNOWN_TOKEN)
 
 EMPTY = "empty"
 NO_ASSISTANT = "without an assistant turn"
@@ -25,11 +28,17 @@ NOTHING_TO_LEARN = (EMPTY, NO_ASSISTANT)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """Text, or a conversation for the tokenizer's chat template."""
+    """One of: text; a conversation for the tokenizer's chat template; a prompt and its completion,
+    which alone gets a loss; token ids. A conversation that has a prompt and a completion, too, is
+    these for a tokenizer without a chat template."""
 
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    input_ids: np.ndarray | None = None  # (seqlen,) int64
+    loss_mask: np.ndarray | None = None  # (seqlen,) bool, of input_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +56,8 @@ def text_document(value: Any, column: str) -> Document | Rejected:
         return Rejected(reason=MALFORMED, detail=f"{column!r} is a {kind}, not a string")
     if not value:
         return Rejected(reason=EMPTY)
-    if not _is_unicode(value):
-        return Rejected(reason=NOT_UTF8, detail="half of a surrogate pair")
+    if not is_unicode(value):
+        return not_unicode()
     return Document(text=value)
 
 
@@ -60,6 +69,9 @@ def chat_document(messages: Any, tools: Any = None) -> Document | Rejected:
     try:  # tables store rows of arbitrary structure as JSON text
         messages = json.loads(messages) if isinstance(messages, str) else messages
         tools = json.loads(tools) if isinstance(tools, str) and tools else tools
+        as_text = json.dumps([messages, tools], ensure_ascii=False, default=str)
+    except RecursionError:
+        return Rejected(reason=MALFORMED, detail="'messages' or 'tools' is nested too deeply")
     except ValueError as error:
         return Rejected(reason=MALFORMED, detail=f"'messages' or 'tools' is not JSON: {error}")
     if not isinstance(messages, list):
@@ -72,7 +84,7 @@ def chat_document(messages: Any, tools: Any = None) -> Document | Rejected:
             return Rejected(reason=MALFORMED, detail=f"message {i} is not an object with a role")
     if not any(message["role"] == "assistant" for message in messages):
         return Rejected(reason=NO_ASSISTANT)
-    if not _is_unicode(json.dumps([messages, tools], ensure_ascii=False, default=str)):
+    if not is_unicode(as_text):
         return Rejected(reason=NOT_UTF8, detail="half of a surrogate pair")
     messages = [{key: v for key, v in message.items() if v is not None} for message in messages]
     return Document(messages=messages, tools=tools or None)
@@ -81,13 +93,15 @@ def chat_document(messages: Any, tools: Any = None) -> Document | Rejected:
 def parse_line(line: bytes) -> dict[str, Any] | Rejected | None:
     """The object in one line of a JSON Lines file; None for a blank line."""
     try:
-        text = line.decode("utf-8-sig").strip()
-        if not text:
+        text = line.decode("utf-8-sig")
+        if not text or text.isspace():
             return None
         row = json.loads(text)
     except UnicodeDecodeError as error:
         return Rejected(reason=NOT_UTF8, detail=f"byte {error.start}: {error.reason}")
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        return Rejected(reason=MALFORMED, detail="nested too deeply")
+    except ValueError as error:
         return Rejected(reason=MALFORMED, detail=f"not JSON: {error}")
     if not isinstance(row, dict):
         return Rejected(reason=MALFORMED, detail=f"a JSON {type(row).__name__}, not an object")
@@ -106,7 +120,13 @@ def without_none(value: Any) -> Any:
     return value
 
 
-def _is_unicode(text: str) -> bool:
+def not_unicode() -> Rejected:
+    """The rejection of text that `is_unicode` refuses."""
+    return Rejected(reason=NOT_UTF8, detail="half of a surrogate pair")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8: it has no half of a surrogate pair."""
     if text.isascii():
         return True
     try:

@@ -2,12 +2,13 @@
 
     open_source("stdlib")              the source files of the running Python's standard library
     open_source("~/project")           a folder: each text or code file is a document
-    open_source("chats.jsonl")         one JSON object per line, with `text` or `messages`
-    open_source("data/*.parquet")      rows through `datasets`; also .arrow, .csv, .jsonl.gz, ...
+    open_source("chats.jsonl.gz")      rows: JSON, CSV, Parquet or Arrow, also compressed
+    open_source("data/*.parquet")      a quoted glob
     open_source("user/name")           a dataset on the hub; a `datasets.Dataset` works, too
 
-A folder of data files (.jsonl, .parquet, .arrow, .csv) is a table; any other folder is text. A
-folder that mixes both is an error: guessing would train on raw JSON or skip half of the folder.
+A folder of data files is a table; any other folder is text. A folder that mixes both is an error:
+guessing would train on raw JSON or skip half of the folder. Where file names or the README tell
+splits, one split is read (splits.py).
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ import sysconfig
 from glob import glob, has_magic
 from typing import Any
 
-from .sources import DatasetSource, FileSource, JsonLinesSource, Source
+from .files import check_not_archive, inner_suffix, kind_of
+from .json_rows import has_rows
+from .rows import find_format
+from .source import Source
+from .sources import DatasetSource, FileSource, JsonLinesSource, TableSource, configured_files
+from .splits import canonical, choose_split, split_notes
 
-_DATASETS_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+_TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv"}
 _LINES = (".jsonl", ".ndjson")
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4")
-_FILE_SUFFIXES = {*_DATASETS_FORMATS, *_LINES, *_COMPRESSED, ".json", ".txt", ".md", ".py"}
+_FILE_SUFFIXES = {*_TABLES, *_LINES, ".json", ".txt", ".md", ".py", ".gz", ".bz2", ".xz", ".zst"}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_README_CONFIGS = re.compile(r"\A---\s.*?^configs:.*?^---\s*$", re.DOTALL | re.MULTILINE)
 
 
 def open_source(
@@ -35,6 +41,7 @@ def open_source(
     pattern: str | None = None,
     subset: str | None = None,
     split: str = "train",
+    format: str = "auto",
 ) -> Source:
     """The source named by `data`.
 
@@ -43,56 +50,114 @@ def open_source(
             or a Source.
         text_column: the column that holds the text, for data with rows.
         pattern: for a folder: comma-separated globs to match file names or relative paths.
-        subset, split: of a hub dataset.
+        subset: a configuration of a hub dataset, or of a folder whose README has some.
+        split: of a hub dataset (train[:10%] works), of a saved one, or of files whose names tell
+            their split.
+        format: what rows are, one of rows.FORMATS; "auto" follows from the columns.
 
-    Raises ValueError if the data does not exist, or if a folder mixes data files with text.
+    Raises ValueError if the data or the split does not exist, or if a folder mixes data files with
+    text.
     """
     if isinstance(data, Source):
         return data
+    columns = (text_column, format)
     if hasattr(data, "column_names") and hasattr(data, "select_columns"):
-        if isinstance(data.column_names, dict):
-            raise ValueError(
-                f"got a dict of splits {list(data)}: pass one of them, such as data[{split!r}]"
-            )
-        if not hasattr(data, "__len__"):
-            raise ValueError(
-                "a streaming dataset has no length and no index: load it without streaming"
-            )
-        return DatasetSource("dataset", dataset=data, text_column=text_column)
+        return _dataset_object(data, split, columns)
     if isinstance(data, (list, tuple)):
         files = [_expand(path) for path in data]
         missing = [path for path in files if not os.path.isfile(path)]
         if missing:
             raise ValueError(f"no such file: {missing[0]} ({len(missing)} of {len(files)} missing)")
-        return _file_source(f"{len(files)} files", files, text_column)
+        return _file_source(f"{len(files)} files", files, split, columns, is_explicit=True)
     if str(data) == "stdlib":
         root = sysconfig.get_paths()["stdlib"]
         return FileSource("stdlib", _walk(root, pattern or "*.py", "stdlib"))
     path = _expand(data)
     if os.path.isdir(path):
-        if all(os.path.exists(f"{path}/{name}") for name in ("dataset_info.json", "state.json")):
-            return DatasetSource(path, load={"disk": path}, text_column=text_column)
-        return _file_source(path, _walk(path, pattern, path), text_column, is_folder=True)
+        return _folder_source(path, pattern, subset, split, columns)
     if os.path.isfile(path):
-        return _file_source(path, [path], text_column)
+        return _file_source(path, [path], split, columns, is_explicit=True)
     if has_magic(path):
         found = sorted(name for name in glob(path, recursive=True) if os.path.isfile(name))
-        return _file_source(path, found, text_column)
+        return _file_source(path, found, split, columns)
+    if os.path.exists(path):
+        raise ValueError(
+            f"{path} is {kind_of(path)}, not a regular file: data are read more than once, so "
+            "write them to a file first"
+        )
     is_file_name = os.path.splitext(path.lower())[1] in _FILE_SUFFIXES
     if is_file_name or not _HUB_NAME.fullmatch(str(data)):
         raise ValueError(f"no such file or folder: {path}")
     load = {"path": str(data), "name": subset, "split": split}
-    return DatasetSource(str(data), load=load, text_column=text_column)
+    return DatasetSource(str(data), load=load, text_column=text_column, row_format=format)
+
+
+def _dataset_object(data: Any, split: str, columns: tuple[str, str]) -> Source:
+    if isinstance(data.column_names, dict):
+        raise ValueError(
+            f"got a dict of splits {list(data)}: pass one of them, such as data[{split!r}]"
+        )
+    if not hasattr(data, "__len__"):
+        raise ValueError(
+            "a streaming dataset has no length and no index: load it without streaming"
+        )
+    text_column, row_format = columns
+    return DatasetSource("dataset", dataset=data, text_column=text_column, row_format=row_format)
+
+
+def _folder_source(
+    path: str, pattern: str | None, subset: str | None, split: str, columns: tuple[str, str]
+) -> Source:
+    text_column, row_format = columns
+    if os.path.exists(f"{path}/dataset_dict.json"):
+        return DatasetSource(
+            path,
+            load={"disk": path, "split": split},
+            text_column=text_column,
+            row_format=row_format,
+        )
+    if all(os.path.exists(f"{path}/{name}") for name in ("dataset_info.json", "state.json")):
+        return DatasetSource(
+            path,
+            load={"disk": path, "split": split},
+            text_column=text_column,
+            row_format=row_format,
+        )
+    if pattern is None and _has_configs(path):
+        found = configured_files(path, subset)
+        if split not in found and canonical(split) in found:
+            split = canonical(split)
+        if split not in found:
+            raise ValueError(
+                f"{path} has no split {split!r}; its README has {', '.join(sorted(found))}: choose "
+                "one with split (--split)"
+            )
+        names = {file: os.path.relpath(file, path) for files in found.values() for file in files}
+        source = _file_source(path, sorted(found[split]), "train", columns, is_explicit=True)
+        source.notes = tuple(split_notes(split, names, found, found[split]))
+        return source
+    if subset is not None:
+        raise ValueError(
+            f"subset {subset!r} (--subset) applies to hub datasets and to folders whose README "
+            f"has `configs`; {path} has none: choose files with a pattern"
+        )
+    return _file_source(path, _walk(path, pattern, path), split, columns, is_folder=True)
 
 
 def _file_source(
-    label: str, files: list[str], text_column: str, *, is_folder: bool = False
+    label: str,
+    files: list[str],
+    split: str,
+    columns: tuple[str, str],
+    *,
+    is_folder: bool = False,
+    is_explicit: bool = False,
 ) -> Source:
     if not files:
         raise ValueError(f"no files in {label}")
     formats = {path: _format(path, is_folder=is_folder) for path in files}
-    if is_folder and any(formats.values()):
-        formats = _folder_formats(label, formats)
+    if is_folder:
+        formats = _folder_formats(label, formats, columns)
     if len(set(formats.values())) > 1:
         first, other = _examples(formats)
         raise ValueError(
@@ -101,17 +166,55 @@ def _file_source(
         )
     files = [path for path in files if path in formats]
     file_format = formats[files[0]]
+    # In a folder of code, test.py is not a split.
+    if file_format is not None or all(inner_suffix(path) == ".txt" for path in files):
+        root = label if is_folder else os.path.commonpath([os.path.dirname(p) for p in files])
+        names = {path: os.path.relpath(path, root or ".") for path in files}
+        files, notes = choose_split(label, names, split, is_explicit=is_explicit)
+    elif split != "train":
+        raise ValueError(f"{label} is text without splits, so split {split!r} does not apply")
+    else:
+        notes = []
+    source = _reader(label, files, file_format, columns)
+    source.notes = tuple(notes)
+    return source
+
+
+def _reader(
+    label: str, files: list[str], file_format: str | None, columns: tuple[str, str]
+) -> Source:
     if file_format is None:
+        if columns[1] not in ("auto", "text"):
+            raise ValueError(f"{label} is text, not rows: format {columns[1]!r} does not apply")
         return FileSource(label, files)
-    if file_format == "lines":
-        return JsonLinesSource(label, files, text_column)
-    load = {"path": file_format, "data_files": files, "split": "train"}
-    return DatasetSource(label, load=load, text_column=text_column)
+    reader = JsonLinesSource if file_format == "json" else TableSource
+    return reader(label, files, *columns)
 
 
-def _folder_formats(label: str, formats: dict[str, str | None]) -> dict[str, str | None]:
-    """Formats for a folder with data files: those of one table, without its readme, or all text."""
+def _has_configs(path: str) -> bool:
+    """Whether the README of a folder tells its configurations and splits, in its front matter."""
+    try:
+        with open(f"{path}/README.md", encoding="utf-8", errors="replace") as file:
+            return _README_CONFIGS.search(file.read(1 << 20)) is not None
+    except OSError:
+        return False
+
+
+def _folder_formats(
+    label: str, formats: dict[str, str | None], columns: tuple[str, str]
+) -> dict[str, str | None]:
+    """Formats for a folder: those of one table, without its readme, or all text."""
     data = {path: kind for path, kind in formats.items() if kind or not _accompanies_data(path)}
+    if not any(formats.values()):
+        # In a folder of code, .json is text like the rest, unless all of it holds rows.
+        is_json = bool(data) and all(inner_suffix(path) == ".json" for path in data)
+
+        def recognized(names: list[str]) -> bool:
+            return find_format(names, *columns) is not None
+
+        return (
+            dict.fromkeys(data, "json") if is_json and has_rows(min(data), recognized) else formats
+        )
     if len(set(data.values())) == 1:
         return data
     if set(formats.values()) <= {"csv", None}:  # code often comes with tables
@@ -130,17 +233,13 @@ def _examples(formats: dict[str, str | None]) -> tuple[str, str]:
 
 
 def _format(path: str, *, is_folder: bool = False) -> str | None:
-    """The reader for a file: "lines", the name of a `datasets` builder, or None for text."""
-    stem, suffix = os.path.splitext(path.lower())
-    if suffix in _COMPRESSED:
-        inner = os.path.splitext(stem)[1]
-        return "json" if inner in (*_LINES, ".json") else _DATASETS_FORMATS.get(inner)
-    if suffix in _LINES:
-        return "lines"
-    if suffix == ".json" and not is_folder:  # in a folder of code, .json is text like the rest
-        with open(path, "rb") as file:
-            return "json" if file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" else "lines"
-    return _DATASETS_FORMATS.get(suffix)
+    """The reader for a file: "json", the kind of a table, or None for text."""
+    if not is_folder:
+        check_not_archive(path)
+    suffix = inner_suffix(path)
+    if suffix in _LINES or (suffix == ".json" and not is_folder):
+        return "json"
+    return _TABLES.get(suffix)
 
 
 def _accompanies_data(path: str) -> bool:

@@ -1,84 +1,32 @@
-"""Sources of documents: one small interface, three readers.
+"""Sources of documents, behind one small interface (source.py).
 
     FileSource          each text or code file is a document
-    JsonLinesSource     one JSON object per line, with a text column or `messages`
-    DatasetSource       rows of a `datasets.Dataset`: Parquet, Arrow, CSV, the hub
+    JsonLinesSource     JSON: one object per line, or arrays of objects
+    TableSource         CSV, Parquet and Arrow files
+    DatasetSource       rows of a `datasets.Dataset`: in memory, saved, or from the hub
 
-A source splits itself into *shards*, small descriptions that any process can read independently,
-and yields one item per row, in order: a `Document`, or a `Rejected` with the reason. It never drops
-a row silently; whether a rejection is an error is decided where the shards are merged.
-
-Plain files and JSON Lines are read here rather than by `datasets`: its text reader stops at the
-first file that is not UTF-8; its JSON reader fails on one malformed row without giving the line,
-and gives all rows the same keys (None for missing ones); and both copy the data. All other rows
-come from `datasets`, which only this file imports, and only when needed.
+Files are read here rather than by `datasets`, whose readers parse dates and numbers in text, fill
+missing keys with null, stop at the first bad row without giving its line, and copy the data. So a
+row means the same in every file (rows.py), compressed or not. Only this file imports `datasets`,
+and only for its own objects, the hub, and the configurations in a folder's README.
 """
 
 from __future__ import annotations
 
-import os
-import stat
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from hdp import console
 
-from .documents import (
-    EMPTY,
-    NO_COLUMN,
-    NOT_UTF8,
-    UNREADABLE,
-    Document,
-    Rejected,
-    chat_document,
-    parse_line,
-    text_document,
-    without_none,
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """Part [start, stop) of a source, in units of the source."""
-
-    file: int  # index into Source.files
-    start: int
-    stop: int
-    num_bytes: int  # an estimate of the work
-
-
-class Source(ABC):
-    """Rows in a fixed order. Cheap to pickle: each worker gets a copy, and one shard at a time."""
-
-    label: str
-    files: list[str]  # names for reports
-    row_kind: Literal["file", "line", "row"]
-
-    @property
-    @abstractmethod
-    def is_chat(self) -> bool:
-        """Whether documents are conversations, whose tokens get a loss mask."""
-
-    @abstractmethod
-    def fingerprint(self) -> dict[str, Any]:
-        """JSON that changes whenever the documents may have changed. Cheap: reads no contents."""
-
-    @abstractmethod
-    def num_bytes(self) -> int:
-        """Approximate size of the data."""
-
-    @abstractmethod
-    def shards(self, target_bytes: int) -> list[Shard]:
-        """Shards of about `target_bytes` each, in order."""
-
-    @abstractmethod
-    def read(self, shard: Shard) -> Iterator[Document | Rejected | None]:
-        """One item per row of the shard, in order; None for a blank line, which is not a row."""
+from .documents import EMPTY, NOT_UTF8, UNREADABLE, Document, Rejected
+from .files import READ_ERRORS, file_state, inner_suffix, is_compressed, open_file, problem
+from .json_rows import Layout, layout, line_rows, value_rows
+from .rows import FORMATS, columns_of
+from .source import RowSource, Shard, Source
+from .splits import canonical
+from .tables import csv_rows, num_groups, table_rows
 
 
 class FileSource(Source):
@@ -91,131 +39,145 @@ class FileSource(Source):
         self.label, self.files = label, list(files)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"kind": "files", "files": [_file_state(path) for path in self.files]}
+        return {"kind": "files", "files": [file_state(path) for path in self.files]}
 
     def num_bytes(self) -> int:
-        return sum(_file_state(path)[1] for path in self.files)
+        return sum(file_state(path)[1] for path in self.files)
 
     def shards(self, target_bytes: int) -> list[Shard]:
-        sizes = [_file_state(path)[1] for path in self.files]
-        return _cut_rows(sizes, target_bytes)
+        return _cut_rows([file_state(path)[1] for path in self.files], target_bytes)
 
     def read(self, shard: Shard) -> Iterator[Document | Rejected]:
         for path in self.files[shard.start : shard.stop]:
-            try:
-                if not stat.S_ISREG(os.stat(path).st_mode):
-                    yield Rejected(reason=UNREADABLE, detail="not a regular file")
-                    continue
-                content = Path(path).read_bytes()
-            except OSError as error:
-                yield Rejected(reason=UNREADABLE, detail=str(error.strerror or error))
-                continue
-            try:
-                text = content.decode("utf-8-sig")  # strips a byte order mark
-            except UnicodeDecodeError as error:
-                yield Rejected(reason=NOT_UTF8, detail=f"byte {error.start}: {error.reason}")
-                continue
-            yield Document(text=text) if text else Rejected(reason=EMPTY)
+            yield self._document(path)
+
+    def _document(self, path: str) -> Document | Rejected:
+        if is_compressed(path) and inner_suffix(path) == ".tar":
+            return Rejected(reason=UNREADABLE, detail="an archive: unpack it first")
+        try:
+            with open_file(path) as file:
+                content = file.read()
+        except READ_ERRORS as error:
+            return Rejected(reason=UNREADABLE, detail=problem(error))
+        try:
+            text = content.decode("utf-8-sig")  # strips a byte order mark
+        except UnicodeDecodeError as error:
+            return Rejected(reason=NOT_UTF8, detail=f"byte {error.start}: {error.reason}")
+        return Document(text=text) if text else Rejected(reason=EMPTY)
 
 
-class RowSource(Source):
-    """Rows with columns; the `text` or `messages` column becomes the document."""
+class _FileRows(RowSource):
+    """Rows of files that are read here."""
 
-    def __init__(self, text_column: str = "text") -> None:
-        self.text_column = text_column
-
-    @property
-    @abstractmethod
-    def columns(self) -> list[str]:
-        """The columns of the source, or of its first row."""
-
-    @cached_property
-    def is_chat(self) -> bool:
-        """Whether rows are chats: they have `messages`, and no other text column was requested.
-
-        Raises ValueError, listing the columns, if there is neither.
-        """
-        if self.text_column in self.columns and self.text_column != "text":
-            return False
-        if "messages" in self.columns and self.text_column == "text":
-            return True
-        if self.text_column in self.columns:
-            return False
-        raise ValueError(
-            f"{self.label} has no column {self.text_column!r}; its columns are {self.columns}: "
-            "choose one with text_column (--text-column); chats need `messages`"
-        )
-
-    def document(self, row: dict[str, Any]) -> Document | Rejected:
-        """The document of one row."""
-        name = "messages" if self.is_chat else self.text_column
-        value = row.get(name)
-        if value is None:
-            return Rejected(reason=NO_COLUMN, detail=f"no {name!r} among {sorted(row)}")
-        if self.is_chat:
-            return chat_document(value, row.get("tools"))
-        return text_document(value, name)
-
-
-class JsonLinesSource(RowSource):
-    """One JSON object per line. Shard units: bytes of one file."""
-
-    row_kind = "line"
-
-    def __init__(self, label: str, files: Sequence[str], text_column: str = "text") -> None:
-        super().__init__(text_column)
+    def __init__(
+        self,
+        label: str,
+        files: Sequence[str],
+        text_column: str = "text",
+        row_format: str = "auto",
+    ) -> None:
+        super().__init__(text_column, row_format)
         self.label, self.files = label, list(files)
 
     def fingerprint(self) -> dict[str, Any]:
-        states = [_file_state(path) for path in self.files]
-        return {"kind": "lines", "files": states, "text_column": self.text_column}
-
-    @cached_property
-    def columns(self) -> list[str]:
-        first_problem = "it is empty"
-        for i, path in enumerate(self.files):
-            whole = Shard(file=i, start=0, stop=sys.maxsize, num_bytes=0)
-            for number, row in enumerate(self._rows(whole), 1):
-                if isinstance(row, dict):
-                    return list(row)
-                if row is not None and first_problem == "it is empty":
-                    first_problem = f"{path}:{number}: {row.detail}"
-        raise ValueError(f"{self.label} contains no JSON object: {first_problem}")
+        return {
+            "kind": type(self).__name__,
+            "files": [file_state(path) for path in self.files],
+            "text_column": self.text_column,
+            "format": self.requested_format,
+        }
 
     def num_bytes(self) -> int:
-        return sum(_file_state(path)[1] for path in self.files)
+        return sum(file_state(path)[1] for path in self.files)
+
+
+class JsonLinesSource(_FileRows):
+    """JSON objects, one per line or in arrays. Shard units: bytes of one file.
+
+    A file that is compressed, or holds an array, is one shard.
+    """
+
+    @property
+    def row_kind(self) -> Literal["line", "row"]:  # type: ignore[override]
+        return "line" if all(kind == "lines" for kind in self._layouts) else "row"
+
+    @cached_property
+    def _layouts(self) -> list[Layout | None]:
+        """How each file holds its rows; None for one that cannot be read."""
+        found: list[Layout | None] = []
+        for path in self.files:
+            try:
+                found.append(layout(path))
+            except READ_ERRORS:
+                found.append("lines")  # reading it gives the reason
+        return found
 
     def shards(self, target_bytes: int) -> list[Shard]:
-        spans = [
-            (i, start, min(size, start + target_bytes))
-            for i, size in enumerate(_file_state(path)[1] for path in self.files)
-            for start in range(0, max(1, size), target_bytes)  # also for an unreadable file
-        ]
-        return [
-            Shard(file=i, start=start, stop=stop, num_bytes=stop - start)
-            for i, start, stop in spans
-        ]
+        shards = []
+        for i, path in enumerate(self.files):
+            size = max(1, file_state(path)[1])  # also for an unreadable file
+            step = target_bytes if self._is_divisible(i) else size
+            for start in range(0, size, step):
+                stop = min(size, start + step)
+                whole = not self._is_divisible(i)
+                shards.append(
+                    Shard(
+                        file=i,
+                        start=start,
+                        stop=sys.maxsize if whole else stop,
+                        num_bytes=stop - start,
+                    )
+                )
+        return shards
 
-    def read(self, shard: Shard) -> Iterator[Document | Rejected | None]:
-        for row in self._rows(shard):
-            yield self.document(row) if isinstance(row, dict) else row
+    def _is_divisible(self, file: int) -> bool:
+        return self._layouts[file] == "lines" and not is_compressed(self.files[file])
 
-    def _rows(self, shard: Shard) -> Iterator[dict[str, Any] | Rejected | None]:
-        """The parsed lines that begin in the shard; one rejection if its file cannot be read."""
+    def rows(self, shard: Shard) -> Iterator[dict[str, Any] | Rejected | None]:
+        path, kind = self.files[shard.file], self._layouts[shard.file]
         try:
-            with open(self.files[shard.file], "rb") as file:
-                position = 0
-                if shard.start:
-                    file.seek(shard.start - 1)
-                    position = shard.start - 1 + len(file.readline())
-                while position < shard.stop:
-                    line = file.readline()
-                    if not line:
-                        return
-                    position += len(line)
-                    yield parse_line(line)
-        except OSError as error:
-            yield Rejected(reason=UNREADABLE, detail=str(error.strerror or error))
+            if kind == "lines":
+                yield from line_rows(path, shard.start, shard.stop)
+            else:
+                yield from value_rows(path, is_array=kind == "array")
+        except READ_ERRORS as error:
+            yield Rejected(reason=UNREADABLE, detail=problem(error))
+
+    def _without_rows(self, problem: str) -> str:
+        return f"{self.label} contains no JSON object: {problem or 'it is empty'}"
+
+
+class TableSource(_FileRows):
+    """Rows of CSV, Parquet or Arrow files. Shard units: the parts of one file."""
+
+    row_kind = "row"
+
+    def shards(self, target_bytes: int) -> list[Shard]:
+        shards = []
+        for i, path in enumerate(self.files):
+            size, count = file_state(path)[1], self._num_parts(path)
+            step = max(1, int(target_bytes * count / max(1, size)))
+            for start in range(0, count, step):
+                stop = min(count, start + step)
+                share = size * (stop - start) // count
+                shards.append(Shard(file=i, start=start, stop=stop, num_bytes=share))
+        return shards
+
+    def _num_parts(self, path: str) -> int:
+        return 1 if inner_suffix(path) in (".csv", ".tsv") else num_groups(path)
+
+    def rows(self, shard: Shard) -> Iterator[dict[str, Any] | Rejected | None]:
+        path = self.files[shard.file]
+        if inner_suffix(path) not in (".csv", ".tsv"):
+            yield from table_rows(path, shard.start, shard.stop)
+            return
+        try:
+            yield from csv_rows(path)
+        except READ_ERRORS as error:
+            yield Rejected(reason=UNREADABLE, detail=problem(error))
+
+    def _without_rows(self, problem: str) -> str:
+        return f"cannot load {self.label}: {problem or 'it has no rows'}"
 
 
 class DatasetSource(RowSource):
@@ -230,9 +192,10 @@ class DatasetSource(RowSource):
         load: dict[str, Any] | None = None,
         dataset: Any = None,
         text_column: str = "text",
+        row_format: str = "auto",
     ) -> None:
         """`load`: arguments for `datasets.load_dataset`, or {"disk": path}."""
-        super().__init__(text_column)
+        super().__init__(text_column, row_format)
         self.label, self.files = label, [label]
         self._load, self._dataset = load, dataset
 
@@ -243,16 +206,13 @@ class DatasetSource(RowSource):
             self._dataset = _load_dataset(self.label, self._load)
         return self._dataset
 
-    @property
-    def columns(self) -> list[str]:
-        return list(self.dataset.column_names)
-
     def fingerprint(self) -> dict[str, Any]:
-        description: dict[str, Any] = {"kind": "rows", "text_column": self.text_column}
-        if self._load is not None and "data_files" in self._load:  # without loading it
-            states = [_file_state(path) for path in self._load["data_files"]]
-            return {**description, "builder": self._load["path"], "files": states}
-        return {**description, "dataset": self.dataset._fingerprint}
+        return {
+            "kind": "rows",
+            "text_column": self.text_column,
+            "format": self.requested_format,
+            "dataset": self.dataset._fingerprint,
+        }
 
     def num_bytes(self) -> int:
         return max(self.dataset.data.nbytes, len(self.dataset))
@@ -267,22 +227,28 @@ class DatasetSource(RowSource):
             for start, stop in spans
         ]
 
-    def read(self, shard: Shard) -> Iterator[Document | Rejected]:
-        wanted = [self.text_column, *(["messages", "tools"] if self.is_chat else [])]
-        names = [name for name in self.columns if name in wanted]
-        rows = self.dataset.select_columns(names).with_format(None)
-        for start in range(shard.start, shard.stop, 64):
-            batch = rows[start : min(start + 64, shard.stop)]
+    def rows(self, shard: Shard) -> Iterator[dict[str, Any]]:
+        stop = min(shard.stop, len(self.dataset))
+        used = self._used_columns()
+        if not used:  # `datasets` returns nothing for such rows
+            yield from ({} for _ in range(shard.start, stop))
+            return
+        rows = self.dataset.select_columns(used).with_format(None)
+        for start in range(shard.start, stop, 64):
+            batch = rows[start : min(start + 64, stop)]
             for values in zip(*batch.values(), strict=True):
-                yield self.document(without_none(dict(zip(batch, values, strict=True))))
+                yield dict(zip(batch, values, strict=True))
 
+    def _used_columns(self) -> list[str]:
+        """Those that a format may use: others, such as images, are not decoded for nothing."""
+        wanted = {self.text_column}
+        for name in FORMATS[2:]:
+            wanted.update(*columns_of(name))
+        return [name for name in self.dataset.column_names if name in wanted]
 
-def _file_state(path: str) -> tuple[str, int, int]:
-    try:
-        state = os.stat(path)
-    except OSError:
-        return os.path.abspath(path), 0, 0
-    return os.path.abspath(path), state.st_size, state.st_mtime_ns
+    def _all_rows(self) -> Iterator[tuple[str, dict[str, Any] | Rejected | None]]:
+        yield self.label, dict.fromkeys(self.dataset.column_names)  # those that are not read, too
+        yield from super()._all_rows()
 
 
 def _cut_rows(sizes: Sequence[int], target_bytes: int) -> list[Shard]:
@@ -313,9 +279,46 @@ def _load_dataset(label: str, load: dict[str, Any]) -> Any:
             dataset = datasets.load_dataset(**load)
     except Exception as error:  # it raises many classes, including network errors
         cause = f"{error}; {error.__cause__}" if error.__cause__ else str(error)
-        is_file = "data_files" in load or "disk" in load
-        hint = "" if is_file else " (not a local file or folder, so taken for a hub dataset)"
+        hint = "" if "disk" in load else " (not a local file or folder, so taken for a hub dataset)"
         raise ValueError(f"cannot load {label}{hint}: {cause}") from error
+    return _saved_split(label, dataset, load["split"]) if "disk" in load else dataset
+
+
+def _saved_split(label: str, dataset: Any, split: str) -> Any:
+    """One split of a folder that `save_to_disk` wrote."""
     if isinstance(dataset, dict):
-        raise ValueError(f"{label} contains splits {list(dataset)}: pass the folder of one of them")
+        name = split if split in dataset else canonical(split)
+        if name not in dataset:
+            raise ValueError(
+                f"{label} has no split {split!r}; it has {', '.join(dataset)}: choose one with "
+                "split (--split)"
+            )
+        return dataset[name]
+    saved = str(dataset.split or "train")
+    if split not in ("train", saved):
+        raise ValueError(
+            f"{label} was saved without splits, so split {split!r} does not apply: leave it out"
+        )
     return dataset
+
+
+def configured_files(folder: str, subset: str | None) -> dict[str, list[str]]:
+    """{split: files} of a folder whose README has `configs`, as `datasets` reads them.
+
+    Raises ValueError, listing the configurations, if there are several and `subset` names none.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"the README of {folder} has configurations, which require the package `datasets` to "
+            "read: pip install 'hdp[hf]', or choose files with a pattern"
+        ) from None
+    try:
+        builder = datasets.load_dataset_builder(folder, subset)
+    except Exception as error:  # it raises many classes
+        cause = " ".join(str(error).partition("Example of usage")[0].split())
+        hint = "" if subset else " (choose one with --subset)"
+        raise ValueError(f"cannot load {folder}: {cause}{hint}") from error
+    data_files = builder.config.data_files or {}
+    return {str(split): [str(path) for path in paths] for split, paths in data_files.items()}

@@ -15,58 +15,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .chat import ChatTemplate, spans2mask
-from .documents import TEMPLATE, Document, Rejected
+from hdp.errors import ChatTemplateError
 
-EOS, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+from .base import Chat, Tokenizer
+from .chat import spans2mask
+from .chatml import (
+    CHATML as CHATML,
 )
+from .chatml import EOS, IM_END, IM_START, SPECIAL_TOKENS, byte_characters, save_files
+from .documents import TEMPLATE, Document, Rejected
+from .hf_tokenizer import HFTokenizer, use_template
+from .messages import CALLS, THOUGHT, Messages, normalize
+from .words import SPLIT, pieces
+
 MIN_BPE_SIZE = 256 + len(SPECIAL_TOKENS)
-# Words with the character before them, up to three digits, and runs of punctuation or whitespace:
-# indentation and line ends of code become few tokens.
-_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-Chat = tuple[np.ndarray, np.ndarray]  # (seqlen,) ids and (seqlen,) bool: the assistant's tokens
-
-
-class Tokenizer(ABC):
-    """The tokenizer interface of this package. Must be picklable: workers get copies."""
-
-    name: str
-    vocab_size: int  # ids are in [0, vocab_size)
-    eos_id: int | None
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """A string that changes whenever ids may change."""
-
-    @abstractmethod
-    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """(num_tokens,) integer ids per text, without an EOS."""
-
-    @abstractmethod
-    def encode_chats(self, chats: Sequence[Document]) -> list[Chat | Rejected]:
-        """(ids, loss mask) per chat, or why there are none."""
-
-    @abstractmethod
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, including special tokens."""
-
-    @abstractmethod
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the files that transformers and `load_tokenizer` read."""
+_PIECE_CHARACTERS, _NUM_PIECES = 1 << 16, 8  # of a long text, encoded at once
 
 
 class _ChatMLTokenizer(Tokenizer):
@@ -81,19 +52,23 @@ class _ChatMLTokenizer(Tokenizer):
         """Ids of header + body, and which of them contain a part of the body."""
 
     def encode_chats(self, chats: Sequence[Document]) -> list[Chat | Rejected]:
-        return [self._encode_chat(chat.messages or []) for chat in chats]
+        return [self._encode_chat(chat) for chat in chats]
 
-    def _encode_chat(self, messages: list[dict[str, Any]]) -> Chat | Rejected:
+    def encode_completions(self, documents: Sequence[Document]) -> list[Chat | Rejected]:
+        return [self._encode_turn(d.prompt or "", d.completion or "") for d in documents]
+
+    def _encode_chat(self, chat: Document) -> Chat | Rejected:
+        try:
+            messages, learns = normalize(chat.messages or [])
+            _check_is_text(messages, chat.tools, self.name)
+        except ChatTemplateError as error:
+            return Rejected(reason=TEMPLATE, detail=str(error))
         [line_end] = self.encode_texts(["\n"])
         ids: list[Any] = []
         mask: list[Any] = []
-        for i, message in enumerate(messages):
-            body = _plain_content(message)
-            if body is None:
-                detail = f"message {i}: {self.name} supports only text, no images or tool calls"
-                return Rejected(reason=TEMPLATE, detail=detail)
-            turn_ids, is_body = self._encode_turn(f"{message['role']}\n", body)
-            has_loss = message["role"] == "assistant"
+        for message, has_loss in zip(messages, learns, strict=True):
+            header, body = f"{message['role']}\n", message.get("content", "")
+            turn_ids, is_body = self._encode_turn(header, body)
             ids += [[self.im_start_id], turn_ids, [self.im_end_id], line_end]
             mask += [[False], is_body & has_loss, [has_loss], np.zeros(len(line_end), bool)]
         return np.concatenate(ids).astype(np.uint32), np.concatenate(mask).astype(bool)
@@ -107,7 +82,7 @@ class ByteTokenizer(_ChatMLTokenizer):
     im_end_id, im_start_id, eos_id = 0xFD, 0xFE, 0xFF
 
     def fingerprint(self) -> str:
-        return "bytes-1"
+        return "bytes-2"
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
@@ -125,12 +100,12 @@ class ByteTokenizer(_ChatMLTokenizer):
         library = _tokenizers()
         byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         special = {self.eos_id: EOS, self.im_start_id: IM_START, self.im_end_id: IM_END}
-        vocab = {special.get(byte, char): byte for byte, char in enumerate(_byte_characters())}
+        vocab = {special.get(byte, char): byte for byte, char in enumerate(byte_characters())}
         backend = library.Tokenizer(library.models.BPE(vocab=vocab, merges=[]))
         backend.pre_tokenizer = byte_level
         backend.decoder = library.decoders.ByteLevel()
         backend.add_special_tokens(list(SPECIAL_TOKENS))
-        _save(folder, backend.to_str(), kind="bytes")
+        save_files(folder, backend.to_str(), kind="bytes")
 
 
 class BpeTokenizer(_ChatMLTokenizer):
@@ -150,6 +125,7 @@ class BpeTokenizer(_ChatMLTokenizer):
             )
         self.eos_id, self.im_start_id, self.im_end_id = (vocab[token] for token in SPECIAL_TOKENS)
         self._json = backend_json
+        self._can_cut = json.dumps(SPLIT) in backend_json  # of another split, cuts are not known
         self.vocab_size = self._backend.get_vocab_size()
         self.name = f"bpe:{self.vocab_size}"
 
@@ -157,120 +133,45 @@ class BpeTokenizer(_ChatMLTokenizer):
         return BpeTokenizer, (self._json,)
 
     def fingerprint(self) -> str:
-        return "bpe-" + hashlib.sha256(self._json.encode()).hexdigest()
+        return "bpe-2-" + hashlib.sha256(self._json.encode()).hexdigest()
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        short = [text for text in texts if len(text) <= _PIECE_CHARACTERS]
+        encodings = iter(self._backend.encode_batch_fast(short, add_special_tokens=False))
+        return [
+            np.array(next(encodings).ids, dtype=np.uint32)
+            if len(text) <= _PIECE_CHARACTERS
+            else self._encode_long(text)
+            for text in texts
+        ]
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        """The ids of a text, a few pieces at a time: encoding takes 170 times its memory."""
+        dtype = np.min_scalar_type(self.vocab_size - 1)
+        parts, ids = self._pieces(text), [np.zeros(0, dtype=dtype)]
+        while group := list(islice(parts, _NUM_PIECES)):
+            encodings = self._backend.encode_batch_fast(group, add_special_tokens=False)
+            ids += [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
+        return np.concatenate(ids)
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        return pieces(text, _PIECE_CHARACTERS) if self._can_cut else iter([text])
 
     def _encode_turn(self, header: str, body: str) -> Chat:
-        encoding = self._backend.encode(header + body, add_special_tokens=False)
-        span = (len(header), len(header) + len(body))
-        mask = spans2mask(np.array(encoding.offsets), [span])
-        return np.array(encoding.ids, dtype=np.uint32), mask
+        span, start = (len(header), len(header) + len(body)), 0
+        ids, mask = [np.zeros(0, dtype=np.uint32)], [np.zeros(0, dtype=bool)]
+        for piece in self._pieces(header + body):
+            encoding = self._backend.encode(piece, add_special_tokens=False)
+            ids.append(np.array(encoding.ids, dtype=np.uint32))
+            mask.append(spans2mask(np.array(encoding.offsets).reshape(-1, 2) + start, [span]))
+            start += len(piece)
+        return np.concatenate(ids), np.concatenate(mask)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        _save(folder, self._json, kind="bpe")
-
-
-class HFTokenizer(Tokenizer):
-    """A transformers tokenizer, unmodified."""
-
-    def __init__(self, tokenizer: Any, name: str | None = None) -> None:
-        """`tokenizer`: the result of `hdp.models.huggingface.load_tokenizer`."""
-        self.hf = tokenizer
-        self.name = name or str(getattr(tokenizer, "name_or_path", "") or "hf")
-        self.eos_id = tokenizer.eos_token_id
-        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
-        self._templates: dict[str, ChatTemplate] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_templates": {}}
-
-    def fingerprint(self) -> str:
-        backend = getattr(self.hf, "backend_tokenizer", None)
-        model = (
-            backend.to_str() if backend is not None else repr(sorted(self.hf.get_vocab().items()))
-        )
-        state = json.dumps([model, repr(self.hf.chat_template), self.eos_id])
-        return "hf-" + hashlib.sha256(state.encode()).hexdigest()
-
-    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._call(list(texts), add_special_tokens=True)
-        return [np.array(ids, dtype=np.uint32) for ids in encoded["input_ids"]]
-
-    def encode_chats(self, chats: Sequence[Document]) -> list[Chat | Rejected]:
-        self._check_chats()
-        results: list[Any] = [self._render(chat) for chat in chats]
-        rendered = [i for i, result in enumerate(results) if not isinstance(result, Rejected)]
-        if not rendered:
-            return results
-        texts = [results[i][0] for i in rendered]
-        encoded = self._call(texts, add_special_tokens=False, return_offsets_mapping=True)
-        for i, ids, offsets in zip(
-            rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            results[i] = (
-                np.array(ids, dtype=np.uint32),
-                spans2mask(np.array(offsets), results[i][1]),
-            )
-        return results
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.hf.decode([int(i) for i in ids], clean_up_tokenization_spaces=False)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        self.hf.save_pretrained(str(folder))
-
-    def _check_chats(self) -> None:
-        if not self.hf.chat_template:
-            raise ValueError(
-                f"the data contains chats, but tokenizer {self.name} has no chat template: use an "
-                "instruct model's tokenizer, add chat_template.jinja to its folder, or use bpe or "
-                "bytes"
-            )
-        if not self.hf.is_fast:
-            raise ValueError(
-                f"tokenizer {self.name} does not provide character offsets, which the loss mask of "
-                "chats requires: use a fast tokenizer (tokenizer.json)"
-            )
-
-    def _call(self, texts: list[str], **options: Any) -> Any:
-        return self.hf(
-            texts,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-            **options,
-        )
-
-    def _render(self, chat: Document) -> Any:
-        try:
-            template = self.hf.get_chat_template(None, chat.tools)
-            if template not in self._templates:
-                self._templates[template] = self._chat_template(template)
-            return self._templates[template].render_spans(chat.messages or [], chat.tools)
-        except Exception as error:  # templates may raise anything
-            return Rejected(reason=TEMPLATE, detail=f"{type(error).__name__}: {error}")
-
-    def _chat_template(self, template: str) -> ChatTemplate:
-        added = self.hf.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special}
-
-        def render(messages: Any, **options: Any) -> str:
-            return self.hf.apply_chat_template(messages, tokenize=False, **options)
-
-        return ChatTemplate(
-            render,
-            template,
-            special_tokens=sorted(special | set(self.hf.all_special_tokens)),
-            eos_token=self.hf.eos_token,
-        )
+        save_files(folder, self._json, kind="bpe")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> BpeTokenizer:
@@ -285,7 +186,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> BpeTokenizer:
             "bpe:4096"
         )
     library = _tokenizers()
-    words = library.pre_tokenizers.Split(library.Regex(_SPLIT), behavior="isolated")
+    words = library.pre_tokenizers.Split(library.Regex(SPLIT), behavior="isolated")
     byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend = library.Tokenizer(library.models.BPE())
     backend.pre_tokenizer = library.pre_tokenizers.Sequence([words, byte_level])
@@ -296,27 +197,50 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> BpeTokenizer:
         initial_alphabet=sorted(byte_level.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    parts = (part for text in texts for part in pieces(text, _PIECE_CHARACTERS))
+    backend.train_from_iterator(parts, trainer)
     return BpeTokenizer(backend.to_str())
 
 
-def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer "bytes", one from a folder written by `save_pretrained`, or transformers'."""
-    if path == "bytes":
-        return ByteTokenizer()
+def load_tokenizer(
+    path: str,
+    *,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Tokenizer:
+    """The tokenizer "bytes", one from a folder written by `save_pretrained`, or transformers'.
+
+    chat_template and chat_template_kwargs: see `hf_tokenizer.use_template`; only transformers'
+    tokenizers take them. Raises ValueError if there is no such tokenizer or template.
+    """
     folder = Path(path).expanduser()
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}
-    if config.get("hdp") == "bytes":
+    kind = "bytes" if path == "bytes" else config.get("hdp")
+    if kind in ("bytes", "bpe"):
+        check_no_template(path, chat_template, chat_template_kwargs)
+    if kind == "bytes":
         return ByteTokenizer()
-    if config.get("hdp") == "bpe":
+    if kind == "bpe":
         return BpeTokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"))
     from hdp.models import huggingface
 
     name = str(folder) if folder.exists() else path
-    return HFTokenizer(huggingface.load_tokenizer(name), name)
+    hf = huggingface.load_tokenizer(name)
+    kwargs = dict(chat_template_kwargs or {})
+    use_template(hf, name, chat_template, kwargs)
+    return HFTokenizer(hf, name, template_kwargs=kwargs)
+
+
+def check_no_template(name: str, template: str | None, kwargs: Mapping[str, Any] | None) -> None:
+    """Raise ValueError if a chat template is given for a tokenizer that only writes ChatML."""
+    if template or kwargs:
+        raise ValueError(
+            f"tokenizer {name} writes chats in ChatML: --chat-template and --chat-template-kwargs "
+            "need a Hugging Face tokenizer"
+        )
 
 
 def _tokenizers() -> Any:
@@ -330,36 +254,12 @@ def _tokenizers() -> Any:
     return tokenizers
 
 
-def _save(folder: str | Path, backend_json: str, *, kind: str) -> None:
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOS,
-        "pad_token": EOS,
-        "additional_special_tokens": [IM_START, IM_END],
-        "chat_template": CHATML,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": int(1e30),
-        "hdp": kind,
-    }
-    (folder / "tokenizer.json").write_text(backend_json, encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-
-
-def _plain_content(message: dict[str, Any]) -> str | None:
-    """A message's text; None if the message contains anything else."""
-    content = message.get("content", "")
-    if message.get("tool_calls"):
-        return None
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        return None if None in parts else "".join(map(str, parts))
-    return content if isinstance(content, str) else None
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that byte-level tokenizers use for each byte (GPT-2's table)."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+def _check_is_text(messages: Messages, tools: Any, name: str) -> None:
+    """Raise ChatTemplateError for what ChatML, as it is written here, cannot say."""
+    if tools:
+        raise ChatTemplateError(f"{name} supports only text, no tool definitions")
+    for i, message in enumerate(messages):
+        if CALLS in message or THOUGHT in message:
+            raise ChatTemplateError(
+                f"message {i}: {name} supports only text, no tool calls and no reasoning"
+            )

@@ -26,11 +26,13 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+# -I keeps the current folder off the path: a json.py there is not run instead of the library's.
 # Before unpickling anything, a child gets the parent's sys.path so that it finds the same modules.
 _START = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
     "from hdp.data.prepare.workers import serve; serve()"
 )
+_UTF8_MODE = ("-X", "utf8") if sys.flags.utf8_mode else ()  # -I ignores the variable for it
 # There is one process per core, so each must use a single thread.
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -100,7 +102,7 @@ class _Worker:
     def __init__(self, job: bytes) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START],
+            [sys.executable, "-I", *_UTF8_MODE, "-c", _START],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
