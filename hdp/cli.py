@@ -6,29 +6,27 @@
     torchrun --nproc-per-node 8 -m hdp profile --out cost.json
     torchrun --nproc-per-node 8 -m hdp train --data ./docs --model Qwen/Qwen3-0.6B
 
-`train` turns the fields of a frozen dataclass (`hdp/config.py`) into flags with tyro, which only
-this file imports; the recipes in examples/ use `parse_config` for their own configurations. `plan`,
-`simulate` and `compare` are also `python -m hdp.scheduler`.
+`train` turns the fields of a frozen dataclass (`hdp/config.py`) into flags (`hdp/flags.py`); the
+recipes in examples/ use `parse_config` for their own configurations. `plan`, `simulate` and
+`compare` are also `python -m hdp.scheduler`.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
+
+from hdp.flags import parse_config as parse_config
 
 if TYPE_CHECKING:
     from hdp.config import TrainConfig
     from hdp.training.callbacks import Callback
     from hdp.training.progress import Progress
     from hdp.training.setup import Run
-
-Config = TypeVar("Config")
 
 USAGE = """\
 usage: hdp COMMAND [options]
@@ -89,46 +87,6 @@ def _plan(arguments: list[str]) -> int:
             print(f"hdp: error: {error}", file=sys.stderr, flush=True)
             return 2
     return cli.main(arguments)
-
-
-def parse_config(
-    config_class: type[Config],
-    argv: Sequence[str] | None = None,
-    *,
-    prog: str | None = None,
-    description: str | None = None,
-) -> Config:
-    """Parse one flag per field of the dataclass `config_class`; help comes from its docstrings.
-
-    Integers may be written as 16K or 2M (powers of 1024), as in `hdp plan`. An unknown flag, or a
-    value that the class rejects with ValueError, prints the message and exits with code 2.
-    """
-    try:
-        import tyro
-    except ImportError:
-        raise SystemExit("parsing flags requires tyro: pip install 'hdp[hf]'") from None
-    return tyro.cli(
-        config_class,
-        args=_with_plain_integers(sys.argv[1:] if argv is None else argv, config_class),
-        prog=prog,
-        description=description,
-        config=(tyro.conf.HelptextFromCommentsOff,),  # "# -- step --" is a heading, not help
-    )
-
-
-def _with_plain_integers(argv: Sequence[str], config_class: Any) -> list[str]:
-    """Rewrite --max-length 16K as --max-length 16384; leave flags that are not integers alone."""
-    integers = {f.name for f in fields(config_class) if re.search(r"\bint\b", str(f.type))}
-    plain, flag = [], ""
-    for word in argv:
-        start, equals, value = word.partition("=") if word.startswith("--") else (flag, "", word)
-        flag = start
-        size = re.fullmatch(r"(\d+)([KM])", value, re.IGNORECASE)
-        if size and flag.removeprefix("--").replace("-", "_") in integers:
-            scale = {"K": 1024, "M": 1024**2}[size[2].upper()]
-            value = str(int(size[1]) * scale)
-        plain.append(f"{start}{equals}{value}" if word.startswith("--") else value)
-    return plain
 
 
 def _train(argv: Sequence[str]) -> int:

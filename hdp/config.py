@@ -7,6 +7,7 @@ loaded. Checks that need the data, the model or the machine happen where those a
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -151,6 +152,12 @@ class TrainConfig:
         for name in ("max_length", "cp_size", "hdp_size", "trace_step"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "1 or more")
+        for name, value in asdict(self).items():
+            if isinstance(value, float):
+                _require(math.isfinite(value), name, value, "a finite number")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, name, value, "in [0, 1)")
         _require(self.lr > 0, "lr", self.lr, "above 0")
         _require(self.timeout_s > 0, "timeout_s", self.timeout_s, "above 0")
         peak = self.peak_tflops

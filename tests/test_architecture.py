@@ -63,6 +63,8 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"distributed", "errors"},
     # a run: its parts connected, watched, walked
     "config": set(),
+    "config_file": set(),
+    "flags": {"config_file"},
     "objectives": set(),
     "training": {
         *("attention", "checkpoint", "config", "console", "data", "distributed", "errors"),
@@ -77,7 +79,10 @@ ROOMS: dict[str, set[str]] = {
         *("objectives", "offloading", "ops", "scheduler", "scheduler.cli", "scheduler.costs"),
         *("scheduler.render", "training"),
     },
-    "cli": {"checkpoint", "config", "data", "doctor", "profile", "scheduler.cli", "training"},
+    "cli": {
+        *("checkpoint", "config", "data", "doctor", "flags", "profile", "scheduler.cli"),
+        "training",
+    },
 }
 
 # Each foreign library is imported in one file, inside functions: the rest works without it.
@@ -91,7 +96,8 @@ FOREIGN = {
     "zstandard": "hdp/data/prepare/files.py",
     "compression": "hdp/data/prepare/files.py",  # of Python 3.14
     "matplotlib": "hdp/scheduler/render/figure.py",
-    "tyro": "hdp/cli.py",
+    "tyro": "hdp/flags.py",
+    "yaml": "hdp/config_file.py",
     "rich": "hdp/console.py",
     "tqdm": "hdp/console.py",
     "tensorboard": "hdp/training/metrics.py",

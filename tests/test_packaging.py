@@ -144,6 +144,7 @@ def test_wheel(source: Path, python: Path, tmp_path: Path) -> None:
     assert {name for name in names if name.endswith(".py")} == modules(source)
     assert "hdp/scheduler/step_plan.py" in names
     assert {"hdp/py.typed", "hdp/scheduler/costs/presets/h200.json"} <= names
+    assert "hdp/presets/demo-cpu.yaml" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("scheduler", "tests", "tools")) for name in names)
     pip_install(python, wheel)
