@@ -106,10 +106,15 @@ class TrainConfig:
     # -- optimizer --
     lr: float = 3e-4
     """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """After the warm-up: cosine or linear down to the end, constant, or wsd (constant, then down
+    over the last --decay-share of the steps)."""
     min_lr_ratio: float = 0.1
-    """Final learning rate of the cosine schedule, as a fraction of lr."""
+    """Final learning rate as a fraction of lr; unused by --schedule constant."""
     warmup_steps: int = 10
     """Steps of linear warm-up."""
+    decay_share: float = 0.2
+    """Share of the steps over which --schedule wsd decays."""
     weight_decay: float = 0.1
     """Applied to matrices only, not to norms and biases."""
     beta1: float = 0.9
@@ -162,7 +167,8 @@ class TrainConfig:
         _require(self.timeout_s > 0, "timeout_s", self.timeout_s, "above 0")
         peak = self.peak_tflops
         _require(peak is None or peak > 0, "peak_tflops", peak, "above 0")
-        _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
+        for name in ("min_lr_ratio", "decay_share"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         if not isinstance(self.model_entries, dict):
             raise ValueError(f"--config-overrides must be a JSON object: {self.config_overrides}")
         if not isinstance(self.template_variables, dict):

@@ -34,9 +34,10 @@ from hdp.models.export_folder import check_target
 from .callbacks import Callback, Callbacks
 from .metrics import MetricsWriter, StepMetrics
 from .observe import Observer, write_trace
-from .optim import learning_rate, set_learning_rate
+from .optim import set_learning_rate
 from .progress import Progress
 from .saves import Saves
+from .schedule import learning_rate
 from .setup import LONG_S, Run, set_up
 from .signals import StopSignals
 from .step import train_step

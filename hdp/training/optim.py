@@ -1,4 +1,4 @@
-"""AdamW on sharded parameters, and the learning rate as a pure function of the step.
+"""AdamW on sharded parameters.
 
 AdamW (Loshchilov and Hutter, arXiv 1711.05101): weight decay is decoupled from the gradient and
 scaled by the learning rate. Matrices decay; norms, biases and other vectors do not. The update is
@@ -12,10 +12,8 @@ Three implementations of the same update share one state dict, so a run may swit
 
 The last two raise an error if the library is not installed.
 
-The schedule is stateless: learning rate = schedule(step). Resuming needs only the step.
-
     optimizer = build_optimizer(model, lr=3e-4, weight_decay=0.1)
-    set_learning_rate(optimizer, learning_rate(config, step))
+    set_learning_rate(optimizer, learning_rate(config, step))          # hdp/training/schedule.py
 """
 
 from __future__ import annotations
@@ -23,9 +21,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,62 +30,8 @@ from torch.distributed.tensor import DTensor
 
 from hdp.attention.kernels.transformer_engine import load_adam as _load_transformer_engine
 
-if TYPE_CHECKING:
-    from hdp.config import TrainConfig
-
 # Applies one launch's update in place; for its arguments see KernelAdamW._step_group.
 AdamKernel = Callable[..., None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WarmupCosine:
-    """Linear warm-up, then half a cosine down to `min_lr`; flat from `total_steps` on.
-
-    Steps count from 0. Step 0 already has a nonzero rate, peak_lr / warmup_steps; step
-    `warmup_steps` has peak_lr (test_schedule_corners).
-    """
-
-    peak_lr: float
-    warmup_steps: int
-    total_steps: int
-    min_lr: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not (self.peak_lr > 0 and math.isfinite(self.peak_lr)):
-            raise ValueError(f"peak_lr={self.peak_lr} must be positive and finite")
-        if not 0 <= self.min_lr <= self.peak_lr:
-            raise ValueError(f"min_lr={self.min_lr} must be in 0..peak_lr={self.peak_lr}")
-        if self.total_steps < 1 or not 0 <= self.warmup_steps <= self.total_steps:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps}, total_steps={self.total_steps}: need at least "
-                "one step, and a warm-up no longer than the run"
-            )
-
-    def __call__(self, step: int) -> float:
-        """Learning rate at `step`."""
-        if step < 0:
-            raise ValueError(f"step={step} is negative; steps count from 0")
-        if step < self.warmup_steps:
-            return self.peak_lr * (step + 1) / self.warmup_steps
-        if step >= self.total_steps:
-            return self.min_lr
-        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-        return self.min_lr + (self.peak_lr - self.min_lr) * cosine
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate at the run's `step`, counted from 1.
-
-    A run shorter than its warm-up ends during it.
-    """
-    schedule = WarmupCosine(
-        peak_lr=config.lr,
-        warmup_steps=config.warmup_steps,
-        total_steps=max(config.steps, config.warmup_steps),
-        min_lr=config.lr * config.min_lr_ratio,
-    )
-    return schedule(step - 1)
 
 
 def build_optimizer(

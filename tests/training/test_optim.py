@@ -1,10 +1,7 @@
-"""AdamW on shards equals AdamW on whole parameters; the schedule is a pure function."""
+"""AdamW on shards equals AdamW on whole parameters."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import math
 import sys
 import types
 from pathlib import Path
@@ -12,92 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from hdp.checkpoint.checkpointer import Checkpointer
-from hdp.config import TrainConfig
 from hdp.distributed.fsdp import full_state_dict, set_microbatch, shard, unshard_all
 from hdp.distributed.mesh import HDPMesh
 from hdp.training.optim import (
     KernelAdamW,
-    WarmupCosine,
     _keep_options,
     build_optimizer,
     decay_groups,
-    learning_rate,
     optimizer_name,
     set_learning_rate,
 )
 from tests.run_ranks import run_ranks
 from tests.tiny_models import tiny_model
-
-# ---- schedule ----
-
-
-def test_schedule_corners():
-    schedule = WarmupCosine(peak_lr=1.0, warmup_steps=4, total_steps=12, min_lr=0.2)
-    assert [schedule(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert schedule(4) == 1.0
-    assert schedule(8) == pytest.approx(0.6)  # halfway down
-    assert schedule(12) == schedule(10**9) == 0.2
-    assert WarmupCosine(peak_lr=1.0, warmup_steps=0, total_steps=1)(0) == 1.0
-    assert WarmupCosine(peak_lr=1.0, warmup_steps=3, total_steps=3)(2) == 1.0
-
-
-@given(
-    peak=st.floats(1e-8, 10),
-    ratio=st.floats(0, 1),
-    warmup=st.integers(0, 50),
-    rest=st.integers(1, 200),
-)
-def test_schedule_rises_then_falls(peak, ratio, warmup, rest):
-    schedule = WarmupCosine(
-        peak_lr=peak, warmup_steps=warmup, total_steps=warmup + rest, min_lr=peak * ratio
-    )
-    rates = [schedule(step) for step in range(warmup + rest + 2)]
-    assert all(0 <= rate <= peak * (1 + 1e-12) for rate in rates)
-    assert rates[:warmup] == sorted(rates[:warmup])
-    falling = rates[warmup:]
-    assert all(a >= b - 1e-12 * peak for a, b in itertools.pairwise(falling))
-    assert rates[0] > 0
-
-
-def test_learning_rate_of_a_run_counts_from_1():
-    config = TrainConfig(lr=1.0, min_lr_ratio=0.1, warmup_steps=2, steps=10)
-    assert [learning_rate(config, step) for step in (1, 2, 3)] == [0.5, 1.0, 1.0]
-    assert learning_rate(config, 7) == pytest.approx(0.55)  # halfway down
-    assert 0.1 < learning_rate(config, 10) < 0.15
-    short = TrainConfig(lr=1.0, warmup_steps=10, steps=3)
-    assert learning_rate(short, 3) == pytest.approx(0.3)
-
-
-def test_schedule_is_a_value():
-    schedule = WarmupCosine(peak_lr=3e-4, warmup_steps=10, total_steps=100)
-    again = WarmupCosine(**dataclasses.asdict(schedule))
-    assert again == schedule and [again(s) for s in range(120)] == [schedule(s) for s in range(120)]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"peak_lr": 0.0}, "peak_lr=0"),
-        ({"peak_lr": math.inf}, "peak_lr=inf"),
-        ({"min_lr": 2.0}, "min_lr=2"),
-        ({"min_lr": -1.0}, "min_lr=-1"),
-        ({"warmup_steps": 11}, "warmup_steps=11, total_steps=10"),
-        ({"warmup_steps": -1}, "warmup_steps=-1"),
-        ({"total_steps": 0, "warmup_steps": 0}, "at least one step"),
-    ],
-)
-def test_bad_schedule_is_named(change, message):
-    with pytest.raises(ValueError, match=message):
-        WarmupCosine(**{"peak_lr": 1.0, "warmup_steps": 2, "total_steps": 10, **change})
-    with pytest.raises(ValueError, match="step=-1"):
-        WarmupCosine(peak_lr=1.0, warmup_steps=2, total_steps=10)(-1)
-
 
 # ---- groups ----
 
