@@ -126,6 +126,9 @@ class TrainConfig:
     optimizer: Literal["adamw", "apex", "transformer_engine"] = "adamw"
     """AdamW implementation: torch's fused kernel, or that of apex or Transformer Engine."""
 
+    ema_decay: float = 0.0
+    """Keep a moving average of the weights with this decay, such as 0.999; 0: none."""
+
     # -- output --
     run_dir: str = "runs/default"
     """Folder for checkpoints, metrics and the configuration."""
@@ -139,6 +142,8 @@ class TrainConfig:
     """Folder to write the final model to, in the format `from_pretrained` loads."""
     export_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Dtype of the exported weights. auto: as in the checkpoint; for random weights, fp32."""
+    export_ema: str | None = None
+    """Folder to write the averaged model to, in the same format; requires --ema-decay."""
     log_every: int = 1
     """Steps between log lines."""
     peak_tflops: float | None = None
@@ -160,7 +165,7 @@ class TrainConfig:
         for name, value in asdict(self).items():
             if isinstance(value, float):
                 _require(math.isfinite(value), name, value, "a finite number")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema_decay"):
             value = getattr(self, name)
             _require(0 <= value < 1, name, value, "in [0, 1)")
         _require(self.lr > 0, "lr", self.lr, "above 0")
@@ -169,6 +174,15 @@ class TrainConfig:
         _require(peak is None or peak > 0, "peak_tflops", peak, "above 0")
         for name in ("min_lr_ratio", "decay_share"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        if self.export_ema is not None and not self.ema_decay:
+            raise ValueError(
+                f"--export-ema {self.export_ema} requires --ema-decay, such as 0.999: there is no "
+                "average to export"
+            )
+        if self.export_ema is not None and self.export_ema == self.export_hf:
+            raise ValueError(
+                f"--export-hf and --export-ema are both {self.export_ema}; choose two folders"
+            )
         if not isinstance(self.model_entries, dict):
             raise ValueError(f"--config-overrides must be a JSON object: {self.config_overrides}")
         if not isinstance(self.template_variables, dict):

@@ -58,6 +58,7 @@ from .files import (
     ERRORS,
     check_fits,
     fetch,
+    has_part,
     make_stager,
     put_state,
     read_metadata,
@@ -81,6 +82,7 @@ class Restored:
     step: int
     extra: dict[str, Any]
     world_size: int  # number of ranks that wrote it
+    has_average: bool = False  # whether `load` filled the averages it was given
 
 
 class Checkpointer:
@@ -133,16 +135,18 @@ class Checkpointer:
         *,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
+        averages: Mapping[str, torch.Tensor] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         """Start saving; return once the state is copied. Waits for a save that is still running.
 
-        `extra`: JSON-serializable, the same on all ranks (sampler, schedule, tokens seen). Raises
+        `averages`: of the weights, by name and sharded alike (`EMA.averages`). `extra`:
+        JSON-serializable, the same on all ranks (sampler, schedule, tokens seen). Raises
         CheckpointError and saves nothing if the previous save failed; call again to save.
         """
         self.wait()
         plain = _as_json(extra or {}, "extra")
-        state = state_of(model, optimizer)
+        state = state_of(model, optimizer, averages)
         state["rng"] = {str(self._mesh.hdp_rank): pack_rng(self._mesh.device)}
         info = CheckpointInfo(
             step=step,
@@ -202,10 +206,12 @@ class Checkpointer:
         *,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
+        averages: Mapping[str, torch.Tensor] | None = None,
         path: str | Path | None = None,
     ) -> Restored | None:
         """Load model, optimizer and random number generators from `path`, or from the latest
-        checkpoint by default. Returns None if there is none.
+        checkpoint by default. Returns None if there is none. `averages` are filled in place if the
+        checkpoint has them (`Restored.has_average`) and are left alone otherwise.
 
         Raises ValueError on all ranks, with nothing changed, for a checkpoint that is damaged, not
         written by hdp, or of another model.
@@ -218,7 +224,8 @@ class Checkpointer:
         names = sorted(info.files)[self._mesh.hdp_rank :: self._mesh.hdp_size]
         on_all_ranks(lambda: info.verify(checkpoint, names), self._group)
         metadata = on_all_ranks(lambda: read_metadata(checkpoint), self._group)
-        state = state_of(model, optimizer)
+        has_average = averages is not None and has_part(metadata, "ema")
+        state = state_of(model, optimizer, averages if has_average else None)
         on_all_ranks(lambda: check_fits(state, metadata, checkpoint), self._group)
         rank = str(self._mesh.hdp_rank)
         same_size = info.world_size == self._mesh.hdp_size
@@ -237,7 +244,11 @@ class Checkpointer:
         else:
             seed_rng(self.seed, step=info.step, rank=self._mesh.hdp_rank)
         return Restored(
-            path=checkpoint, step=info.step, extra=info.extra, world_size=info.world_size
+            path=checkpoint,
+            step=info.step,
+            extra=info.extra,
+            world_size=info.world_size,
+            has_average=has_average,
         )
 
     def _read_info(self, checkpoint: Path) -> CheckpointInfo:

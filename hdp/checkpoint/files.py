@@ -56,12 +56,16 @@ ERRORS = (Exception, CheckpointException)  # CheckpointException is not an Excep
 
 
 def state_of(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    averages: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Sharded state by name. Initializes the (zero) state of a new optimizer."""
     state: dict[str, dict[str, Any]] = {"model": dict(get_model_state_dict(model))}
     if optimizer is not None:
         state["optimizer"] = dict(get_optimizer_state_dict(model, optimizer, options=_OPTIONS))
+    if averages is not None:
+        state["ema"] = dict(averages)  # the tensors themselves: `fetch` fills them in place
     return state
 
 
@@ -113,6 +117,11 @@ def read_metadata(checkpoint: Path) -> Metadata:
     Raises ValueError for a file that refers to anything else, since unpickling it would run code.
     """
     return _Reader(checkpoint).read_metadata()
+
+
+def has_part(metadata: Metadata, part: str) -> bool:
+    """Whether a checkpoint has tensors of a part of `state_of`."""
+    return any(name.startswith(f"{part}.") for name in metadata.state_dict_metadata)
 
 
 def rng_buffer(metadata: Metadata, rank: int) -> torch.Tensor:

@@ -43,7 +43,10 @@ from .signals import StopSignals
 from .step import train_step
 
 _KEPT_STEPS = 10_000  # so that memory does not grow with the length of a run
-_PATHS = ("model", "data", "tokenizer", "cache_dir", "run_dir", "cost", "export_hf")
+_PATHS = (
+    *("model", "data", "tokenizer", "cache_dir", "run_dir", "cost"),
+    *("export_hf", "export_ema"),
+)
 
 
 def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> list[StepMetrics]:
@@ -68,8 +71,8 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> list[StepM
         Watchdog.start(mesh, timeout_s=config.timeout_s) as watchdog,
     ):
         _check_same_options(config, mesh)
-        if config.export_hf:  # fail now, not after the last step
-            on_rank_0(partial(check_target, config.export_hf), mesh.hdp_group)
+        for folder in filter(None, (config.export_hf, config.export_ema)):
+            on_rank_0(partial(check_target, folder), mesh.hdp_group)  # not after the last step
         with watchdog.allow(LONG_S, "loading data and model"):
             run = set_up(config, mesh, watchdog)
         with (
@@ -144,6 +147,8 @@ def _steps(
             set_learning_rate(run.optimizer, lr)
             with _first_step_allowance(run, is_first=step == progress.first_step):
                 result = train_step(run.context, batch)
+            if run.ema:
+                run.ema.update(run.model)
             _advance(run, progress, batch)
             ended = time.perf_counter()
             if step % config.log_every == 0 or step == config.steps:
@@ -210,8 +215,12 @@ def _resume(run: Run, checkpointer: Checkpointer) -> Progress:
         raise ValueError(
             f"{newest} exists but --no-resume was given: choose another --run-dir, or delete it"
         )
-    restored = checkpointer.load(model=run.model, optimizer=run.optimizer)
+    averages = run.ema.averages if run.ema else None
+    restored = checkpointer.load(model=run.model, optimizer=run.optimizer, averages=averages)
     assert restored is not None
+    if run.ema and not restored.has_average:
+        run.ema.restart(run.model)
+        run.say(f"{newest} has no average of the weights: it starts from its weights")
     run.sampler.load_state_dict(restored.extra["sampler"])
     run.say(
         f"resumed from {restored.path}, step {restored.step}, "
@@ -243,10 +252,15 @@ def _finish(run: Run, saves: Saves, progress: Progress) -> None:
         failed = error
     if progress.stop_reason:
         run.say(f"stopped after step {progress.step} of {run.config.steps}: {progress.stop_reason}")
-    if run.config.export_hf and progress.stop_signal:  # whoever sent it will not wait for long
+    config = run.config
+    if (config.export_hf or config.export_ema) and progress.stop_signal:  # its sender will not wait
         run.say("the model was not exported; run the same command to go on")
-    elif run.config.export_hf:
-        _export(run, Path(run.config.export_hf))
+    else:
+        if config.export_hf:
+            _export(run, Path(config.export_hf))
+        if config.export_ema and run.ema:
+            with run.ema.applied(run.model):
+                _export(run, Path(config.export_ema))
     if failed is not None:
         raise failed
 

@@ -86,6 +86,16 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
+def describe_groups(optimizer: torch.optim.Optimizer) -> str:
+    """What decays and what does not, for the start-up report."""
+    parts = []
+    for group in optimizer.param_groups:
+        params = group["params"]
+        decay = f"{group['weight_decay']:g}" if group["weight_decay"] else "none"
+        parts.append(f"{decay} for {len(params)} tensors, {sum(p.numel() for p in params):,}")
+    return f"weight decay: {'; '.join(parts)} parameters"
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Use `lr` from the next step on, in every group."""
     for group in optimizer.param_groups:

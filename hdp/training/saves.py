@@ -30,6 +30,7 @@ class Saves:
             progress.step,
             model=run.model,
             optimizer=run.optimizer,
+            averages=run.ema.averages if run.ema else None,
             extra={
                 "sampler": run.sampler.state_dict(),
                 "total_tokens": progress.total_tokens,

@@ -25,8 +25,9 @@ from hdp.ops.native import describe
 from hdp.scheduler import CostModel, StepPlan, plan
 from hdp.scheduler.policies.memory import shard_capacity
 
+from .ema import EMA, describe_average
 from .model_setup import ModelSetup, check_model, set_up_model
-from .optim import build_optimizer, optimizer_name
+from .optim import build_optimizer, describe_groups, optimizer_name
 from .step import StepContext, keep_everything
 
 LONG_S = 3600.0  # time limit for loading, saving and exporting before a rank counts as hung
@@ -41,6 +42,7 @@ class Run:
     sampler: Sampler
     cost: CostModel
     context: StepContext
+    ema: EMA | None = None  # the average of the weights, with --ema-decay
 
     @property
     def mesh(self) -> HDPMesh:
@@ -148,6 +150,7 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
             grad_clip=config.grad_clip,
             offload=made.offload or keep_everything,
         ),
+        ema=EMA(made.model, config.ema_decay) if config.ema_decay else None,
     )
     longest = run.plan(dataset.seqlens.max()[None])  # fail now if no ring can hold it
     _introduce(run, made)
@@ -207,6 +210,7 @@ def _introduce(run: Run, made: ModelSetup) -> None:
     )
     run.say("ops: {} ({})".format(*describe(mesh.device.type)))
     run.say(f"layers: {made.layers}; optimizer: {optimizer_name(run.optimizer)}")
+    run.say(describe_groups(run.optimizer) + describe_average(run.ema))
     if attention.passed_over:
         run.say(f"attention: {attention.why}")
     run.say(str(run.dataset.report))
