@@ -67,8 +67,8 @@ ROOMS: dict[str, set[str]] = {
     "flags": {"config_file"},
     "objectives": set(),
     "training": {
-        *("attention", "checkpoint", "config", "console", "data", "distributed", "errors"),
-        *("models", "objectives", "offloading", "ops", "scheduler", "scheduler.costs"),
+        *("attention", "checkpoint", "config", "config_file", "console", "data", "distributed"),
+        *("errors", "models", "objectives", "offloading", "ops", "scheduler", "scheduler.costs"),
         "scheduler.policies",
         *("scheduler.render", "scheduler.simulation"),
     },

@@ -36,6 +36,7 @@ from .metrics import MetricsWriter, StepMetrics
 from .observe import Observer, write_trace
 from .optim import set_learning_rate
 from .progress import Progress
+from .run_config import accept, check_new_run
 from .saves import Saves
 from .schedule import learning_rate
 from .setup import LONG_S, Run, set_up
@@ -71,6 +72,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> list[StepM
         Watchdog.start(mesh, timeout_s=config.timeout_s) as watchdog,
     ):
         _check_same_options(config, mesh)
+        on_rank_0(partial(check_new_run, config), mesh.hdp_group)
         for folder in filter(None, (config.export_hf, config.export_ema)):
             on_rank_0(partial(check_target, folder), mesh.hdp_group)  # not after the last step
         with watchdog.allow(LONG_S, "loading data and model"):
@@ -85,10 +87,10 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> list[StepM
                 seed=config.seed,
             ) as checkpointer,
         ):
-            if run.is_main:
-                (Path(config.run_dir) / "config.json").write_text(config.to_json() + "\n")
             with watchdog.allow(LONG_S, "loading a checkpoint"):
                 progress = _resume(run, checkpointer)
+            for line in on_rank_0(partial(accept, config, step=progress.step), mesh.hdp_group):
+                run.say(line)
             with StopSignals(run.say) as signals:
                 saves = Saves(run, checkpointer, events)
                 events.on_train_start(run, progress)
@@ -211,10 +213,6 @@ def _resume(run: Run, checkpointer: Checkpointer) -> Progress:
     newest = checkpointer.latest()
     if newest is None:
         return Progress()
-    if not run.config.resume:
-        raise ValueError(
-            f"{newest} exists but --no-resume was given: choose another --run-dir, or delete it"
-        )
     averages = run.ema.averages if run.ema else None
     restored = checkpointer.load(model=run.model, optimizer=run.optimizer, averages=averages)
     assert restored is not None
