@@ -89,8 +89,9 @@ class TrainConfig:
     """hdp (this planner), bytescale or bytescale-naive (the paper's), or static (one ring size)."""
     cp_size: int | None = None
     """Ranks per sequence; required by --policy static, invalid otherwise."""
-    max_tokens_per_rank: int = 8192
-    """Maximum tokens per microbatch on one rank: as many as its activation memory holds."""
+    max_tokens_per_rank: int | Literal["auto"] = 8192
+    """Maximum tokens per microbatch on one rank: as many as its activation memory holds. auto:
+    computed from the model and the free memory, with the arithmetic printed."""
     hdp_size: int | None = None
     """Number of ranks on the HDP axis; None: all."""
     offload_gib: float = 0.0
@@ -155,7 +156,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens", "max_tokens_per_rank", "keep_last", "log_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+            value = getattr(self, name)
+            _require(value == "auto" or value >= 1, name, value, "1 or more")
         not_negative = ("save_every", "warmup_steps", "weight_decay", "grad_clip", "seed")
         for name in (*not_negative, "offload_gib"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
@@ -217,6 +219,12 @@ class TrainConfig:
         return _parse(
             "chat-template-kwargs", self.chat_template_kwargs, '{"enable_thinking": false}'
         )
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """max_tokens_per_rank as a number. A run's own configuration never says auto."""
+        assert not isinstance(self.max_tokens_per_rank, str), "auto: see hdp/training/capacity.py"
+        return self.max_tokens_per_rank
 
     def to_json(self) -> str:
         """All values as JSON; `train` writes this to run_dir/config.json."""

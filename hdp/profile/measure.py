@@ -69,7 +69,7 @@ def profile(
 
 def measure(run: Run, *, repeats: int, link_bytes: int | None = None) -> Measured:
     """Take all measurements. Collective. Shapes take turns, so noise affects all of them alike."""
-    began, capacity = time.perf_counter(), run.config.max_tokens_per_rank
+    began, capacity = time.perf_counter(), run.config.tokens_per_rank
     run.say("measuring attention and merges")
     degrees = sorted({1, 2, 4, 8, *degrees_of(run.mesh.hdp_size)})
     kernels = measure_kernels(heads_of(run, repeats), capacity, degrees)
@@ -166,7 +166,7 @@ def make_step(run: Run, shape: Shape) -> StepBatch:
                 mine[member][0].append(len(seqlens))
             seqlens.append(length if whole else max(1, length // degree))
             rings.append(members)
-    capacity = 2 * run.config.max_tokens_per_rank
+    capacity = 2 * run.config.tokens_per_rank
     plan = StepPlan.from_lists(seqlens, rings, mine, max_tokens_per_rank=capacity).validate()
     rng = np.random.default_rng(0)
     samples = [Sample(input_ids=rng.integers(0, run.dataset.vocab_size, n)) for n in seqlens]

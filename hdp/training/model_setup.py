@@ -55,7 +55,7 @@ def set_up_model(
     vocab_size: upper bound on token ids. seed: for random weights; None: the config's. Raises
     ValueError for a model or options that cannot be trained.
     """
-    dtype = _compute_dtype(config, mesh.device)
+    dtype = compute_dtype(config, mesh.device)
     shape = check_model(config, mesh, vocab_size=vocab_size)
     cost = open_cost(config, mesh, shape, dtype)
     misfit = _cost_misfit(config, cost, shape)
@@ -190,7 +190,8 @@ def open_cost(
     return cost
 
 
-def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The dtype of forward and backward: that of --dtype, or by device."""
     if config.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return _DTYPES[config.dtype]

@@ -25,6 +25,7 @@ from hdp.ops.native import describe
 from hdp.scheduler import CostModel, StepPlan, plan
 from hdp.scheduler.policies.memory import shard_capacity
 
+from .capacity import fit_tokens_per_rank
 from .ema import EMA, describe_average
 from .model_setup import ModelSetup, check_model, set_up_model
 from .optim import build_optimizer, describe_groups, optimizer_name
@@ -76,7 +77,7 @@ class Run:
         return plan(
             seqlens,
             hdp_size=self.mesh.hdp_size,
-            max_tokens_per_rank=self.config.max_tokens_per_rank,
+            max_tokens_per_rank=self.config.tokens_per_rank,
             cost=self.cost,
             policy=self.config.policy,
             cp_size=self.config.cp_size,
@@ -121,13 +122,15 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
     seed_rng(config.seed, rank=mesh.hdp_rank)
     check_model(config, mesh)  # seconds; tokenizing may take hours
     dataset = open_data(config)
+    if config.max_tokens_per_rank == "auto":
+        config = fit_tokens_per_rank(config, mesh, vocab_size=dataset.vocab_size)
     if not config.offload_gib:  # with offload, what fits also depends on costs: checked below
-        dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=config.max_tokens_per_rank)
+        dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=config.tokens_per_rank)
     _agree_on_data(dataset, mesh)
     made = set_up_model(config, mesh, vocab_size=dataset.vocab_size)
     if made.offload is not None:
         capacity = shard_capacity(
-            dataset.seqlens, max_tokens_per_rank=config.max_tokens_per_rank, cost=made.cost
+            dataset.seqlens, max_tokens_per_rank=config.tokens_per_rank, cost=made.cost
         )
         dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=capacity)
     optimizer = build_optimizer(
@@ -226,7 +229,7 @@ def _introduce(run: Run, made: ModelSetup) -> None:
     source = config.cost or "estimated from the model's shape"
     cp_size = f" with cp_size {config.cp_size}" if config.cp_size else ""
     run.say(
-        f"plan: {config.policy}{cp_size}, at most {config.max_tokens_per_rank:,} tokens per rank "
+        f"plan: {config.policy}{cp_size}, at most {config.tokens_per_rank:,} tokens per rank "
         f"and microbatch; costs: {source}"
     )
 
