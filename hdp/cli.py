@@ -131,6 +131,8 @@ def run_training(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> int
         trace = Path(config.run_dir) / f"traceback-{rank}.txt"
         where = f"\n(traceback: {trace})"
         try:
+            if config.dry_run:
+                raise OSError("a dry run writes nothing")
             trace.parent.mkdir(parents=True, exist_ok=True)
             trace.write_text(traceback.format_exc())
         except OSError:  # the error being reported may itself be a full disk

@@ -68,7 +68,8 @@ class TrainConfig:
     chat_template_kwargs: str | None = None
     """Variables for the chat template, as JSON, for example '{"enable_thinking": false}'."""
     max_length: int | None = None
-    """Maximum sequence length; None: as many tokens as all ranks hold together."""
+    """Maximum sequence length; None: as many tokens as all ranks hold together (stdlib: 2048, the
+    rest in further pieces)."""
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
     """What to do with documents longer than --max-length."""
     strict: bool = False
@@ -77,9 +78,9 @@ class TrainConfig:
     """Cache folder for tokens and tokenizers; None: ~/.cache/hdp."""
 
     # -- step --
-    steps: int = 100
+    steps: int = 30
     """Number of optimizer steps."""
-    batch_tokens: int = 65536
+    batch_tokens: int = 8192
     """Global batch size: whole sequences up to this many tokens; a longer one is its own batch."""
     seed: int = 0
     """Seed for data order and random weights."""
@@ -153,6 +154,8 @@ class TrainConfig:
     """Also write metrics for TensorBoard."""
     trace_step: int | None = None
     """Step to trace: write planned and measured timelines as Perfetto JSON and PNG."""
+    dry_run: bool = False
+    """Print the resolved configuration as YAML, check data and model, plan a batch, and stop."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens", "max_tokens_per_rank", "keep_last", "log_every"):

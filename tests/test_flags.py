@@ -66,7 +66,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) ->
     given = ["--config", str(path), "--preset", "demo-cpu", "--steps", "9", "--resume"]
     config = parse_config(TrainConfig, given)
     assert (config.steps, config.lr, config.resume) == (9, 2e-4, True)
-    assert config.max_length == 4096  # the preset's
+    assert config.max_length == 2048  # the preset's
     assert config.seed == TrainConfig().seed
     again = parse_config(TrainConfig, [*given[4:], "--preset=demo-cpu", f"--config={path}"])
     assert again == config  # the order of the words does not matter

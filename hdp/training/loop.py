@@ -32,6 +32,7 @@ from hdp.models.export import export_dtype, export_model
 from hdp.models.export_folder import check_target
 
 from .callbacks import Callback, Callbacks
+from .dry_run import dry_run
 from .metrics import MetricsWriter, StepMetrics
 from .observe import Observer, write_trace
 from .optim import set_learning_rate
@@ -61,6 +62,9 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> list[StepM
     applied, RankFailure when another rank is lost, and CheckpointError if the last save failed.
     """
     events = Callbacks(callbacks)
+    if config.dry_run:
+        dry_run(config)
+        return []
     device = None if config.device == "auto" else config.device
     with (
         HDPMesh.create(

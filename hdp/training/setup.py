@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -32,6 +32,7 @@ from .optim import build_optimizer, describe_groups, optimizer_name
 from .step import StepContext, keep_everything
 
 LONG_S = 3600.0  # time limit for loading, saving and exporting before a rank counts as hung
+DEMO_LENGTH = 2048  # limit of the demo data: batches are the same on any number of ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +122,7 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
     """
     seed_rng(config.seed, rank=mesh.hdp_rank)
     check_model(config, mesh)  # seconds; tokenizing may take hours
+    config = limit_demo_data(config, mesh.hdp_size, say=mesh.hdp_rank == 0)
     dataset = open_data(config)
     if config.max_tokens_per_rank == "auto":
         config = fit_tokens_per_rank(config, mesh, vocab_size=dataset.vocab_size)
@@ -143,7 +145,7 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
     run = Run(
         config=config,
         dataset=dataset,
-        sampler=Sampler(dataset.seqlens, batch_tokens=config.batch_tokens, seed=config.seed),
+        sampler=open_sampler(config, dataset),
         cost=made.cost,
         context=StepContext.create(
             mesh,
@@ -180,6 +182,21 @@ def _agree_on_data(dataset: TokenDataset, mesh: HDPMesh) -> None:
     )
 
 
+def limit_demo_data(config: TrainConfig, hdp_size: int, *, say: bool) -> TrainConfig:
+    """The demo data in pieces that the ranks hold, unless the configuration limits them itself."""
+    if config.data != "stdlib" or config.max_length is not None:
+        return config
+    length = DEMO_LENGTH
+    if config.max_tokens_per_rank != "auto":
+        length = min(length, hdp_size * config.tokens_per_rank)
+    if say:
+        console.note(
+            f"data stdlib: --max-length {length} --overlong split, because its longest file has "
+            "about 190,000 tokens; set --max-length for another limit"
+        )
+    return replace(config, max_length=length, overlong="split")
+
+
 def open_data(config: TrainConfig) -> TokenDataset:
     """The dataset that `config` names. Raises ValueError for data that cannot be read."""
     tokenizer = config.tokenizer
@@ -200,6 +217,11 @@ def open_data(config: TrainConfig) -> TokenDataset:
         strict=config.strict,
         cache_dir=config.cache_dir,
     )
+
+
+def open_sampler(config: TrainConfig, dataset: TokenDataset) -> Sampler:
+    """The order of the run's batches."""
+    return Sampler(dataset.seqlens, batch_tokens=config.batch_tokens, seed=config.seed)
 
 
 def _introduce(run: Run, made: ModelSetup) -> None:

@@ -71,17 +71,17 @@ class RankMemory:
     def table(self, device_bytes: float, tokens: int, *, reserve: float | None = None) -> str:
         """The arithmetic, one line per term, for people."""
         gib = 2.0**30
-        lines = [f"{'memory of one rank':38}{device_bytes / gib:9.2f} GiB"]
+        lines = [f"{'memory of one rank':40}{device_bytes / gib:9.2f} GiB"]
         kept = default_reserve(device_bytes, reserve)
         terms = {**self.fixed, "reserve": kept}
-        lines += [f"  - {name:34}{size / gib:9.2f}" for name, size in terms.items()]
+        lines += [f"  - {name:36}{size / gib:9.2f}" for name, size in terms.items()]
         chunk = min(tokens, self.chunk_tokens)
         logits = self.logits_bytes_per_token * chunk
-        lines.append(f"  - {f'logits of {chunk:,} tokens at once':34}{logits / gib:9.2f}")
+        lines.append(f"  - {f'logits of {chunk:,} tokens at once':36}{logits / gib:9.2f}")
         room = device_bytes - sum(terms.values()) - logits
-        lines.append(f"  = {'room for activations':34}{room / gib:9.2f}")
+        lines.append(f"  = {'room for activations':36}{room / gib:9.2f}")
         for name, size in self.per_token.items():
-            lines.append(f"    {name:34}{size / 1024:9.1f} KiB per token")
+            lines.append(f"    {name:36}{size / 1024:9.1f} KiB per token")
         lines.append(
             f"{tokens:,} tokens of {self.bytes_per_token / 1024:,.1f} KiB: "
             f"{self.bytes_per_token * tokens / gib:.2f} GiB"

@@ -1,0 +1,132 @@
+"""--dry-run: everything up to the first step, on one process and without weights.
+
+The resolved configuration goes to stdout as YAML, for `--config`; the facts go to stderr. The data
+is opened (and tokenized, unless it is cached), the model is built on the meta device, so that any
+size fits on any machine, and the first batch is planned for as many ranks as `--hdp-size` says.
+Whatever a run refuses for its options, data or model is refused here too. The run folder is left
+alone.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hdp import console
+from hdp.checkpoint.directory import committed
+from hdp.config import TrainConfig
+from hdp.config_file import to_yaml
+from hdp.data import TokenDataset
+from hdp.scheduler import CostModel, StepPlan, plan
+from hdp.scheduler.costs.estimate import estimate_cost
+
+from .capacity import ModelFacts, describe_fit, free_bytes, memory_of, model_facts, tokens_that_fit
+from .metrics import ring_counts
+from .model_setup import compute_dtype
+from .run_config import check_new_run
+from .schedule import schedule_of
+from .setup import limit_demo_data, open_data, open_sampler
+
+
+def dry_run(config: TrainConfig) -> None:
+    """Print the resolved configuration and what a run would do, on rank 0.
+
+    Raises ValueError for options, data or a model that a run would refuse.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    check_new_run(config)
+    ranks = config.hdp_size or int(os.environ.get("WORLD_SIZE", "1"))
+    device = _device(config)
+    config = limit_demo_data(config, ranks, say=True)
+    dataset = open_data(config)
+    facts = model_facts(config, vocab_size=dataset.vocab_size)
+    memory = memory_of(config, facts, ranks=ranks, device=device)
+    available, reserve = free_bytes(device)
+    lines = [
+        f"{ranks} ranks on {device.type}",
+        f"model {config.model}: {facts.num_params / 1e6:,.1f}M parameters, compute in "
+        f"{str(compute_dtype(config, device)).removeprefix('torch.')}",
+    ]
+    lines += str(dataset.report).splitlines()
+    if config.max_tokens_per_rank == "auto":
+        tokens = tokens_that_fit(memory, available, reserve=reserve, device=device)
+        lines += describe_fit(memory, available, tokens, reserve=reserve, device=device)
+        config = replace(config, max_tokens_per_rank=tokens)
+    needed = memory.total_bytes(config.tokens_per_rank)
+    lines.append(
+        f"memory of one rank with {config.tokens_per_rank:,} tokens: about {needed / 2**30:.1f} "
+        f"GiB; free here: {available / 2**30:.1f} GiB"
+        + (" (too little)" if needed > available and not config.offload_gib else "")
+    )
+    lines += _steps(config, dataset, facts, device, ranks)
+    lines += _folder(config)
+    print(to_yaml(config, leave_out=("dry_run",)), end="", flush=True)
+    for line in lines:
+        console.note(line)
+    console.note("dry run: nothing was trained or written to the run folder")
+
+
+def _device(config: TrainConfig) -> torch.device:
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device is visible here; drop the flag")
+    return torch.device(kind)
+
+
+def _steps(
+    config: TrainConfig, dataset: TokenDataset, facts: ModelFacts, device: torch.device, ranks: int
+) -> list[str]:
+    """The epochs, the schedule and the plan of the first batch."""
+    sampler = open_sampler(config, dataset)
+    per_epoch = sampler.num_batches(0)
+    schedule = schedule_of(config)
+    start = f"{schedule(0):.1e} at step 1, {config.lr:.1e} at step {config.warmup_steps + 1}"
+    end = f", from step {schedule.decay_start + 1} on down to {schedule.min_lr:.1e}"
+    lines = [
+        f"{config.steps:,} steps; 1 epoch = {per_epoch:,} steps, so "
+        f"{config.steps / per_epoch:.2f} epochs",
+        f"lr: {start}, {config.schedule}{'' if config.schedule == 'constant' else end}",
+    ]
+    if config.offload_gib:  # what fits then depends on the host's memory: a run checks it
+        return lines
+    dataset.check_fits(hdp_size=ranks, max_tokens_per_rank=config.tokens_per_rank)
+    dtype = compute_dtype(config, device)
+    if config.cost:
+        cost = CostModel.find(config.cost)
+    else:
+        cost = estimate_cost(facts.shape, device_type=device.type, bytes_per_element=dtype.itemsize)
+
+    def planned(seqlens: np.ndarray) -> StepPlan:
+        return plan(
+            seqlens,
+            hdp_size=ranks,
+            max_tokens_per_rank=config.tokens_per_rank,
+            cost=cost,
+            policy=config.policy,
+            cp_size=config.cp_size,
+        )
+
+    planned(dataset.seqlens.max()[None])  # as a run does: fail now if no ring can hold it
+    ids, _ = sampler.batch_at((0, 0))
+    first = planned(dataset.seqlens[ids])
+    rings = " ".join(f"{size}x{count}" for size, count in ring_counts(first).items())
+    lines.append(
+        f"first batch: {len(ids):,} sequences, {int(first.seqlens.sum()):,} tokens on rings {rings}"
+        f" (ranks x sequences); planned {first.predicted_s:.3g} s, at least "
+        f"{first.lower_bound_s:.3g} s"
+    )
+    return lines
+
+
+def _folder(config: TrainConfig) -> list[str]:
+    found = committed(Path(config.run_dir) / "checkpoints")
+    if not found:
+        return [f"{config.run_dir}: no checkpoint, so the run starts from step 1"]
+    return [f"{config.run_dir}: the run would resume from {found[-1].name}"]
