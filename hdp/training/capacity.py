@@ -34,7 +34,7 @@ class ModelFacts:
 
     shape: dict[str, int]
     num_params: int
-    unit_params: int  # of the largest FSDP unit: a layer, or everything else
+    unit_params: int  # of the two largest FSDP units: layers, or everything else
 
 
 def model_facts(config: TrainConfig, *, vocab_size: int) -> ModelFacts:
@@ -58,7 +58,7 @@ def facts_of(model: CausalLM) -> ModelFacts:
     return ModelFacts(
         shape=transformer_shape(model),
         num_params=total,
-        unit_params=max(*layers, total - sum(layers)),
+        unit_params=sum(sorted([*layers, total - sum(layers)])[-2:]),
     )
 
 

@@ -9,6 +9,7 @@ alone.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,8 @@ def dry_run(config: TrainConfig) -> None:
     dataset = open_data(config)
     facts = model_facts(config, vocab_size=dataset.vocab_size)
     memory = memory_of(config, facts, ranks=ranks, device=device)
-    available, reserve = free_bytes(device)
+    is_here = device.type == "cpu" or torch.cuda.is_available()
+    available, reserve = free_bytes(device) if is_here else (math.inf, None)
     lines = [
         f"{ranks} ranks on {device.type}",
         f"model {config.model}: {facts.num_params / 1e6:,.1f}M parameters, compute in "
@@ -54,14 +56,21 @@ def dry_run(config: TrainConfig) -> None:
     ]
     lines += str(dataset.report).splitlines()
     if config.max_tokens_per_rank == "auto":
+        if not is_here:
+            raise ValueError(
+                "--max-tokens-per-rank auto: no CUDA device is visible, so its memory is unknown; "
+                "give a number"
+            )
         tokens = tokens_that_fit(memory, available, reserve=reserve, device=device)
         lines += describe_fit(memory, available, tokens, reserve=reserve, device=device)
         config = replace(config, max_tokens_per_rank=tokens)
     needed = memory.total_bytes(config.tokens_per_rank)
+    free = (
+        f"free here: {available / 2**30:.1f} GiB" if is_here else "no CUDA device is visible here"
+    )
     lines.append(
         f"memory of one rank with {config.tokens_per_rank:,} tokens: about {needed / 2**30:.1f} "
-        f"GiB; free here: {available / 2**30:.1f} GiB"
-        + (" (too little)" if needed > available and not config.offload_gib else "")
+        f"GiB; {free}" + (" (too little)" if needed > available and not config.offload_gib else "")
     )
     lines += _steps(config, dataset, facts, device, ranks)
     lines += _folder(config)
@@ -75,8 +84,6 @@ def _device(config: TrainConfig) -> torch.device:
     kind = config.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device is visible here; drop the flag")
     return torch.device(kind)
 
 

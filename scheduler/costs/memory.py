@@ -4,7 +4,7 @@ A rank holds, with N parameters on R ranks, master weights of m bytes (fp32: 4),
 
     sharded      m N / R each: weights, gradients, two moments of AdamW, the EMA if there is one
     whole        e N gathered weights, since all are gathered once per step; m N gradients, which
-                 microbatches add up before the one reduction; buffers of the largest FSDP unit
+                 microbatches add up before the one reduction; buffers of two FSDP units in flight
     per token    what forward saves for backward (activation_plan.py), or with checkpointing each
                  layer's input and one layer's rest; one layer's working memory; ring buffers
     head         one chunk of logits with its gradient, and the fp32 gradient of the head's weight
@@ -13,7 +13,7 @@ and what is left over per_token is the number of tokens. `reserve` stays free: a
 and libraries take workspaces. Nothing here is measured; `max_tokens` errs on the side of too few
 (tests/training/test_capacity.py compares it with the bytes that torch saves).
 
-    memory = rank_memory(shape, num_params=8.03e9, unit_params=1.05e9, ranks=8, ...)
+    memory = rank_memory(shape, num_params=8.03e9, unit_params=1.27e9, ranks=8, ...)
     memory.max_tokens(80e9)
     print(memory.table(80e9))
 """
@@ -109,7 +109,7 @@ def rank_memory(
     """The memory of one rank that trains a decoder of the given shape.
 
     shape: num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size
-    num_params, unit_params: of the model, and of its largest FSDP unit (a layer, or the rest)
+    num_params, unit_params: of the model, and of its two largest FSDP units (layers, the rest)
     ranks: over which FSDP shards. compute_bytes, master_bytes: per element
     """
     e, m = compute_bytes, max(master_bytes, compute_bytes)
@@ -124,7 +124,7 @@ def rank_memory(
         **({f"EMA, 1/{ranks}": share} if ema else {}),
         f"gathered weights of {e} bytes": num_params * e,
         f"gradients before reduction, {m} bytes": num_params * m,
-        "buffers to gather and reduce": 2 * unit_params * (e + m),
+        "buffers to gather and reduce": unit_params * (e + m),
         "gradient of the head": hidden * vocab * (m + e),
     }
     cost = estimate_cost(shape, device_type=device_type, bytes_per_element=e)

@@ -113,7 +113,7 @@ LLAMA_8B = {
 
 
 def _llama_8b(**options) -> RankMemory:
-    common = {"num_params": 8.03e9, "unit_params": 1.05e9, "ranks": 8}
+    common = {"num_params": 8.03e9, "unit_params": 1.27e9, "ranks": 8}
     return rank_memory(LLAMA_8B, **{**common, **options})
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from hdp.cli import run_training
 from hdp.config import TrainConfig
@@ -81,3 +82,14 @@ def test_what_a_run_refuses_is_refused(inputs, tmp_path, capsys, change, message
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.startswith("hdp: error: ")
     assert "Traceback" not in captured.err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_run_for_gpus_is_planned_without_one(inputs, tmp_path, capsys):
+    options = config(inputs, tmp_path / "run", device="cuda", hdp_size=16, dry_run=True)
+    assert run_training(options) == 0
+    err = capsys.readouterr().err
+    assert "16 ranks on cuda" in err and "compute in bfloat16" in err
+    assert "GiB; no CUDA device is visible here" in err
+    assert run_training(dataclasses.replace(options, max_tokens_per_rank="auto")) == 2
+    assert "its memory is unknown; give a number" in capsys.readouterr().err
