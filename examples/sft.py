@@ -39,7 +39,7 @@ class SFTConfig(TrainConfig):
     steps: int = 60
     max_length: int | None = LONGEST
     overlong: Literal["error", "drop", "truncate", "split"] = "split"
-    max_tokens_per_rank: int = field(default_factory=_tokens_per_rank)
+    max_tokens_per_rank: int | Literal["auto"] = field(default_factory=_tokens_per_rank)
     """Maximum tokens per microbatch on one rank: as many as its activation memory holds."""
     batch_tokens: int = 16384
     lr: float = 1e-3
