@@ -234,6 +234,16 @@ class TrainConfig:
         return json.dumps(asdict(self), indent=2)
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys come once each: json itself would take the last."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice} is given twice")
+    return entries
+
+
 def _require(is_valid: bool, name: str, value: Any, expected: str) -> None:
     if not is_valid:
         flag = name.replace("_", "-")
@@ -242,8 +252,8 @@ def _require(is_valid: bool, name: str, value: Any, expected: str) -> None:
 
 def _parse(flag: str, value: str | None, example: str) -> Any:
     try:
-        return json.loads(value or "{}")
-    except ValueError as error:
+        return json.loads(value or "{}", object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"--{flag} {value!r} is not valid JSON ({error}); write it like '{example}'"
         ) from error

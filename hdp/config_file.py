@@ -1,4 +1,4 @@
-"""Configurations as text: YAML and JSON files, presets, and the words that stand for values.
+"""Configurations as text: YAML and JSON files, and presets.
 
     # run.yaml                          hdp train --config run.yaml --steps 2000
     model: Qwen/Qwen3-0.6B
@@ -17,122 +17,26 @@ PyYAML, and only to read YAML.
 
 from __future__ import annotations
 
-import ast
-import difflib
-import inspect
 import json
 import re
-import textwrap
-import types
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin
+
+from hdp.config_fields import (
+    FALSE,
+    NONE,
+    TRUE,
+    default_values,
+    describe_fields,
+    describe_type,
+    did_you_mean,
+    parse_value,
+)
 
 PRESETS = Path(__file__).with_name("presets")
 Config = TypeVar("Config")
-
-_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-_NONE = ("none", "null", "~", "")
-_UNITS = {"": 1, "K": 1024, "M": 1024**2}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FieldInfo:
-    """What the source of a configuration class says of a field."""
-
-    section: str  # of the heading `# -- section --` above it
-    help: str  # its docstring
-    type: Any
-
-
-def describe_fields(config_class: type) -> dict[str, FieldInfo]:
-    """The fields of a dataclass in their order, with sections, docstrings and resolved types."""
-    sections: dict[str, str] = {}
-    helps: dict[str, str] = {}
-    for cls in reversed(config_class.__mro__[:-1]):
-        try:
-            source = textwrap.dedent(inspect.getsource(cls))
-        except (OSError, TypeError):  # a class typed at a prompt: no headings, no help
-            continue
-        headings = {
-            number: match[1]
-            for number, line in enumerate(source.splitlines(), 1)
-            if (match := re.fullmatch(r" *# -- (.+) --", line))
-        }
-        [tree] = ast.parse(source).body
-        assert isinstance(tree, ast.ClassDef)
-        for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
-            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
-                continue
-            above = [number for number in headings if number < node.lineno]
-            section = headings[max(above)] if above else "options"
-            sections.setdefault(node.target.id, section)
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                helps[node.target.id] = inspect.cleandoc(str(after.value.value))
-    hints = get_type_hints(config_class)
-    return {
-        f.name: FieldInfo(
-            section=sections.get(f.name, "options"), help=helps.get(f.name, ""), type=hints[f.name]
-        )
-        for f in fields(config_class)
-    }
-
-
-# ---- values ----
-
-
-def parse_value(text: str, wanted: Any) -> Any:
-    """The value of type `wanted` that `text` stands for.
-
-    Integers may have a unit, 16K or 2M (powers of 1024). Raises ValueError, "a whole number, got
-    'many'", to be completed with the name of the field.
-    """
-    options = get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)
-    if type(None) in options and text.strip().lower() in _NONE:
-        return None
-    for option in options:
-        found = _parse_one(text.strip(), text, option)
-        if found is not MISSING:
-            return found
-    raise ValueError(f"{_describe_type(wanted, text)}, got {text!r}")
-
-
-def _parse_one(text: str, raw: str, wanted: Any) -> Any:
-    """MISSING if `text` is no value of the type."""
-    if get_origin(wanted) is Literal:
-        return text if text in get_args(wanted) else MISSING
-    if wanted is bool:
-        word = text.lower()
-        return True if word in _TRUE else False if word in _FALSE else MISSING
-    if wanted is int:
-        size = re.fullmatch(r"([+-]?\d[\d_]*)([KM]?)", text, re.IGNORECASE)
-        return int(size[1]) * _UNITS[size[2].upper()] if size else MISSING
-    if wanted is float:
-        try:
-            return float(text)
-        except ValueError:
-            return MISSING
-    return raw if wanted is str else MISSING
-
-
-def _describe_type(wanted: Any, text: str) -> str:
-    if get_origin(wanted) in (Union, types.UnionType):
-        parts = [option for option in get_args(wanted) if option is not type(None)]
-        words = [_describe_type(part, text) for part in parts]
-        return " or ".join([*words, *(["none"] if type(None) in get_args(wanted) else [])])
-    if get_origin(wanted) is Literal:
-        known = list(map(str, get_args(wanted)))
-        return f"{'one of ' if len(known) > 1 else ''}{', '.join(known)}{did_you_mean(text, known)}"
-    names = {int: "a whole number such as 16384 or 16K", float: "a number", bool: "true or false"}
-    return names.get(wanted, "text")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)', or '' if no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]}?)" if near else ""
-
 
 # ---- reading ----
 
@@ -190,16 +94,16 @@ def _entry_value(entry: _Entry, wanted: Any) -> Any:
     value, options = entry.value, get_args(wanted) or (wanted,)
     if value is None:
         if type(None) not in options:
-            raise ValueError(f"{_describe_type(wanted, '')}, got nothing; remove the line?")
+            raise ValueError(f"{describe_type(wanted, '')}, got nothing; remove the line?")
         return None
     if isinstance(value, dict):
         if str not in options or not entry.key.endswith(("overrides", "kwargs")):
-            raise ValueError(f"{_describe_type(wanted, '')}, got a mapping; options are not nested")
+            raise ValueError(f"{describe_type(wanted, '')}, got a mapping; options are not nested")
         return json.dumps(value)
     element = _element_type(wanted)
     if isinstance(value, list):
         if element is None:
-            raise ValueError(f"{_describe_type(wanted, '')}, got a list; give one value")
+            raise ValueError(f"{describe_type(wanted, '')}, got a list; give one value")
         return tuple(parse_value(item, element) for item in value)
     return (parse_value(value, element),) if element is not None else parse_value(value, wanted)
 
@@ -251,10 +155,21 @@ def _yaml_value(loader: Any, node: Any, where: str) -> Any:
     if node.id == "scalar":
         return None if node.tag == "tag:yaml.org,2002:null" else node.value
     if node.id == "mapping":
+        _check_unique(node, where)
         return _plain(loader.construct_mapping(node, deep=True), where)
     if any(item.id != "scalar" for item in node.value):
         raise ValueError(f"{where}: expected a list of plain values")
     return [item.value for item in node.value]
+
+
+def _check_unique(node: Any, where: str) -> None:
+    """Raise ValueError if a mapping below `node` has a key twice: YAML would take the last."""
+    seen: set[str] = set()
+    for key, value in node.value if node.id == "mapping" else ():
+        if str(key.value) in seen:
+            raise ValueError(f"{where}: {key.value} is given twice; keep one of the two")
+        seen.add(str(key.value))
+        _check_unique(value, where)
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -266,9 +181,12 @@ def _plain(value: Any, where: str) -> Any:
 
 def _json_entries(text: str, name: str) -> list[_Entry]:
     pairs: list[tuple[str, Any]] = []
+    twice = ""
 
     def hook(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        pairs[:] = items  # objects close from the inside out: the last call is the whole file's
+        nonlocal twice
+        twice = twice or _twice(pairs)  # of the object before: the whole file's, which comes last
+        pairs[:] = items  # is checked with its lines
         return dict(items)
 
     try:
@@ -279,6 +197,8 @@ def _json_entries(text: str, name: str) -> list[_Entry]:
         raise ValueError(f"{name}: not valid JSON: nested too deeply") from error
     if not isinstance(root, dict):
         raise ValueError(f'{name}:1: expected an object such as {{"steps": 100}}')
+    if twice:
+        raise ValueError(f"{name}: {twice} is given twice; keep one of the two")
     pairs = pairs if root else []
     seen: dict[str, int] = {}
     entries = []
@@ -289,6 +209,12 @@ def _json_entries(text: str, name: str) -> list[_Entry]:
         line = text.count("\n", 0, start) + 1
         entries.append(_Entry(key=key, line=line, value=_json_value(value)))
     return entries
+
+
+def _twice(pairs: list[tuple[str, Any]]) -> str:
+    """The first key that comes twice, or ''."""
+    keys = [key for key, _ in pairs]
+    return next((key for key in keys if keys.count(key) > 1), "")
 
 
 def _json_value(value: Any) -> Any:
@@ -348,17 +274,6 @@ def to_yaml(config: Any, *, leave_out: Iterable[str] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
-def default_values(config_class: type) -> dict[str, Any]:
-    """{field: default} of a dataclass."""
-    values = {}
-    for f in fields(config_class):
-        if f.default is not MISSING:
-            values[f.name] = f.default
-        elif f.default_factory is not MISSING:
-            values[f.name] = f.default_factory()
-    return values
-
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(name, old, new) of every value that differs; a value that one lacks counts as missing."""
     names = [*new, *(name for name in old if name not in new)]
@@ -375,7 +290,7 @@ def _yaml_text(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(map(_yaml_text, value)) + "]"
     plain = re.fullmatch(r"[A-Za-z./][\w./@-]*", value) and value.lower() not in (
-        *_TRUE, *_FALSE, *_NONE
+        *TRUE, *FALSE, *NONE
     )  # fmt: skip
     if plain:
         return value

@@ -21,17 +21,14 @@ from dataclasses import dataclass, field, make_dataclass
 from functools import partial
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
-from hdp.config_file import (
+from hdp.config_fields import (
     FieldInfo,
     default_values,
     describe_fields,
     did_you_mean,
     parse_value,
-    preset_list,
-    preset_names,
-    preset_path,
-    read_config,
 )
+from hdp.config_file import preset_list, preset_names, preset_path, read_config
 
 Config = TypeVar("Config")
 

@@ -63,8 +63,9 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"distributed", "errors"},
     # a run: its parts connected, watched, walked
     "config": set(),
-    "config_file": set(),
-    "flags": {"config_file"},
+    "config_fields": set(),
+    "config_file": {"config_fields"},
+    "flags": {"config_fields", "config_file"},
     "objectives": set(),
     "training": {
         *("attention", "checkpoint", "config", "config_file", "console", "data", "distributed"),

@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hdp.config import TrainConfig
+from hdp.config_fields import describe_fields, parse_value
 from hdp.config_file import (
-    describe_fields,
     differences,
     load_config,
-    parse_value,
     preset_names,
     preset_path,
     read_config,
@@ -91,6 +90,7 @@ config_overrides: {sliding_window: null, rope_parameters: {factor: 4.0}}
         ("a: &x 1\nb: *y", "run.yaml:2: not valid YAML"),
         ("steps: 5\n\tlr: 1", "run.yaml:2: not valid YAML"),
         ("config_overrides: {when: 2024-01-05}", "run.yaml:1: .*date is not JSON"),
+        ("config_overrides: {a: 1, b: {c: 1, c: 2}}", "run.yaml:1: c is given twice"),
         ("[" * 3000, "run.yaml"),
     ],
 )
@@ -110,6 +110,7 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, text: str, message
         ('{"steps": 5,\n}', r"run.json:[12]: not valid JSON"),
         ("[1]", "run.json:1: expected an object"),
         ('{"steps": "x"}', "run.json:1: steps must be a whole number"),
+        ('{"config_overrides": {"b": {"c": 1, "c": 2}}, "steps": 3}', "run.json: c is given twice"),
         ("[" * 100_000, "run.json"),
     ],
 )

@@ -42,6 +42,7 @@ WRONG = [
     (["--beta1", "1.0"], "--beta1 must be in [0, 1), got 1.0"),
     (["--batch-tokens", "-5"], "--batch-tokens must be 1 or more, got -5"),
     (["--config-overrides", "{oops"], "is not valid JSON"),
+    (["--config-overrides", '{"a": 1, "a": 2}'], "a is given twice"),
     (["--policy", "static"], "--policy static requires --cp-size"),
     (["--overlong", "drop"], "--overlong drop requires --max-length"),
     (["--config", "/nope/run.yaml"], "cannot read the configuration /nope/run.yaml: No such file"),
