@@ -27,7 +27,7 @@ from hdp.scheduler.costs.estimate import estimate_cost
 
 from .capacity import ModelFacts, describe_fit, free_bytes, memory_of, model_facts, tokens_that_fit
 from .metrics import ring_counts
-from .model_setup import compute_dtype
+from .model_setup import checked_shape, compute_dtype
 from .run_config import check_new_run
 from .schedule import schedule_of
 from .setup import limit_demo_data, open_data, open_sampler
@@ -41,10 +41,12 @@ def dry_run(config: TrainConfig) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     check_new_run(config)
+    checked_shape(config)  # seconds; tokenizing may take hours
     ranks = config.hdp_size or int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(config)
     config = limit_demo_data(config, ranks, say=True)
     dataset = open_data(config)
+    checked_shape(config, vocab_size=dataset.vocab_size)
     facts = model_facts(config, vocab_size=dataset.vocab_size)
     memory = memory_of(config, facts, ranks=ranks, device=device)
     is_here = device.type == "cpu" or torch.cuda.is_available()

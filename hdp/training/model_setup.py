@@ -99,14 +99,23 @@ def check_model(
     that cannot be loaded (rank 0 alone needs them), and for a tokenizer with too many ids.
     """
     weights = mesh.hdp_rank == 0
-    on_all_ranks(partial(check_tokenizer, config), mesh.hdp_group)
+    check = partial(checked_shape, config, vocab_size=vocab_size, weights=weights)
+    return on_all_ranks(check, mesh.hdp_group)
+
+
+def checked_shape(
+    config: TrainConfig, *, vocab_size: int | None = None, weights: bool = True
+) -> dict[str, int]:
+    """`check_model` for one process. weights: whether it needs them, unread as they are."""
+    check_tokenizer(config)
+    entries: Any = config.model
+    random_init = config.random_init or config.model == "demo"
     if config.model == "demo":
-        demo = {**DEMO_MODEL, "vocab_size": vocab_size or 4096}
-        check = partial(check_loadable, demo, random_init=True)
-    else:
-        check = partial(check_loadable, config.model, random_init=config.random_init)
-    check = partial(check, weights=weights, config_overrides=config.model_entries)
-    shape = on_all_ranks(check, mesh.hdp_group)
+        entries = {**DEMO_MODEL, "vocab_size": vocab_size or 4096}
+    overrides = config.model_entries
+    shape = check_loadable(
+        entries, random_init=random_init, weights=weights, config_overrides=overrides
+    )
     if vocab_size is not None and vocab_size > shape["vocab_size"]:
         raise ValueError(
             f"the tokenizer produces ids up to {vocab_size - 1}, but model {config.model!r} has "

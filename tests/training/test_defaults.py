@@ -11,14 +11,17 @@ from hdp.training.setup import DEMO_LENGTH, limit_demo_data
 
 def test_the_demo_data_is_limited_unless_a_limit_is_given():
     bare = TrainConfig()
-    limited = limit_demo_data(bare, 1)
+    limited = limit_demo_data(bare, 1, say=False)
     assert (limited.max_length, limited.overlong) == (DEMO_LENGTH, "split")
-    assert limit_demo_data(bare, 8) == limited, "the batches depend on the number of ranks"
+    assert limit_demo_data(bare, 8, say=False) == limited, (
+        "the batches depend on the number of ranks"
+    )
     few = TrainConfig(max_tokens_per_rank=500)
-    assert limit_demo_data(few, 2).max_length == 1000
-    assert limit_demo_data(TrainConfig(max_tokens_per_rank="auto"), 2).max_length == DEMO_LENGTH
+    assert limit_demo_data(few, 2, say=False).max_length == 1000
+    auto = TrainConfig(max_tokens_per_rank="auto")
+    assert limit_demo_data(auto, 2, say=False).max_length == DEMO_LENGTH
     for own in (TrainConfig(max_length=100), TrainConfig(data="texts")):
-        assert limit_demo_data(own, 1) is own
+        assert limit_demo_data(own, 1, say=False) is own
 
 
 def test_the_defaults_run(tmp_path, capsys):
