@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -149,25 +149,18 @@ class TokenDataset:
         is_whole = stop - start == offsets[document + 1] - offsets[document]
         return name if is_whole else f"{name} [tokens {start}:{stop}]"
 
+    @property
+    def documents(self) -> np.ndarray:
+        """(n,) int64, the document that each sequence is, or is part of."""
+        return self._sequences.documents
+
     def check_fits(self, *, hdp_size: int, max_tokens_per_rank: int | np.ndarray) -> None:
         """Raise ValueError if a sequence is longer than all ranks together can hold.
 
         max_tokens_per_rank: one limit for all sequences, or (num_seqs,) limits. The message names
         the longest sequence that does not fit and the settings with which it would.
         """
-        held = np.broadcast_to(max_tokens_per_rank, self.seqlens.shape)
-        over = self.seqlens > hdp_size * held
-        if not over.any():
-            return
-        longest = int(np.argmax(np.where(over, self.seqlens, 0)))
-        seqlen, per_rank = int(self.seqlens[longest]), int(held[longest])
-        capacity, count = hdp_size * per_rank, int(np.count_nonzero(over))
-        raise ValueError(
-            f"{self.name(longest)} has {seqlen:,} tokens, but {hdp_size} ranks of "
-            f"{per_rank:,} tokens hold {capacity:,} ({count:,} sequences do not fit): "
-            f"use {-(-seqlen // per_rank):,} ranks, or --max-tokens-per-rank "
-            f"{-(-seqlen // hdp_size)}, or --max-length {capacity} --overlong drop|truncate|split"
-        )
+        check_fits(self, hdp_size=hdp_size, max_tokens_per_rank=max_tokens_per_rank)
 
     def save_lengths(self, path: str | Path) -> None:
         """Write `seqlens` as .npy, for `hdp plan --lengths` and numpy."""
@@ -180,6 +173,36 @@ class TokenDataset:
 
     def _document_name(self, document: int) -> str:
         return row_name(self._names, int(_map_npy(self._path / "rows.npy")[document]))
+
+
+class NamedLengths(Protocol):
+    """Sequences with lengths and names: a `TokenDataset` or a selection of some."""
+
+    @property
+    def seqlens(self) -> np.ndarray:
+        """(num_samples,) int64, tokens per sequence."""
+        ...
+
+    def name(self, index: int, /) -> str: ...
+
+
+def check_fits(
+    data: NamedLengths, *, hdp_size: int, max_tokens_per_rank: int | np.ndarray
+) -> None:
+    """`TokenDataset.check_fits` for any sequences with names."""
+    held = np.broadcast_to(max_tokens_per_rank, data.seqlens.shape)
+    over = data.seqlens > hdp_size * held
+    if not over.any():
+        return
+    longest = int(np.argmax(np.where(over, data.seqlens, 0)))
+    seqlen, per_rank = int(data.seqlens[longest]), int(held[longest])
+    capacity, count = hdp_size * per_rank, int(np.count_nonzero(over))
+    raise ValueError(
+        f"{data.name(longest)} has {seqlen:,} tokens, but {hdp_size} ranks of "
+        f"{per_rank:,} tokens hold {capacity:,} ({count:,} sequences do not fit): "
+        f"use {-(-seqlen // per_rank):,} ranks, or --max-tokens-per-rank "
+        f"{-(-seqlen // hdp_size)}, or --max-length {capacity} --overlong drop|truncate|split"
+    )
 
 
 def open_cache(

@@ -113,6 +113,21 @@ class Sampler:
             count += 1
         return count
 
+    def num_steps(self, epochs: float, position: Position = (0, 0)) -> int:
+        """Number of batches from `position` until `epochs` epochs are done.
+
+        Part of an epoch is a share of its sequences. Walks through all of these batches.
+        """
+        count = 0
+        while self.epochs_done(position) < epochs - 1e-9:
+            _, position = self.batch_at(position)
+            count += 1
+        return count
+
+    def epochs_done(self, position: Position) -> float:
+        """How many epochs lie before `position`."""
+        return position[0] + position[1] / len(self._seqlens)
+
     def state_dict(self) -> dict[str, Any]:
         """The position, and what identifies the data it belongs to (JSON)."""
         return {"epoch": self.position[0], "index": self.position[1], **self._identity()}
@@ -122,18 +137,7 @@ class Sampler:
 
         Raises ValueError if the sequences, the seed or the order differ from the saved run's.
         """
-        identity = self._identity()
-        different = {
-            name: (state.get(name), value)
-            for name, value in identity.items()
-            if state.get(name) != value
-        }
-        if different:
-            changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in different.items())
-            raise ValueError(
-                f"the saved position belongs to other data ({changes}): resume with the data, "
-                "length limit and seed of the saved run, or start a new run"
-            )
+        different_data(state, self._identity())
         position = (int(state["epoch"]), int(state["index"]))
         self.batch_at(position)  # raises if the position is out of range
         self.position = position
@@ -143,15 +147,8 @@ class Sampler:
             "seed": self._seed,
             "shuffle": self._shuffle,
             "num_sequences": len(self._seqlens),
-            "seqlens_crc32": self._crc32(),
+            "seqlens_crc32": lengths_crc32(self._seqlens),
         }
-
-    def _crc32(self) -> int:
-        crc, step = 0, 1 << 20
-        for start in range(0, len(self._seqlens), step):
-            part = np.asarray(self._seqlens[start : start + step], dtype="<i8")
-            crc = zlib.crc32(part.tobytes(), crc)
-        return crc
 
     def _num_fitting(self, ids: np.ndarray) -> int:
         """How many of the next sequences fit into the batch: at least one."""
@@ -166,6 +163,30 @@ class Sampler:
         if not self._shuffle:
             return places
         return permute(places, len(self._seqlens), key=_mix(_mix(self._seed) + epoch))
+
+
+def different_data(state: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise ValueError if a saved position belongs to other data than `identity` describes."""
+    different = {
+        name: (state.get(name), value)
+        for name, value in identity.items()
+        if state.get(name) != value
+    }
+    if different:
+        changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in different.items())
+        raise ValueError(
+            f"the saved position belongs to other data ({changes}): resume with the data, length "
+            "limit, held-out share, weights and seed of the saved run, or start a new run"
+        )
+
+
+def lengths_crc32(seqlens: np.ndarray) -> int:
+    """CRC-32 of the lengths, the same for any integer dtype."""
+    crc, step = 0, 1 << 20
+    for start in range(0, len(seqlens), step):
+        part = np.asarray(seqlens[start : start + step], dtype="<i8")
+        crc = zlib.crc32(part.tobytes(), crc)
+    return crc
 
 
 def permute(places: np.ndarray, size: int, *, key: int) -> np.ndarray:
@@ -191,6 +212,14 @@ def permute(places: np.ndarray, size: int, *, key: int) -> np.ndarray:
         images[outside] = values = (high << low_bits) | low
         outside = outside[values >= np.uint64(size)]
     return images.astype(np.int64)
+
+
+def stable_hash(*values: int) -> int:
+    """A 64-bit key from integers, the same in every process and version."""
+    key = 0
+    for value in values:
+        key = _mix(key ^ _mix(value))
+    return key
 
 
 def _mix(value: int) -> int:
