@@ -40,9 +40,15 @@ from .saves import Saves
 from .setup import LONG_S, Run, set_up
 from .signals import StopSignals
 from .step import train_step
+from .validation import (
+    Validation,
+    early_stop_reason,
+    evaluation_state,
+    has_stopped_improving,
+)
 
 _KEPT_STEPS = 10_000  # so that memory does not grow with the length of a run
-_PATHS = ("model", "data", "tokenizer", "cache_dir", "run_dir", "cost", "export_hf")
+_PATHS = ("model", "data", "eval_data", "tokenizer", "cache_dir", "run_dir", "cost", "export_hf")
 
 
 def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> list[StepMetrics]:
@@ -84,7 +90,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> list[StepM
             if run.is_main:
                 (Path(config.run_dir) / "config.json").write_text(config.to_json() + "\n")
             with watchdog.allow(LONG_S, "loading a checkpoint"):
-                progress = _resume(run, checkpointer)
+                run, progress = _resume(run, checkpointer)
             with StopSignals(run.say) as signals:
                 saves = Saves(run, checkpointer, events)
                 events.on_train_start(run, progress)
@@ -135,8 +141,11 @@ def _steps(
         ) as writer,
         run.feed() as feed,
     ):
+        validation = Validation(run, events, writer)
         batches, began = iter(feed), time.perf_counter()
         for step in range(progress.first_step, config.steps + 1):
+            if progress.stop_reason:  # a resumed run that had stopped improving
+                break
             watchdog.progress(step=step, what="waiting for the plan and tokens")
             batch = next(batches)
             lr = learning_rate(config, step)
@@ -158,12 +167,14 @@ def _steps(
                 writer.write(metrics)
                 events.on_step_end(run, progress, metrics)
                 yield metrics
-            began = ended
             if step == config.trace_step:
                 write_trace(run, step, batch)
+            paused = time.perf_counter()
+            is_best = validation.after_step(progress)
+            began = ended + time.perf_counter() - paused
             stop = _agree(run, saves, progress, signals)
             is_due = config.save_every and step % config.save_every == 0
-            if step == config.steps or is_due or stop:
+            if step == config.steps or is_due or is_best or stop:
                 with watchdog.allow(LONG_S, f"saving step {step}"):
                     saves.start(progress)
             if stop:
@@ -200,11 +211,14 @@ def _agree(run: Run, saves: Saves, progress: Progress, signals: StopSignals) -> 
     return progress.settle_stop(code)
 
 
-def _resume(run: Run, checkpointer: Checkpointer) -> Progress:
-    """The progress stored in the newest checkpoint, which is loaded; that of a new run if none."""
+def _resume(run: Run, checkpointer: Checkpointer) -> tuple[Run, Progress]:
+    """The run, and the progress stored in its newest checkpoint, which is loaded, if there is one.
+
+    With --epochs, the number of steps follows from the checkpoint's place in the data.
+    """
     newest = checkpointer.latest()
     if newest is None:
-        return Progress()
+        return run, Progress()
     if not run.config.resume:
         raise ValueError(
             f"{newest} exists but --no-resume was given: choose another --run-dir, or delete it"
@@ -221,16 +235,22 @@ def _resume(run: Run, checkpointer: Checkpointer) -> Progress:
             "the data files, tokenizer or options changed since this checkpoint, but sequence "
             "lengths match; continuing with the new data"
         )
-    if restored.step >= run.config.steps:
-        run.say(
-            f"all {run.config.steps} steps are done: raise --steps to train longer, or choose "
-            "another --run-dir to start a new run"
-        )
-    return Progress(
+    run = run.until_epochs(restored.step)
+    progress = Progress(
         step=restored.step,
         first_step=restored.step + 1,
         total_tokens=restored.extra["total_tokens"],
+        **evaluation_state(restored.extra),
     )
+    if restored.step >= run.config.steps:
+        flag = "--steps" if run.epochs is None else "--epochs"
+        run.say(
+            f"all {run.config.steps} steps are done: raise {flag} to train longer, or choose "
+            "another --run-dir to start a new run"
+        )
+    elif has_stopped_improving(run, progress):
+        progress.stop_reason = early_stop_reason(progress)
+    return run, progress
 
 
 def _finish(run: Run, saves: Saves, progress: Progress) -> None:
@@ -242,6 +262,17 @@ def _finish(run: Run, saves: Saves, progress: Progress) -> None:
         failed = error
     if progress.stop_reason:
         run.say(f"stopped after step {progress.step} of {run.config.steps}: {progress.stop_reason}")
+    if best := saves.best(progress):
+        run.say(
+            f"best evaluation loss {progress.best_loss:.4f} at step {progress.best_step}: {best}"
+        )
+    elif progress.best_step:
+        run.say(
+            f"best evaluation loss {progress.best_loss:.4f} at step {progress.best_step}, whose "
+            "checkpoint is not on disk"
+        )
+    if line := run.data.epochs_line():
+        run.say(line)
     if run.config.export_hf and progress.stop_signal:  # whoever sent it will not wait for long
         run.say("the model was not exported; run the same command to go on")
     elif run.config.export_hf:

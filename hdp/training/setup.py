@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -12,9 +12,10 @@ import torch
 from hdp import console
 from hdp.attention.layout import RingLayout
 from hdp.config import TrainConfig
-from hdp.data import Sampler, TokenDataset, open_dataset
+from hdp.data import MixtureSampler, Sampler, TokenDataset
 from hdp.data.feed import StepFeed
 from hdp.data.sample import content_checksum
+from hdp.data.selection import Selection
 from hdp.distributed.agree import agree_on_values
 from hdp.distributed.mesh import HDPMesh
 from hdp.distributed.rng import seed_rng
@@ -25,6 +26,7 @@ from hdp.ops.native import describe
 from hdp.scheduler import CostModel, StepPlan, plan
 from hdp.scheduler.policies.memory import shard_capacity
 
+from .data_setup import RunData, check_eval_fits, describe_data, open_run_data
 from .model_setup import ModelSetup, check_model, set_up_model
 from .optim import build_optimizer, optimizer_name
 from .step import StepContext, keep_everything
@@ -36,11 +38,21 @@ LONG_S = 3600.0  # time limit for loading, saving and exporting before a rank co
 class Run:
     """What stays the same across steps in addition to the StepContext: data, planning, logging."""
 
-    config: TrainConfig
-    dataset: TokenDataset
-    sampler: Sampler
+    config: TrainConfig  # with the number of steps, also where epochs were asked for
+    data: RunData
     cost: CostModel
     context: StepContext
+    epochs: float | None = None  # asked for instead of steps
+
+    @property
+    def dataset(self) -> TokenDataset | Selection:
+        """What the run trains on."""
+        return self.data.training
+
+    @property
+    def sampler(self) -> Sampler | MixtureSampler:
+        """The order of `dataset`, and the position of the next batch in it."""
+        return self.data.sampler
 
     @property
     def mesh(self) -> HDPMesh:
@@ -82,6 +94,16 @@ class Run:
             offload=self.config.offload_gib > 0,
         )
 
+    def until_epochs(self, step: int) -> Run:
+        """This run with as many steps as its epochs take after `step`, from the sampler's position.
+
+        They change if the batch size does. Without --epochs, the run itself.
+        """
+        if self.epochs is None:
+            return self
+        steps = step + self.sampler.steps_left(self.epochs)
+        return replace(self, config=replace(self.config, steps=steps))
+
     def feed(self) -> StepFeed:
         """Steps from the sampler's position on, planned and packed one step ahead of training."""
         return StepFeed(
@@ -118,16 +140,31 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
     """
     seed_rng(config.seed, rank=mesh.hdp_rank)
     check_model(config, mesh)  # seconds; tokenizing may take hours
-    dataset = open_data(config)
+    data = open_run_data(config)
+    epochs = config.epochs
+    if epochs is not None:
+        config = replace(config, steps=data.sampler.num_steps(epochs), epochs=None)
+    dataset = data.training
     if not config.offload_gib:  # with offload, what fits also depends on costs: checked below
-        dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=config.max_tokens_per_rank)
+        held = config.max_tokens_per_rank
+        dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=held)
+        check_eval_fits(config, data, hdp_size=mesh.hdp_size, max_tokens_per_rank=held)
     _agree_on_data(dataset, mesh)
+    if data.evaluation is not None:
+        _agree_on_data(data.evaluation, mesh)
     made = set_up_model(config, mesh, vocab_size=dataset.vocab_size)
     if made.offload is not None:
         capacity = shard_capacity(
             dataset.seqlens, max_tokens_per_rank=config.max_tokens_per_rank, cost=made.cost
         )
         dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=capacity)
+        if data.evaluation is not None:
+            capacity = shard_capacity(
+                data.evaluation.seqlens,
+                max_tokens_per_rank=config.max_tokens_per_rank,
+                cost=made.cost,
+            )
+            check_eval_fits(config, data, hdp_size=mesh.hdp_size, max_tokens_per_rank=capacity)
     optimizer = build_optimizer(
         made.model,
         lr=config.lr,
@@ -137,8 +174,8 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
     )
     run = Run(
         config=config,
-        dataset=dataset,
-        sampler=Sampler(dataset.seqlens, batch_tokens=config.batch_tokens, seed=config.seed),
+        data=data,
+        epochs=epochs,
         cost=made.cost,
         context=StepContext.create(
             mesh,
@@ -150,13 +187,15 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
         ),
     )
     longest = run.plan(dataset.seqlens.max()[None])  # fail now if no ring can hold it
+    if data.evaluation is not None:
+        run.plan(data.evaluation.seqlens.max()[None])
     _introduce(run, made)
     if run.offload:
         _introduce_offload(run, run.offload, longest)
     return run
 
 
-def _agree_on_data(dataset: TokenDataset, mesh: HDPMesh) -> None:
+def _agree_on_data(dataset: TokenDataset | Selection, mesh: HDPMesh) -> None:
     """Raise ValueError on all ranks if they read different tokens. Collective.
 
     Each node may have its own copy of the data, so contents are compared, not paths or times.
@@ -174,25 +213,6 @@ def _agree_on_data(dataset: TokenDataset, mesh: HDPMesh) -> None:
     )
 
 
-def open_data(config: TrainConfig) -> TokenDataset:
-    """The dataset that `config` names. Raises ValueError for data that cannot be read."""
-    tokenizer = config.tokenizer
-    if tokenizer == "auto":
-        tokenizer = "bpe:4096" if config.model == "demo" else config.model
-    return open_dataset(
-        config.data,
-        tokenizer=tokenizer,
-        text_column=config.text_column,
-        pattern=config.pattern,
-        subset=config.subset,
-        split=config.split,
-        max_length=config.max_length,
-        overlong=config.overlong,
-        strict=config.strict,
-        cache_dir=config.cache_dir,
-    )
-
-
 def _introduce(run: Run, made: ModelSetup) -> None:
     """Log once what runs where: fallbacks are announced, never silent."""
     mesh, config, attention = run.mesh, run.config, made.attention
@@ -206,8 +226,9 @@ def _introduce(run: Run, made: ModelSetup) -> None:
     run.say(f"layers: {made.layers}; optimizer: {optimizer_name(run.optimizer)}")
     if attention.passed_over:
         run.say(f"attention: {attention.why}")
-    run.say(str(run.dataset.report))
-    longest, positions = run.dataset.report.longest_tokens, _num_positions(run.model)
+    for line in describe_data(config, run.data, is_main=run.is_main):
+        run.say(line)
+    longest, positions = int(run.dataset.seqlens.max()), _num_positions(run.model)
     if longest > positions:
         run.say(
             f"the longest sequence has {longest:,} tokens but the model was built for "

@@ -75,7 +75,7 @@ def open_dataset(
 
     Raises ValueError if the data does not exist, contains no documents, or violates an option.
     """
-    folder = Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "hdp"
+    folder = cache_folder(cache_dir)
     source = open_source(data, text_column=text_column, pattern=pattern, subset=subset, split=split)
     tokenizer = open_tokenizer(tokenizer, source, cache_dir=folder, show_progress=show_progress)
     key = _key([source.fingerprint(), tokenizer.fingerprint(), append_eos])
@@ -97,6 +97,11 @@ def open_dataset(
     return open_cache(
         path, max_length=max_length, overlong=overlong, strict=strict, tokenizer=tokenizer
     )
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """`cache_dir`, or ~/.cache/hdp."""
+    return Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "hdp"
 
 
 def open_tokenizer(
