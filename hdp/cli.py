@@ -91,11 +91,37 @@ def parse_config(
         raise SystemExit("parsing flags requires tyro: pip install 'hdp[hf]'") from None
     return tyro.cli(
         config_class,
-        args=_with_plain_integers(sys.argv[1:] if argv is None else argv, config_class),
+        args=_with_plain_integers(
+            _with_joined_lists(sys.argv[1:] if argv is None else argv, config_class), config_class
+        ),
         prog=prog,
         description=description,
         config=(tyro.conf.HelptextFromCommentsOff,),  # "# -- step --" is a heading, not help
     )
+
+
+def _with_joined_lists(argv: Sequence[str], config_class: Any) -> list[str]:
+    """Rewrite --data a --data b as --data a b, for flags that take several values."""
+    flags = {
+        f"--{f.name.replace('_', '-')}"
+        for f in fields(config_class)
+        if "tuple[str, ...]" in str(f.type)
+    }
+    rest: list[str] = []
+    values: dict[str, list[str]] = {}
+    flag = ""
+    for word in argv:
+        start, equals, value = word.partition("=")
+        if word.startswith("--"):
+            flag = start.replace("_", "-") if start.replace("_", "-") in flags else ""
+            if flag:
+                values.setdefault(flag, []).extend([value] if equals else [])
+                continue
+        if flag:
+            values[flag].append(word)
+        else:
+            rest.append(word)
+    return [*rest, *(part for flag, given in values.items() for part in (flag, *given))]
 
 
 def _with_plain_integers(argv: Sequence[str], config_class: Any) -> list[str]:
