@@ -155,6 +155,8 @@ class TrainConfig:
     """Folder to write the final model to, in the format `from_pretrained` loads."""
     export_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Dtype of the exported weights. auto: as in the checkpoint; for random weights, fp32."""
+    export_best: bool = False
+    """Export the weights of the best evaluation instead of the last ones."""
     log_every: int = 1
     """Steps between log lines."""
     peak_tflops: float | None = None
@@ -226,6 +228,10 @@ class TrainConfig:
         if self.eval_every and share == 0 and self.eval_data is None:
             raise ValueError(
                 f"--eval-every {self.eval_every} with --eval-share 0: give --eval-data, or a share"
+            )
+        if self.export_best and not (self.export_hf and (self.eval_data or self.held_out_share)):
+            raise ValueError(
+                "--export-best requires --export-hf and evaluation: add --eval-data or --eval-every"
             )
         if self.eval_tokens is not None and not (self.eval_data or self.held_out_share):
             raise ValueError(

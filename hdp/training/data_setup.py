@@ -22,7 +22,7 @@ from hdp.data.prepare.cache import cache_folder, open_tokenizer
 from hdp.data.selection import Selection, count_shared, hold_out, subset
 
 T = TypeVar("T")
-_MAX_COUNTED = 2_000_000  # sequences: above that, the length of an epoch is estimated
+_MAX_COUNTED = 300_000  # sequences: above that, the length of an epoch is estimated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,8 +164,8 @@ def _sampler(
     )
 
 
-def describe_data(config: TrainConfig, data: RunData, *, is_main: bool) -> list[str]:
-    """Lines about the data for the start of a run. Only the main rank reads tokens for it."""
+def describe_data(config: TrainConfig, data: RunData) -> list[str]:
+    """Lines about the data for the start of a run; takes a pass over lengths, and reads tokens."""
     lines = [str(data.training.report), _epoch_line(config, data), *_limit_lines(config, data)]
     if data.sources:
         assert isinstance(data.sampler, MixtureSampler)
@@ -175,7 +175,7 @@ def describe_data(config: TrainConfig, data: RunData, *, is_main: bool) -> list[
         given = sum(weight or 0.0 for _, weight in parse_names(config.data))
         scaled = "" if abs(given - 1) < 1e-6 else f"; the weights add up to {given:g}, scaled to 1"
         lines.insert(1, f"mixture, shares of {config.mix_by}: {parts}{scaled}")
-    if data.evaluation is not None and is_main:
+    if data.evaluation is not None:
         lines += _eval_lines(config, data, data.evaluation)
     return lines
 

@@ -276,6 +276,9 @@ def _finish(run: Run, saves: Saves, progress: Progress) -> None:
     if run.config.export_hf and progress.stop_signal:  # whoever sent it will not wait for long
         run.say("the model was not exported; run the same command to go on")
     elif run.config.export_hf:
+        if run.config.export_best and progress.best_step:
+            saves.load_best(progress)
+            run.say(f"exporting the weights of step {progress.best_step}")
         _export(run, Path(run.config.export_hf))
     if failed is not None:
         raise failed

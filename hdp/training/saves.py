@@ -60,6 +60,14 @@ class Saves:
         path = step_path(self._checkpointer.directory, progress.best_step)
         return path if progress.best_step and path.is_dir() else None
 
+    def load_best(self, progress: Progress) -> None:
+        """Put the weights of the best evaluation into the model. Collective; for a run's end.
+
+        Raises ValueError on all ranks, with nothing changed, if they are not on disk.
+        """
+        path = step_path(self._checkpointer.directory, progress.best_step)
+        self._checkpointer.load(model=self._run.model, path=path)
+
     def wait(self, progress: Progress) -> None:
         """Wait for the save in progress, if any. Collective.
 

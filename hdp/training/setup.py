@@ -226,7 +226,7 @@ def _introduce(run: Run, made: ModelSetup) -> None:
     run.say(f"layers: {made.layers}; optimizer: {optimizer_name(run.optimizer)}")
     if attention.passed_over:
         run.say(f"attention: {attention.why}")
-    for line in describe_data(config, run.data, is_main=run.is_main):
+    for line in describe_data(config, run.data) if run.is_main else ():
         run.say(line)
     longest, positions = int(run.dataset.seqlens.max()), _num_positions(run.model)
     if longest > positions:

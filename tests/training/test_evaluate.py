@@ -200,6 +200,20 @@ def test_early_stop_counts_on_after_a_resume(inputs, tmp_path):
     assert run_ranks(_train_with_losses, 2, patient, by_step)[0][2][:2] == (6, "")
 
 
+def test_the_best_weights_are_exported(inputs, tmp_path):
+    """After step 2, the best; and again after a resume that goes on to a worse loss."""
+    by_step = {1: 5.0, 2: 3.0, 3: 4.0}
+    folders = [tmp_path / name for name in ("at_best", "best", "last")]
+    common = {"eval_share": 0.2, "eval_every": 1, "keep_last": 1, "min_lr_ratio": 1.0}
+    for folder, steps, is_best in zip(folders, (2, 3, 4), (True, True, False), strict=True):
+        by_step[steps + 1] = 4.0
+        options = config(inputs, tmp_path / "run", steps=steps, **common)
+        options = dataclasses.replace(options, export_hf=str(folder), export_best=is_best)
+        run_ranks(_train_with_losses, 2, options, by_step)
+    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert weights[0] == weights[1] != weights[2]
+
+
 def test_progress_and_its_state():
     progress = Progress()
     assert not progress.evaluated(1, float("nan")) and progress.num_worse == 1
@@ -252,6 +266,8 @@ def test_bad_evaluation_data_is_an_error_before_training(inputs, tmp_path, rows,
         ({"eval_every": 5, "eval_share": 0.0}, "give --eval-data, or a share"),
         ({"eval_tokens": 5}, "--eval-tokens 5 without evaluation"),
         ({"eval_tokens": 0, "eval_every": 1}, "--eval-tokens must be 1 or more"),
+        ({"export_best": True}, "--export-best requires --export-hf and evaluation"),
+        ({"export_best": True, "export_hf": "x"}, "--export-best requires"),
         ({"eval_every": -1}, "--eval-every must be 0 or more"),
     ],
 )
