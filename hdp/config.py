@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+DEFAULT_STEPS = 30
+DEFAULT_EVAL_SHARE = 0.01
 DEMO_MODEL: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 128,
@@ -48,9 +51,16 @@ class TrainConfig:
     """Use Liger kernels in the layers. auto: if installed and applicable."""
 
     # -- data --
-    data: str = "stdlib"
+    data: str | tuple[str, ...] = "stdlib"
     """"stdlib" (source files of Python's standard library), a folder, a .jsonl or .parquet file, a
-    quoted glob such as "data/*.jsonl", or the name of a dataset on the hub."""
+    quoted glob such as "data/*.jsonl", or the name of a dataset on the hub; several, with weights,
+    as in a.jsonl:0.7 b/:0.3, are a mixture."""
+    mix_by: Literal["tokens", "sequences"] = "tokens"
+    """What the weights of a mixture are shares of."""
+    curriculum: Literal["none", "short-first"] = "none"
+    """short-first: the first epoch goes from short to long sequences; later ones are shuffled."""
+    context_schedule: str | None = None
+    """Longest sequence from a step on, such as 0:4096,1000:16384; longer ones are deferred."""
     text_column: str = "text"
     """Column that holds the text in JSONL or Parquet rows; rows with `messages` are chats."""
     format: Literal["auto", "text", "chat", "sharegpt", "alpaca", "prompt", "tokens"] = "auto"
@@ -78,12 +88,29 @@ class TrainConfig:
     """Cache folder for tokens and tokenizers; None: ~/.cache/hdp."""
 
     # -- step --
-    steps: int = 30
+    steps: int = DEFAULT_STEPS
     """Number of optimizer steps."""
+    epochs: float | None = None
+    """Passes over the data, instead of --steps; 0.5 is half of one."""
     batch_tokens: int = 8192
     """Global batch size: whole sequences up to this many tokens; a longer one is its own batch."""
     seed: int = 0
     """Seed for data order and random weights."""
+
+    # -- evaluation --
+    eval_data: str | None = None
+    """Data for evaluation, named like --data; it is tokenized like the training data."""
+    eval_split: str | None = None
+    """Split of a hub dataset for evaluation; None: that of --split."""
+    eval_share: float | None = None
+    """Share of the training documents to hold out instead of --eval-data; None: 0.01 if evaluation
+    is asked for, else 0."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: only at the end, if there is evaluation data."""
+    eval_tokens: int | None = None
+    """Evaluate on at most so many tokens, the same ones each time; None: all."""
+    early_stop: int = 0
+    """Stop after this many evaluations in a row without a new best loss; 0: never."""
 
     # -- parallelism --
     policy: Literal["hdp", "bytescale", "bytescale-naive", "static"] = "hdp"
@@ -146,6 +173,8 @@ class TrainConfig:
     """Dtype of the exported weights. auto: as in the checkpoint; for random weights, fp32."""
     export_ema: str | None = None
     """Folder to write the averaged model to, in the same format; requires --ema-decay."""
+    export_best: bool = False
+    """Export the weights of the best evaluation instead of the last ones."""
     log_every: int = 1
     """Steps between log lines."""
     peak_tflops: float | None = None
@@ -162,9 +191,9 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value == "auto" or value >= 1, name, value, "1 or more")
         not_negative = ("save_every", "warmup_steps", "weight_decay", "grad_clip", "seed")
-        for name in (*not_negative, "offload_gib"):
+        for name in (*not_negative, "offload_gib", "eval_every", "early_stop"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name in ("max_length", "cp_size", "hdp_size", "trace_step"):
+        for name in ("max_length", "cp_size", "hdp_size", "trace_step", "eval_tokens"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "1 or more")
         for name, value in asdict(self).items():
@@ -210,6 +239,77 @@ class TrainConfig:
                 f"--overlong {self.overlong} requires --max-length: the length above which it "
                 "applies"
             )
+
+        self._check_data_order()
+        self._check_evaluation()
+
+    def _check_data_order(self) -> None:
+        if not isinstance(self.data, str):  # a list, as from JSON
+            names = tuple(self.data)
+            object.__setattr__(self, "data", names[0] if len(names) == 1 else names)
+        if self.epochs is not None:
+            _require(0 < self.epochs < math.inf, "epochs", self.epochs, "above 0")
+            if self.steps != DEFAULT_STEPS:
+                raise ValueError(f"--steps {self.steps} and --epochs {self.epochs}: give only one")
+        _ = self.context_limits  # raises if it cannot be parsed
+
+    def _check_evaluation(self) -> None:
+        share = self.eval_share
+        _require(share is None or 0 <= share < 1, "eval_share", share, "at least 0 and below 1")
+        if self.eval_data is not None and share:
+            raise ValueError(
+                f"--eval-data {self.eval_data} and --eval-share {share}: give only one, as either "
+                "is what to evaluate on"
+            )
+        if self.early_stop and not self.eval_every:
+            raise ValueError(
+                f"--early-stop {self.early_stop} requires --eval-every: it counts evaluations"
+            )
+        if self.eval_every and share == 0 and self.eval_data is None:
+            raise ValueError(
+                f"--eval-every {self.eval_every} with --eval-share 0: give --eval-data, or a share"
+            )
+        if self.export_best and not (self.export_hf and (self.eval_data or self.held_out_share)):
+            raise ValueError(
+                "--export-best requires --export-hf and evaluation: add --eval-data or --eval-every"
+            )
+        if self.eval_tokens is not None and not (self.eval_data or self.held_out_share):
+            raise ValueError(
+                f"--eval-tokens {self.eval_tokens} without evaluation: add --eval-data, "
+                "--eval-share or --eval-every"
+            )
+
+    @property
+    def held_out_share(self) -> float:
+        """The share of the training documents that is held out for evaluation."""
+        if self.eval_data is not None:
+            return 0.0
+        if self.eval_share is None:
+            return DEFAULT_EVAL_SHARE if self.eval_every else 0.0
+        return self.eval_share
+
+    @property
+    def context_limits(self) -> tuple[tuple[int, int], ...]:
+        """The parsed --context-schedule: (steps before, maximum tokens of a sequence)."""
+        limits = []
+        for part in (self.context_schedule or "").split(",") if self.context_schedule else ():
+            match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)([kKmM]?)\s*", part)
+            if not match:
+                raise ValueError(
+                    f"--context-schedule {self.context_schedule!r}: {part!r} is not STEP:TOKENS; "
+                    "write it like 0:4096,1000:16K"
+                )
+            scale = {"": 1, "k": 1024, "m": 1024**2}[match[3].lower()]
+            limits.append((max(int(match[1]) - 1, 0), int(match[2]) * scale))
+        steps, tokens = [step for step, _ in limits], [limit for _, limit in limits]
+        if limits and (
+            steps[0] != 0 or sorted(set(steps)) != steps or sorted(set(tokens)) != tokens
+        ):
+            raise ValueError(
+                f"--context-schedule {self.context_schedule!r} must start at step 0, and its steps "
+                "and tokens must ascend; write it like 0:4096,1000:16K"
+            )
+        return tuple(limits)
 
     @property
     def model_entries(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from functools import partial
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
@@ -115,14 +115,25 @@ def _read(argv: Sequence[str], flags: dict[str, FieldInfo]) -> list[_Given]:
         else:
             raise ValueError(f"{word!r} is not an option: options start with --")
     seen: dict[str, str] = {}
-    for item in given:
+    for item in _joined(given, flags):
         if item.name in seen:
             both = seen[item.name] if seen[item.name] != item.flag else f"{item.flag} twice"
             both = both if both.endswith("twice") else f"{both} and {item.flag}"
             raise ValueError(f"{both}: an option may be given once; keep one of the two")
         seen[item.name] = item.flag
         _check_words(item, flags[item.name].type)
-    return given
+    return _joined(given, flags)
+
+
+def _joined(given: list[_Given], flags: dict[str, FieldInfo]) -> list[_Given]:
+    """--data a --data b as --data a b, for options that take several values."""
+    result: dict[str, _Given] = {}
+    for i, item in enumerate(given):
+        several = _takes_several(flags[item.name].type)
+        key = item.name if several else f"{item.name} {i}"
+        words = [*(result[key].words if key in result else ()), *item.words]
+        result[key] = replace(item, words=words)
+    return list(result.values())
 
 
 def _flag(word: str, flags: dict[str, FieldInfo]) -> _Given:
@@ -150,7 +161,7 @@ def _check_words(item: _Given, wanted: Any) -> None:
         return
     if not item.words:
         raise ValueError(f"{item.flag} needs a value")
-    if any(get_origin(option) in (tuple, list) for option in (wanted, *get_args(wanted))):
+    if _takes_several(wanted):
         return
     if len(item.words) > 1:
         raise ValueError(
@@ -161,6 +172,10 @@ def _check_words(item: _Given, wanted: Any) -> None:
         parse_value(item.words[0], wanted)
     except ValueError as error:
         raise ValueError(f"{item.flag} must be {error}") from None
+
+
+def _takes_several(wanted: Any) -> bool:
+    return any(get_origin(option) in (tuple, list) for option in (wanted, *get_args(wanted)))
 
 
 def _word(given: list[_Given], name: str) -> str | None:

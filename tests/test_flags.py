@@ -22,7 +22,7 @@ WRONG = [
     (["--no-steps"], "unknown option --no-steps"),
     (["--no-resum"], "unknown option --no-resum (did you mean --no-resume?)"),
     (["--steps", "5", "--steps", "6"], "--steps twice"),
-    (["--data", "a.jsonl", "--data=b.jsonl"], "--data twice"),
+    (["--model", "a", "--model=b"], "--model twice"),
     (["--max-length", "4K", "--max_length", "8K"], "--max-length and --max_length"),
     (["--resume", "--no-resume"], "--resume and --no-resume"),
     (["--steps"], "--steps needs a value"),

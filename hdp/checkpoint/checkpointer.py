@@ -137,11 +137,13 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer | None = None,
         averages: Mapping[str, torch.Tensor] | None = None,
         extra: Mapping[str, Any] | None = None,
+        keep_step: int | None = None,
     ) -> None:
         """Start saving; return once the state is copied. Waits for a save that is still running.
 
         `averages`: of the weights, by name and sharded alike (`EMA.averages`). `extra`:
-        JSON-serializable, the same on all ranks (sampler, schedule, tokens seen). Raises
+        JSON-serializable, the same on all ranks (sampler, schedule, tokens seen). `keep_step`: a
+        step whose checkpoint is kept in addition to the last ones. Raises
         CheckpointError and saves nothing if the previous save failed; call again to save.
         """
         self.wait()
@@ -166,6 +168,7 @@ class Checkpointer:
             path=saving_path(final, self._run_id),
             final=final,
             keep_last=self.keep_last,
+            keep_step=keep_step,
             group=self._group,
             stager=self._stager,
         )

@@ -240,10 +240,15 @@ def commit(saved: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def prune(directory: Path, keep_last: int) -> None:
-    """Delete all but the last `keep_last` checkpoints; unreadable ones are left alone."""
+def prune(directory: Path, keep_last: int, keep_step: int | None = None) -> None:
+    """Delete all but the last `keep_last` checkpoints and that of `keep_step`.
+
+    Unreadable ones are left alone.
+    """
     readable = [path for path in committed(directory) if _serial(path) < math.inf]
     for path in readable[:-keep_last]:
+        if keep_step is not None and path == step_path(directory, keep_step):
+            continue
         removing = path.with_name(f".removing-{path.name}")
         shutil.rmtree(removing, ignore_errors=True)
         path.rename(removing)

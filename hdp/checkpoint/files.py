@@ -201,6 +201,7 @@ def save_async(
     path: Path,
     final: Path,
     keep_last: int | None,
+    keep_step: int | None,
     group: dist.ProcessGroup,
     stager: DefaultStager,
 ) -> Future[Any]:
@@ -208,7 +209,7 @@ def save_async(
 
     If any rank fails, the future raises one of ERRORS on all ranks.
     """
-    writer = _Writer(path, final, info, keep_last)
+    writer = _Writer(path, final, info, keep_last, keep_step)
     saving = dcp.async_save(state, storage_writer=writer, process_group=group, async_stager=stager)
     return cast("Future[Any]", saving)
 
@@ -245,9 +246,17 @@ class _Writer(dcp.FileSystemWriter):
     torch calls `finish` on rank 0 when all ranks have written, and raises any step's error on all.
     """
 
-    def __init__(self, path: Path, final: Path, info: CheckpointInfo, keep_last: int | None):
+    def __init__(
+        self,
+        path: Path,
+        final: Path,
+        info: CheckpointInfo,
+        keep_last: int | None,
+        keep_step: int | None,
+    ) -> None:
         super().__init__(path, single_file_per_rank=True, sync_files=True)
-        self._final, self._info, self._keep_last = final, info, keep_last
+        self._final, self._info = final, info
+        self._keep_last, self._keep_step = keep_last, keep_step
         self._files = _ChecksumFiles()
         self.fs = self._files
 
@@ -286,7 +295,7 @@ class _Writer(dcp.FileSystemWriter):
         commit(path, self._final)
         if self._keep_last is not None:
             with contextlib.suppress(OSError):  # the save itself succeeded
-                prune(self._final.parent, self._keep_last)
+                prune(self._final.parent, self._keep_last, self._keep_step)
 
 
 class _ChecksumFiles(FileSystem):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # as in hdp/__init__.py
     from .dataset import DataReport as DataReport
     from .dataset import TokenDataset as TokenDataset
     from .dataset import open_cache as open_cache
+    from .mixture import MixtureSampler as MixtureSampler
     from .prepare.cache import open_dataset as open_dataset
     from .prepare.locate import open_source as open_source
     from .prepare.tokenizer import Tokenizer as Tokenizer
@@ -28,6 +29,7 @@ _EXPORTS = {
     "hdp.data.prepare.cache": ("open_dataset",),
     "hdp.data.dataset": ("TokenDataset", "DataReport", "open_cache"),
     "hdp.data.sampler": ("Sampler",),
+    "hdp.data.mixture": ("MixtureSampler",),
     "hdp.data.sample": ("Sample", "SampleList", "SampleSource"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

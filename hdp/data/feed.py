@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ from hdp.scheduler import StepPlan
 
 from .pack import PackedBatch, pack_rank
 from .sample import Sample, SampleSource
-from .sampler import Position
+
+Position = Any  # what the sampler counts in: JSON-able, and only the sampler reads it
 
 _LONG_WAIT_S = 1.0  # before `on_wait`, which may cost a message
 

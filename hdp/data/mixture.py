@@ -107,7 +107,8 @@ class MixtureSampler:
         batch, states, taken = self._checked(position)
         phase = bisect_right(self._starts, batch) - 1
         cursors = [s.cursor(state, phase) for s, state in zip(self._streams, states, strict=True)]
-        used, ids, num_tokens = list(taken), [], 0
+        used, num_tokens = list(taken), 0
+        ids: list[int] = []
         while True:
             source = self._next_source(used, [cursor.seqlen for cursor in cursors])
             cursor = cursors[source]
@@ -139,6 +140,10 @@ class MixtureSampler:
             _, position = self.batch_at(position)
             count += 1
         return count
+
+    def steps_left(self, epochs: float) -> int:
+        """Number of batches from the current position until `epochs` epochs are done."""
+        return self.num_steps(epochs, self.position)
 
     def epochs_done(self, position: Any) -> float:
         """How many epochs lie before `position`; see `num_steps`."""

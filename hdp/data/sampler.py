@@ -124,6 +124,10 @@ class Sampler:
             count += 1
         return count
 
+    def steps_left(self, epochs: float) -> int:
+        """Number of batches from the current position until `epochs` epochs are done."""
+        return self.num_steps(epochs, self.position)
+
     def epochs_done(self, position: Position) -> float:
         """How many epochs lie before `position`."""
         return position[0] + position[1] / len(self._seqlens)

@@ -173,4 +173,4 @@ def count_shared(evaluation: Selection, training: Any) -> tuple[int, int]:
 
 
 def _digest(sample: Sample) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(sample.input_ids), digest_size=12).digest()
+    return hashlib.blake2b(sample.input_ids.tobytes(), digest_size=12).digest()

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from .evaluate import Evaluation
 from .metrics import StepMetrics
 from .progress import Progress
 from .setup import Run
@@ -31,6 +32,9 @@ class Callback:
 
     def on_step_end(self, run: Run, progress: Progress, metrics: StepMetrics) -> None:
         """A logged step (`log_every`) has ended. `metrics` is the same on all ranks."""
+
+    def on_evaluate(self, run: Run, progress: Progress, evaluation: Evaluation) -> None:
+        """An evaluation has ended. `evaluation` is the same on all ranks but for its time."""
 
     def on_save(self, run: Run, progress: Progress, checkpoint: Path) -> None:
         """A checkpoint is complete on disk; it may be of an earlier step than progress.step."""
@@ -58,6 +62,10 @@ class Callbacks(Callback):
     def on_step_end(self, run: Run, progress: Progress, metrics: StepMetrics) -> None:
         for callback in self._callbacks:
             callback.on_step_end(run, progress, metrics)
+
+    def on_evaluate(self, run: Run, progress: Progress, evaluation: Evaluation) -> None:
+        for callback in self._callbacks:
+            callback.on_evaluate(run, progress, evaluation)
 
     def on_save(self, run: Run, progress: Progress, checkpoint: Path) -> None:
         for callback in self._callbacks:

@@ -21,16 +21,15 @@ from hdp import console
 from hdp.checkpoint.directory import committed
 from hdp.config import TrainConfig
 from hdp.config_file import to_yaml
-from hdp.data import TokenDataset
 from hdp.scheduler import CostModel, StepPlan, plan
 from hdp.scheduler.costs.estimate import estimate_cost
 
 from .capacity import ModelFacts, describe_fit, free_bytes, memory_of, model_facts, tokens_that_fit
+from .data_setup import RunData, check_data_fits, describe_data, limit_demo_data, open_run_data
 from .metrics import ring_counts
 from .model_setup import checked_shape, compute_dtype
 from .run_config import check_new_run
 from .schedule import schedule_of
-from .setup import limit_demo_data, open_data, open_sampler
 
 
 def dry_run(config: TrainConfig) -> None:
@@ -45,7 +44,10 @@ def dry_run(config: TrainConfig) -> None:
     ranks = config.hdp_size or int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(config)
     config = limit_demo_data(config, ranks, say=True)
-    dataset = open_data(config)
+    data = open_run_data(config)
+    if config.epochs is not None:
+        config = replace(config, steps=data.sampler.num_steps(config.epochs), epochs=None)
+    dataset = data.training
     checked_shape(config, vocab_size=dataset.vocab_size)
     facts = model_facts(config, vocab_size=dataset.vocab_size)
     memory = memory_of(config, facts, ranks=ranks, device=device)
@@ -56,7 +58,7 @@ def dry_run(config: TrainConfig) -> None:
         f"model {config.model}: {facts.num_params / 1e6:,.1f}M parameters, compute in "
         f"{str(compute_dtype(config, device)).removeprefix('torch.')}",
     ]
-    lines += str(dataset.report).splitlines()
+    lines += [line for text in describe_data(config, data) for line in text.splitlines()]
     if config.max_tokens_per_rank == "auto":
         if not is_here:
             raise ValueError(
@@ -74,7 +76,7 @@ def dry_run(config: TrainConfig) -> None:
         f"memory of one rank with {config.tokens_per_rank:,} tokens: about {needed / 2**30:.1f} "
         f"GiB; {free}" + (" (too little)" if needed > available and not config.offload_gib else "")
     )
-    lines += _steps(config, dataset, facts, device, ranks)
+    lines += _steps(config, data, facts, device, ranks)
     lines += _folder(config)
     print(to_yaml(config, leave_out=("dry_run",)), end="", flush=True)
     for line in lines:
@@ -90,22 +92,20 @@ def _device(config: TrainConfig) -> torch.device:
 
 
 def _steps(
-    config: TrainConfig, dataset: TokenDataset, facts: ModelFacts, device: torch.device, ranks: int
+    config: TrainConfig, data: RunData, facts: ModelFacts, device: torch.device, ranks: int
 ) -> list[str]:
-    """The epochs, the schedule and the plan of the first batch."""
-    sampler = open_sampler(config, dataset)
-    per_epoch = sampler.num_batches(0)
+    """The schedule and the plan of the first batch."""
+    dataset, sampler = data.training, data.sampler
     schedule = schedule_of(config)
     start = f"{schedule(0):.1e} at step 1, {config.lr:.1e} at step {config.warmup_steps + 1}"
     end = f", from step {schedule.decay_start + 1} on down to {schedule.min_lr:.1e}"
     lines = [
-        f"{config.steps:,} steps; 1 epoch = {per_epoch:,} steps, so "
-        f"{config.steps / per_epoch:.2f} epochs",
+        f"{config.steps:,} steps",
         f"lr: {start}, {config.schedule}{'' if config.schedule == 'constant' else end}",
     ]
     if config.offload_gib:  # what fits then depends on the host's memory: a run checks it
         return lines
-    dataset.check_fits(hdp_size=ranks, max_tokens_per_rank=config.tokens_per_rank)
+    check_data_fits(config, data, hdp_size=ranks)
     dtype = compute_dtype(config, device)
     if config.cost:
         cost = CostModel.find(config.cost)
@@ -123,7 +123,7 @@ def _steps(
         )
 
     planned(dataset.seqlens.max()[None])  # as a run does: fail now if no ring can hold it
-    ids, _ = sampler.batch_at((0, 0))
+    ids = next(iter(sampler))
     first = planned(dataset.seqlens[ids])
     rings = " ".join(f"{size}x{count}" for size, count in ring_counts(first).items())
     lines.append(

@@ -43,10 +43,16 @@ from .schedule import learning_rate
 from .setup import LONG_S, Run, set_up
 from .signals import StopSignals
 from .step import train_step
+from .validation import (
+    Validation,
+    early_stop_reason,
+    evaluation_state,
+    has_stopped_improving,
+)
 
 _KEPT_STEPS = 10_000  # so that memory does not grow with the length of a run
 _PATHS = (
-    *("model", "data", "tokenizer", "cache_dir", "run_dir", "cost"),
+    *("model", "data", "eval_data", "tokenizer", "cache_dir", "run_dir", "cost"),
     *("export_hf", "export_ema"),
 )
 
@@ -92,7 +98,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> list[StepM
             ) as checkpointer,
         ):
             with watchdog.allow(LONG_S, "loading a checkpoint"):
-                progress = _resume(run, checkpointer)
+                run, progress = _resume(run, checkpointer)
             for line in on_rank_0(partial(accept, config, step=progress.step), mesh.hdp_group):
                 run.say(line)
             with StopSignals(run.say) as signals:
@@ -145,8 +151,11 @@ def _steps(
         ) as writer,
         run.feed() as feed,
     ):
+        validation = Validation(run, events, writer)
         batches, began = iter(feed), time.perf_counter()
         for step in range(progress.first_step, config.steps + 1):
+            if progress.stop_reason:  # a resumed run that had stopped improving
+                break
             watchdog.progress(step=step, what="waiting for the plan and tokens")
             batch = next(batches)
             lr = learning_rate(config, step)
@@ -170,12 +179,14 @@ def _steps(
                 writer.write(metrics)
                 events.on_step_end(run, progress, metrics)
                 yield metrics
-            began = ended
             if step == config.trace_step:
                 write_trace(run, step, batch)
+            paused = time.perf_counter()
+            is_best = validation.after_step(progress)
+            began = ended + time.perf_counter() - paused
             stop = _agree(run, saves, progress, signals)
             is_due = config.save_every and step % config.save_every == 0
-            if step == config.steps or is_due or stop:
+            if step == config.steps or is_due or is_best or stop:
                 with watchdog.allow(LONG_S, f"saving step {step}"):
                     saves.start(progress)
             if stop:
@@ -212,11 +223,14 @@ def _agree(run: Run, saves: Saves, progress: Progress, signals: StopSignals) -> 
     return progress.settle_stop(code)
 
 
-def _resume(run: Run, checkpointer: Checkpointer) -> Progress:
-    """The progress stored in the newest checkpoint, which is loaded; that of a new run if none."""
+def _resume(run: Run, checkpointer: Checkpointer) -> tuple[Run, Progress]:
+    """The run, and the progress stored in its newest checkpoint, which is loaded, if there is one.
+
+    With --epochs, the number of steps follows from the checkpoint's place in the data.
+    """
     newest = checkpointer.latest()
     if newest is None:
-        return Progress()
+        return run, Progress()
     averages = run.ema.averages if run.ema else None
     restored = checkpointer.load(model=run.model, optimizer=run.optimizer, averages=averages)
     assert restored is not None
@@ -233,16 +247,22 @@ def _resume(run: Run, checkpointer: Checkpointer) -> Progress:
             "the data files, tokenizer or options changed since this checkpoint, but sequence "
             "lengths match; continuing with the new data"
         )
-    if restored.step >= run.config.steps:
-        run.say(
-            f"all {run.config.steps} steps are done: raise --steps to train longer, or choose "
-            "another --run-dir to start a new run"
-        )
-    return Progress(
+    run = run.until_epochs(restored.step)
+    progress = Progress(
         step=restored.step,
         first_step=restored.step + 1,
         total_tokens=restored.extra["total_tokens"],
+        **evaluation_state(restored.extra),
     )
+    if restored.step >= run.config.steps:
+        flag = "--steps" if run.epochs is None else "--epochs"
+        run.say(
+            f"all {run.config.steps} steps are done: raise {flag} to train longer, or choose "
+            "another --run-dir to start a new run"
+        )
+    elif has_stopped_improving(run, progress):
+        progress.stop_reason = early_stop_reason(progress)
+    return run, progress
 
 
 def _finish(run: Run, saves: Saves, progress: Progress) -> None:
@@ -254,17 +274,36 @@ def _finish(run: Run, saves: Saves, progress: Progress) -> None:
         failed = error
     if progress.stop_reason:
         run.say(f"stopped after step {progress.step} of {run.config.steps}: {progress.stop_reason}")
+    if best := saves.best(progress):
+        run.say(
+            f"best evaluation loss {progress.best_loss:.4f} at step {progress.best_step}: {best}"
+        )
+    elif progress.best_step:
+        run.say(
+            f"best evaluation loss {progress.best_loss:.4f} at step {progress.best_step}, whose "
+            "checkpoint is not on disk"
+        )
+    if line := run.data.epochs_line():
+        run.say(line)
+    _export_all(run, saves, progress)
+    if failed is not None:
+        raise failed
+
+
+def _export_all(run: Run, saves: Saves, progress: Progress) -> None:
+    """Export the model and its average, if asked for. Collective."""
     config = run.config
     if (config.export_hf or config.export_ema) and progress.stop_signal:  # its sender will not wait
         run.say("the model was not exported; run the same command to go on")
-    else:
-        if config.export_hf:
-            _export(run, Path(config.export_hf))
-        if config.export_ema and run.ema:
-            with run.ema.applied(run.model):
-                _export(run, Path(config.export_ema))
-    if failed is not None:
-        raise failed
+        return
+    if config.export_ema and run.ema:  # before the weights of the best step replace the last ones
+        with run.ema.applied(run.model):
+            _export(run, Path(config.export_ema))
+    if config.export_hf:
+        if config.export_best and progress.best_step:
+            saves.load_best(progress)
+            run.say(f"exporting the weights of step {progress.best_step}")
+        _export(run, Path(config.export_hf))
 
 
 def _export(run: Run, folder: Path) -> None:

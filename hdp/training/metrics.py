@@ -20,7 +20,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import FileIO
@@ -179,16 +179,20 @@ class MetricsWriter:
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, metrics: StepMetrics) -> None:
+        """Append the metrics of a step."""
+        self.log(metrics.step, asdict(metrics))
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append a row of named values of a step; TensorBoard gets those that are numbers."""
         if self._file is None:
             return
-        values = asdict(metrics)
-        self._unwritten += json.dumps(values).encode() + b"\n"
+        self._unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
         self._append()
         if self._board is not None:
             try:
                 for name, value in values.items():
                     if isinstance(value, (int, float)) and name != "step":
-                        self._board.add_scalar(name, value, metrics.step)
+                        self._board.add_scalar(name, value, step)
             except OSError as error:
                 self._board = None
                 self._say(f"TensorBoard logging stopped for the rest of this run: {error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from dataclasses import dataclass, field
@@ -9,15 +10,26 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """The state of a run that changes with every step. Checkpoints store the first two fields."""
+    """The state of a run that changes with every step. Checkpoints store the first five fields."""
 
     step: int = 0  # the last step that was trained
     total_tokens: int = 0  # trained on since the start of the run
+    best_loss: float = math.inf  # of the evaluations so far
+    best_step: int = 0  # its step; 0: none yet
+    num_worse: int = 0  # evaluations since then
     started_s: float = field(default_factory=time.monotonic)  # of this process
     first_step: int = 1  # the first step that this process trains
     stop_reason: str = ""  # why the run ended early; "" while it runs and when it is complete
     stop_signal: int = 0  # the signal that ended it, such as 15; 0: none
     _request: str = ""
+
+    def evaluated(self, step: int, loss: float) -> bool:
+        """Count an evaluation; returns whether its loss is the lowest so far."""
+        if loss < self.best_loss:  # not if it is nan
+            self.best_loss, self.best_step, self.num_worse = loss, step, 0
+            return True
+        self.num_worse += 1
+        return False
 
     def stop(self, reason: str) -> None:
         """Ask the run to stop, with a checkpoint, after the current step.

@@ -28,6 +28,8 @@ EFFECTS = {
     **dict.fromkeys(
         ("data", "text_column", "pattern", "subset", "split", "tokenizer", "max_length"), _ORDER
     ),
+    **dict.fromkeys(("format", "chat_template", "chat_template_kwargs", "eval_share"), _ORDER),
+    **dict.fromkeys(("mix_by", "curriculum", "context_schedule", "epochs"), _ORDER),
     **dict.fromkeys(("overlong", "strict", "batch_tokens"), _ORDER),
     "seed": _ORDER,
     **dict.fromkeys(("lr", "min_lr_ratio", "warmup_steps", "schedule", "decay_share"), _UPDATE),

@@ -12,10 +12,9 @@ import torch
 from hdp import console
 from hdp.attention.layout import RingLayout
 from hdp.config import TrainConfig
-from hdp.data import Sampler, TokenDataset, open_dataset
+from hdp.data import MixtureSampler, Sampler, TokenDataset
 from hdp.data.feed import StepFeed
-from hdp.data.sample import content_checksum
-from hdp.distributed.agree import agree_on_values
+from hdp.data.selection import Selection
 from hdp.distributed.mesh import HDPMesh
 from hdp.distributed.rng import seed_rng
 from hdp.distributed.watchdog import Watchdog
@@ -23,28 +22,44 @@ from hdp.models.causal_lm import CausalLM
 from hdp.offloading.per_microbatch import PerMicrobatchOffload
 from hdp.ops.native import describe
 from hdp.scheduler import CostModel, StepPlan, plan
-from hdp.scheduler.policies.memory import shard_capacity
 
 from .capacity import fit_tokens_per_rank
+from .data_setup import (
+    RunData,
+    agree_on_data,
+    check_data_fits,
+    describe_data,
+    limit_demo_data,
+    open_run_data,
+)
 from .ema import EMA, describe_average
 from .model_setup import ModelSetup, check_model, set_up_model
 from .optim import build_optimizer, describe_groups, optimizer_name
 from .step import StepContext, keep_everything
 
 LONG_S = 3600.0  # time limit for loading, saving and exporting before a rank counts as hung
-DEMO_LENGTH = 2048  # limit of the demo data: batches are the same on any number of ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """What stays the same across steps in addition to the StepContext: data, planning, logging."""
 
-    config: TrainConfig
-    dataset: TokenDataset
-    sampler: Sampler
+    config: TrainConfig  # with the number of steps, also where epochs were asked for
+    data: RunData
     cost: CostModel
     context: StepContext
     ema: EMA | None = None  # the average of the weights, with --ema-decay
+    epochs: float | None = None  # asked for instead of steps
+
+    @property
+    def dataset(self) -> TokenDataset | Selection:
+        """What the run trains on."""
+        return self.data.training
+
+    @property
+    def sampler(self) -> Sampler | MixtureSampler:
+        """The order of `dataset`, and the position of the next batch in it."""
+        return self.data.sampler
 
     @property
     def mesh(self) -> HDPMesh:
@@ -86,6 +101,16 @@ class Run:
             offload=self.config.offload_gib > 0,
         )
 
+    def until_epochs(self, step: int) -> Run:
+        """This run with as many steps as its epochs take after `step`, from the sampler's position.
+
+        They change if the batch size does. Without --epochs, the run itself.
+        """
+        if self.epochs is None:
+            return self
+        steps = step + self.sampler.steps_left(self.epochs)
+        return replace(self, config=replace(self.config, steps=steps))
+
     def feed(self) -> StepFeed:
         """Steps from the sampler's position on, planned and packed one step ahead of training."""
         return StepFeed(
@@ -123,18 +148,20 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
     seed_rng(config.seed, rank=mesh.hdp_rank)
     check_model(config, mesh)  # seconds; tokenizing may take hours
     config = limit_demo_data(config, mesh.hdp_size, say=mesh.hdp_rank == 0)
-    dataset = open_data(config)
+    data = open_run_data(config)
+    epochs, dataset = config.epochs, data.training
+    if epochs is not None:
+        config = replace(config, steps=data.sampler.num_steps(epochs), epochs=None)
     if config.max_tokens_per_rank == "auto":
         config = fit_tokens_per_rank(config, mesh, vocab_size=dataset.vocab_size)
     if not config.offload_gib:  # with offload, what fits also depends on costs: checked below
-        dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=config.tokens_per_rank)
-    _agree_on_data(dataset, mesh)
+        check_data_fits(config, data, hdp_size=mesh.hdp_size)
+    agree_on_data(dataset, mesh)
+    if data.evaluation is not None:
+        agree_on_data(data.evaluation, mesh)
     made = set_up_model(config, mesh, vocab_size=dataset.vocab_size)
     if made.offload is not None:
-        capacity = shard_capacity(
-            dataset.seqlens, max_tokens_per_rank=config.tokens_per_rank, cost=made.cost
-        )
-        dataset.check_fits(hdp_size=mesh.hdp_size, max_tokens_per_rank=capacity)
+        check_data_fits(config, data, hdp_size=mesh.hdp_size, cost=made.cost)
     optimizer = build_optimizer(
         made.model,
         lr=config.lr,
@@ -144,8 +171,8 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
     )
     run = Run(
         config=config,
-        dataset=dataset,
-        sampler=open_sampler(config, dataset),
+        data=data,
+        epochs=epochs,
         cost=made.cost,
         context=StepContext.create(
             mesh,
@@ -158,70 +185,12 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
         ema=EMA(made.model, config.ema_decay) if config.ema_decay else None,
     )
     longest = run.plan(dataset.seqlens.max()[None])  # fail now if no ring can hold it
+    if data.evaluation is not None:
+        run.plan(data.evaluation.seqlens.max()[None])
     _introduce(run, made)
     if run.offload:
         _introduce_offload(run, run.offload, longest)
     return run
-
-
-def _agree_on_data(dataset: TokenDataset, mesh: HDPMesh) -> None:
-    """Raise ValueError on all ranks if they read different tokens. Collective.
-
-    Each node may have its own copy of the data, so contents are compared, not paths or times.
-    """
-    agree_on_values(
-        {
-            "number of sequences": len(dataset),
-            "number of tokens": int(dataset.seqlens.sum()),
-            "vocabulary size": dataset.vocab_size,
-            "checksum of the tokens": content_checksum(dataset),
-        },
-        mesh.hdp_group,
-        problem="ranks read different data",
-        remedy="give all nodes the same files, tokenizer and cache",
-    )
-
-
-def limit_demo_data(config: TrainConfig, hdp_size: int, *, say: bool) -> TrainConfig:
-    """The demo data in pieces that the ranks hold, unless the configuration limits them itself."""
-    if config.data != "stdlib" or config.max_length is not None:
-        return config
-    length = DEMO_LENGTH
-    if config.max_tokens_per_rank != "auto":
-        length = min(length, hdp_size * config.tokens_per_rank)
-    if say:
-        console.note(
-            f"data stdlib: --max-length {length} --overlong split, because its longest file has "
-            "about 190,000 tokens; set --max-length for another limit"
-        )
-    return replace(config, max_length=length, overlong="split")
-
-
-def open_data(config: TrainConfig) -> TokenDataset:
-    """The dataset that `config` names. Raises ValueError for data that cannot be read."""
-    tokenizer = config.tokenizer
-    if tokenizer == "auto":
-        tokenizer = "bpe:4096" if config.model == "demo" else config.model
-    return open_dataset(
-        config.data,
-        tokenizer=tokenizer,
-        text_column=config.text_column,
-        format=config.format,
-        pattern=config.pattern,
-        subset=config.subset,
-        split=config.split,
-        chat_template=config.chat_template,
-        chat_template_kwargs=config.template_variables,
-        max_length=config.max_length,
-        overlong=config.overlong,
-        strict=config.strict,
-        cache_dir=config.cache_dir,
-    )
-
-
-def open_sampler(config: TrainConfig, dataset: TokenDataset) -> Sampler:
-    """The order of the run's batches."""
-    return Sampler(dataset.seqlens, batch_tokens=config.batch_tokens, seed=config.seed)
 
 
 def _introduce(run: Run, made: ModelSetup) -> None:
@@ -238,8 +207,9 @@ def _introduce(run: Run, made: ModelSetup) -> None:
     run.say(describe_groups(run.optimizer) + describe_average(run.ema))
     if attention.passed_over:
         run.say(f"attention: {attention.why}")
-    run.say(str(run.dataset.report))
-    longest, positions = run.dataset.report.longest_tokens, _num_positions(run.model)
+    for line in describe_data(config, run.data) if run.is_main else ():
+        run.say(line)
+    longest, positions = int(run.dataset.seqlens.max()), _num_positions(run.model)
     if longest > positions:
         run.say(
             f"the longest sequence has {longest:,} tokens but the model was built for "

@@ -258,3 +258,12 @@ def test_lock_is_held_by_one_process_and_dies_with_it(tmp_path):
     holder.wait()
     Lock(tmp_path).close()
     Lock(tmp_path).close()
+
+
+def test_one_more_checkpoint_is_kept_by_its_step(tmp_path):
+    for step in (10, 20, 30, 40):
+        _save(tmp_path, step)
+    prune(tmp_path, 1, keep_step=20)
+    assert _names(tmp_path) == ["step-00000020", "step-00000040"]
+    prune(tmp_path, 1, keep_step=99)
+    assert _names(tmp_path) == ["step-00000040"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hdp.config import TrainConfig
+from hdp.training.data_setup import DEMO_LENGTH, limit_demo_data
 from hdp.training.loop import train
-from hdp.training.setup import DEMO_LENGTH, limit_demo_data
 
 
 def test_the_demo_data_is_limited_unless_a_limit_is_given():

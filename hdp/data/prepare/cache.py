@@ -85,7 +85,7 @@ def open_dataset(
     Raises ValueError if the data does not exist, contains no documents, or violates an option, and
     OSError, naming the cache folder, if it is full.
     """
-    folder = Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "hdp"
+    folder = cache_folder(cache_dir)
     where: dict[str, Any] = {"pattern": pattern, "subset": subset, "split": split}
     source = open_source(data, text_column=text_column, format=format, **where)
     template: Any = {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs}
@@ -111,6 +111,11 @@ def _fill(
     meta = build(directory, source, tokenizer, **options)
     notes = [*meta.get("notes", ()), *tokenizer.notes()]
     return {**meta, "notes": notes, "fingerprint": key}
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """`cache_dir`, or ~/.cache/hdp."""
+    return Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "hdp"
 
 
 def open_tokenizer(

@@ -1,0 +1,286 @@
+"""RunData: what a run trains on, what it is evaluated on, and in which order.
+
+One data set is used as it is. Several without weights are one data set: each sequence comes once
+per epoch. With weights, each is a source of a mixture. A share that is held out for evaluation is
+taken from all of them first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from hdp import console
+from hdp.config import TrainConfig
+from hdp.data import MixtureSampler, Sampler, TokenDataset, Tokenizer, open_dataset, open_source
+from hdp.data.joined_source import JoinedSource
+from hdp.data.naming import parse_names
+from hdp.data.prepare.cache import cache_folder, open_tokenizer
+from hdp.data.sample import content_checksum
+from hdp.data.selection import Selection, count_shared, hold_out, subset
+from hdp.distributed.agree import agree_on_values
+from hdp.distributed.mesh import HDPMesh
+from hdp.scheduler import CostModel
+from hdp.scheduler.policies.memory import shard_capacity
+
+T = TypeVar("T")
+DEMO_LENGTH = 2048  # limit of the demo data: batches are the same on any number of ranks
+_MAX_COUNTED = 300_000  # sequences: above that, the length of an epoch is estimated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunData:
+    """The data of a run."""
+
+    training: TokenDataset | Selection
+    evaluation: Selection | None
+    sampler: Sampler | MixtureSampler
+    sources: tuple[str, ...]  # names of a mixture's sources; () without weights
+
+    def epochs_line(self) -> str:
+        """How often each source of a mixture has been seen up to the sampler's position."""
+        if not isinstance(self.sampler, MixtureSampler) or not self.sources:
+            return ""
+        seen = self.sampler.epochs_by_source(self.sampler.position)
+        parts = (f"{name} {count:.2f}" for name, count in zip(self.sources, seen, strict=True))
+        return f"epochs of each data set so far: {', '.join(parts)}"
+
+
+def limit_demo_data(config: TrainConfig, hdp_size: int, *, say: bool) -> TrainConfig:
+    """The demo data in pieces that the ranks hold, unless the configuration limits them itself."""
+    if config.data != "stdlib" or config.max_length is not None:
+        return config
+    length = DEMO_LENGTH
+    if config.max_tokens_per_rank != "auto":
+        length = min(length, hdp_size * config.tokens_per_rank)
+    if say:
+        console.note(
+            f"data stdlib: --max-length {length} --overlong split, because its longest file has "
+            "about 190,000 tokens; set --max-length for another limit"
+        )
+    return replace(config, max_length=length, overlong="split")
+
+
+def open_run_data(config: TrainConfig) -> RunData:
+    """Open the training and evaluation data that `config` names, and order the training data.
+
+    Raises ValueError for data that cannot be read, an evaluation set that is empty or cannot be
+    used, and weights or a context schedule that the data cannot satisfy.
+    """
+    names = parse_names(config.data)
+    datasets = open_training_data(config)
+    training: TokenDataset | Selection = datasets[0] if len(datasets) == 1 else Selection(datasets)
+    evaluation = None
+    if config.eval_data is not None:
+        evaluation = _for_eval(config, lambda: _open_eval(config, datasets[0].tokenizer))
+    elif config.held_out_share:
+        training, evaluation = hold_out(datasets, config.held_out_share, seed=config.seed)
+    if evaluation is not None and config.eval_tokens is not None:
+        evaluation = subset(evaluation, config.eval_tokens, seed=config.seed)
+    is_mixture = len(names) > 1 and names[0][1] is not None
+    return RunData(
+        training=training,
+        evaluation=evaluation,
+        sampler=_sampler(config, training, [weight for _, weight in names if is_mixture]),
+        sources=tuple(name for name, _ in names) if is_mixture else (),
+    )
+
+
+def open_training_data(config: TrainConfig) -> list[TokenDataset]:
+    """One dataset for each name in `config.data`, all with the same tokenizer.
+
+    A bpe:SIZE tokenizer is trained on all of them. Raises ValueError for data that cannot be read.
+    """
+    tokenizer: Any = config.tokenizer
+    if tokenizer == "auto":
+        tokenizer = "bpe:4096" if config.model == "demo" else config.model
+    names = [name for name, _ in parse_names(config.data)]
+    if len(names) > 1 and tokenizer.startswith("bpe"):
+        sources = [open_source(name, **_source_options(config, config.split)) for name in names]
+        tokenizer = open_tokenizer(
+            tokenizer,
+            JoinedSource(sources),
+            cache_dir=cache_folder(config.cache_dir),
+            **_template_options(config),
+        )
+    datasets: list[TokenDataset] = []
+    for name in names:
+        datasets.append(_open(config, name, tokenizer, config.split))
+        tokenizer = datasets[0].tokenizer
+    return datasets
+
+
+def _open(config: TrainConfig, name: str, tokenizer: str | Tokenizer, split: str) -> TokenDataset:
+    return open_dataset(
+        name,
+        tokenizer=tokenizer,
+        **_source_options(config, split),
+        **_template_options(config),
+        max_length=config.max_length,
+        overlong=config.overlong,
+        strict=config.strict,
+        cache_dir=config.cache_dir,
+    )
+
+
+def _source_options(config: TrainConfig, split: str) -> dict[str, Any]:
+    return {
+        "text_column": config.text_column,
+        "format": config.format,
+        "pattern": config.pattern,
+        "subset": config.subset,
+        "split": split,
+    }
+
+
+def _template_options(config: TrainConfig) -> dict[str, Any]:
+    return {
+        "chat_template": config.chat_template,
+        "chat_template_kwargs": config.template_variables,
+    }
+
+
+def _open_eval(config: TrainConfig, tokenizer: Tokenizer | None) -> Selection:
+    assert tokenizer is not None and config.eval_data is not None
+    if Path(config.eval_data).is_file() and not Path(config.eval_data).stat().st_size:
+        raise ValueError("the file is empty")
+    split = config.eval_split or config.split
+    return Selection([_open(config, config.eval_data, tokenizer, split)])
+
+
+def _for_eval(config: TrainConfig, call: Callable[[], T]) -> T:
+    """The result of `call`; an error names the flag that it is about."""
+    try:
+        return call()
+    except ValueError as error:
+        raise ValueError(f"--eval-data {config.eval_data}: {error}") from error
+
+
+def agree_on_data(dataset: TokenDataset | Selection, mesh: HDPMesh) -> None:
+    """Raise ValueError on all ranks if they read different tokens. Collective.
+
+    Each node may have its own copy of the data, so contents are compared, not paths or times.
+    """
+    agree_on_values(
+        {
+            "number of sequences": len(dataset),
+            "number of tokens": int(dataset.seqlens.sum()),
+            "vocabulary size": dataset.vocab_size,
+            "checksum of the tokens": content_checksum(dataset),
+        },
+        mesh.hdp_group,
+        problem="ranks read different data",
+        remedy="give all nodes the same files, tokenizer and cache",
+    )
+
+
+def check_data_fits(
+    config: TrainConfig, data: RunData, *, hdp_size: int, cost: CostModel | None = None
+) -> None:
+    """Raise ValueError if a sequence is longer than all ranks together can hold.
+
+    cost: given, a part of the activations goes to the host, as far as the cost model allows.
+    """
+
+    def check(sequences: TokenDataset | Selection) -> None:
+        held: int | np.ndarray = config.tokens_per_rank
+        if cost is not None:
+            held = shard_capacity(sequences.seqlens, max_tokens_per_rank=held, cost=cost)
+        sequences.check_fits(hdp_size=hdp_size, max_tokens_per_rank=held)
+
+    check(data.training)
+    evaluation = data.evaluation
+    if evaluation is not None and config.eval_data is None:
+        check(evaluation)
+    elif evaluation is not None:
+        _for_eval(config, lambda: check(evaluation))
+
+
+def _sampler(
+    config: TrainConfig, training: TokenDataset | Selection, weights: Sequence[float | None]
+) -> Sampler | MixtureSampler:
+    lengths = training.seqlens
+    options: dict[str, Any] = {"batch_tokens": config.batch_tokens, "seed": config.seed}
+    if not weights and config.curriculum == "none" and not config.context_limits:
+        return Sampler(lengths, **options)
+    sources = [lengths]
+    if weights:
+        assert isinstance(training, Selection)
+        sources = np.split(lengths, np.cumsum(training.num_by_dataset)[:-1])
+    return MixtureSampler(
+        sources,
+        weights=[float(weight) for weight in weights if weight is not None] or None,
+        by=config.mix_by,
+        short_first=config.curriculum == "short-first",
+        limits=config.context_limits,
+        **options,
+    )
+
+
+def describe_data(config: TrainConfig, data: RunData) -> list[str]:
+    """Lines about the data for the start of a run; takes a pass over lengths, and reads tokens."""
+    lines = [str(data.training.report), _epoch_line(config, data), *_limit_lines(config, data)]
+    if data.sources:
+        assert isinstance(data.sampler, MixtureSampler)
+        total = sum(data.sampler.weights)
+        shares = zip(data.sources, data.sampler.weights, strict=True)
+        parts = ", ".join(f"{name} {weight / total:.1%}" for name, weight in shares)
+        given = sum(weight or 0.0 for _, weight in parse_names(config.data))
+        scaled = "" if abs(given - 1) < 1e-6 else f"; the weights add up to {given:g}, scaled to 1"
+        lines.insert(1, f"mixture, shares of {config.mix_by}: {parts}{scaled}")
+    if data.evaluation is not None:
+        lines += _eval_lines(config, data, data.evaluation)
+    return lines
+
+
+def _eval_lines(config: TrainConfig, data: RunData, evaluation: Selection) -> list[str]:
+    share = config.held_out_share
+    what = (
+        f"{share:.2%} of the documents, held out" if config.eval_data is None else config.eval_data
+    )
+    tokens, labels = int(evaluation.seqlens.sum()), int(evaluation.num_loss_tokens.sum())
+    every = f"every {config.eval_every} steps and " if config.eval_every else ""
+    lines = [
+        f"evaluation {every}at the end: {what}: {len(evaluation):,} sequences, {tokens:,} tokens, "
+        f"{labels:,} with loss"
+    ]
+    if config.eval_data is not None:
+        lines += str(evaluation.report).splitlines()[1:]
+    shared, compared = count_shared(evaluation, data.training)
+    if shared:
+        more = "" if compared == len(evaluation) else f" {compared:,} that were compared of the"
+        lines.append(
+            f"{shared:,} of the{more} {len(evaluation):,} evaluation sequences are also in the "
+            "training data: the evaluation loss will be too low"
+        )
+    return lines
+
+
+def _epoch_line(config: TrainConfig, data: RunData) -> str:
+    num_sequences = len(data.training)
+    if num_sequences <= _MAX_COUNTED:
+        count = f"{data.sampler.num_steps(1.0):,}"
+    else:
+        count = f"about {int(data.training.seqlens.sum()) // config.batch_tokens + 1:,}"
+    return (
+        f"1 epoch = {count} steps ({num_sequences:,} sequences); this run: {config.steps:,} steps"
+    )
+
+
+def _limit_lines(config: TrainConfig, data: RunData) -> list[str]:
+    lengths, lines = data.training.seqlens, []
+    for batch, limit in config.context_limits:
+        count = int(np.count_nonzero(lengths <= limit))
+        lines.append(
+            f"from step {batch + 1} on: sequences of at most {limit:,} tokens, "
+            f"{count:,} of {len(lengths):,}"
+        )
+    if config.context_limits and count < len(lengths):
+        lines.append(
+            f"{len(lengths) - count:,} sequences are over the last limit and never trained on"
+        )
+    return lines
