@@ -61,6 +61,10 @@ ROOMS: dict[str, set[str]] = {
     # many ranks
     "distributed": {"errors"},
     "checkpoint": {"distributed", "errors"},
+    # a finished step or run as a file to look at, without torch
+    "report": {
+        *("config", "scheduler", "scheduler.render", "scheduler.simulation"),
+    },
     # a run: its parts connected, watched, walked
     "config": set(),
     "config_fields": set(),
@@ -69,8 +73,8 @@ ROOMS: dict[str, set[str]] = {
     "objectives": set(),
     "training": {
         *("attention", "checkpoint", "config", "config_file", "console", "data", "distributed"),
-        *("errors", "models", "objectives", "offloading", "ops", "scheduler", "scheduler.costs"),
-        "scheduler.policies",
+        *("errors", "models", "objectives", "offloading", "ops", "report", "scheduler"),
+        *("scheduler.costs", "scheduler.policies"),
         *("scheduler.render", "scheduler.simulation"),
     },
     # the command line
@@ -81,8 +85,8 @@ ROOMS: dict[str, set[str]] = {
         *("scheduler.render", "training"),
     },
     "cli": {
-        *("checkpoint", "config", "data", "doctor", "flags", "profile", "scheduler.cli"),
-        "training",
+        *("checkpoint", "config", "data", "doctor", "flags", "profile", "report"),
+        *("scheduler.cli", "training"),
     },
 }
 
@@ -238,6 +242,8 @@ def test_modules_and_functions_have_names_of_their_own() -> None:
         "from hdp.cli import main; main(['--version'])",
         "from hdp.cli import main; main(['doctor', '--help'])",
         "from hdp.cli import main; main(['plan', '--help'])",
+        "from hdp.cli import main; main(['report', '--help'])",
+        "import hdp.report.page",
         "from hdp.cli import main; main(['profile', '--help'])",
     ],
 )

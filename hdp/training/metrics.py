@@ -7,7 +7,8 @@ tok/s/rank  tokens of the step / step time / ranks
 mfu         model flops (`ModelFlops`) / time / ranks / peak of one device: `--peak-tflops`, else
             the data sheet's bf16 peak; omitted if neither is known
 bubble      share of the step that ranks spend waiting or communicating, mean over ranks; in
-            parentheses, the planner's prediction
+            parentheses, the planner's prediction. A * says that ranks share CPU cores: then the
+            number holds the time that the operating system gave a core to another rank
 rings       number of sequences per ring degree: 412 on one rank, 9 on two, 1 on eight
 mem         peak memory of any rank (device memory on a GPU, resident set on a CPU)
 host        peak host memory of any rank's offloaded activations; only with offload
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from hdp.scheduler import StepPlan
+
+_MOST_IDLE = 64  # numbers in a row, so that metrics.jsonl stays small with thousands of ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +57,13 @@ class StepMetrics:
     host_bytes: int  # peak of offloaded activations on any rank so far
     data_wait_s: float  # time the step waited for its plan and tokens
     rings: dict[int, int]  # degree -> number of sequences
+    idle: tuple[float, ...] = ()  # share of the step in which each rank does not compute; `blocks`
+    shared_cores: bool = False  # CPU ranks outnumber cores, so `bubble` and `idle` mean little
 
     def line(self, num_steps: int) -> str:
         """The log line."""
         rings = " ".join(f"{degree}x{count}" for degree, count in sorted(self.rings.items()))
+        mark = "*" if self.shared_cores else ""
         parts = [
             f"step {self.step}/{num_steps}",
             f"loss {self.loss:.4f}",
@@ -65,13 +71,23 @@ class StepMetrics:
             f"lr {_short(self.lr)}",
             f"tok/s/rank {self.tokens_per_s_per_rank:,.0f}",
             f"mfu {self.mfu:.1%}" if self.mfu is not None else "",
-            f"bubble {self.bubble:.1%} (plan {self.planned_bubble:.1%})",
+            f"bubble {self.bubble:.1%}{mark} (plan {self.planned_bubble:.1%})",
             f"rings {rings}",
             f"mem {self.mem_bytes / 2**30:.1f} GiB",
             f"host {self.host_bytes / 2**30:.1f} GiB" if self.host_bytes else "",
             f"dt {self.step_s:.2f} s",
         ]
         return "  ".join(part for part in parts if part)
+
+
+def blocks(shares: Sequence[float]) -> tuple[float, ...]:
+    """One value per rank, rounded; of more than 64 ranks, means of blocks of consecutive ranks.
+
+    A block has ceil(ranks / 64) ranks, the last one perhaps fewer.
+    """
+    size = -(-len(shares) // _MOST_IDLE) or 1
+    groups = [shares[i : i + size] for i in range(0, len(shares), size)]
+    return tuple(round(math.fsum(group) / len(group), 3) for group in groups)
 
 
 def ring_counts(plan: StepPlan) -> dict[int, int]:

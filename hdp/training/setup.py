@@ -26,6 +26,7 @@ from hdp.scheduler import CostModel, StepPlan, plan
 from hdp.scheduler.policies.memory import shard_capacity
 
 from .capacity import fit_tokens_per_rank
+from .cores import shared_cores_note, shares_cores
 from .ema import EMA, describe_average
 from .model_setup import ModelSetup, check_model, set_up_model
 from .optim import build_optimizer, describe_groups, optimizer_name
@@ -229,6 +230,8 @@ def _introduce(run: Run, made: ModelSetup) -> None:
     mesh, config, attention = run.mesh, run.config, made.attention
     parameters = sum(p.numel() for p in run.model.parameters())
     run.say(f"{mesh.hdp_size} ranks on {mesh.device.type}, {mesh.ranks_per_node} per node")
+    if shares_cores(mesh):
+        run.say(shared_cores_note(mesh))
     run.say(
         f"model {config.model}: {parameters / 1e6:,.1f}M parameters, compute in "
         f"{str(made.dtype).removeprefix('torch.')}; attention: {attention.kernel.name}"
