@@ -63,7 +63,7 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"distributed", "errors"},
     # a finished step or run as a file to look at, without torch
     "report": {
-        *("config", "scheduler", "scheduler.render", "scheduler.simulation"),
+        *("config", "console", "scheduler", "scheduler.render", "scheduler.simulation"),
     },
     # a run: its parts connected, watched, walked
     "config": set(),
@@ -105,7 +105,9 @@ FOREIGN = {
     "yaml": "hdp/config_file.py",
     "rich": "hdp/console.py",
     "tqdm": "hdp/console.py",
-    "tensorboard": "hdp/training/metrics.py",
+    "tensorboard": "hdp/training/boards.py",
+    "PIL": "hdp/training/boards.py",
+    "wandb": "hdp/training/wandb_board.py",
     "apex": "hdp/training/optim.py",
     "amp_C": "hdp/training/optim.py",
     "flash_attn": "hdp/attention/kernels/flash_attn.py",
@@ -115,7 +117,7 @@ FOREIGN = {
 }
 # Parts of libraries with the same rule: everything else goes through that file.
 FOREIGN_PARTS = {
-    "torch.utils.tensorboard": "hdp/training/metrics.py",
+    "torch.utils.tensorboard": "hdp/training/boards.py",
     "torch.distributed.checkpoint": "hdp/checkpoint/files.py",
     "torch.distributed.fsdp": "hdp/distributed/fsdp.py",
 }

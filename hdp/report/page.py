@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from hdp.config import TrainConfig
+from hdp.console import duration
 
 from .curves import chart, column, idle_map, number, series
 from .files import RunFiles
@@ -199,20 +200,6 @@ def _summary(run: RunFiles) -> list[tuple[str, str]]:
         if np.isfinite(shares := column(rows, name)).any():
             tiles.append((label, f"{np.nanmedian(shares):.1%}"))
     return tiles
-
-
-def duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
-    whole = round(seconds)
-    for size, unit, part, small in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "min"),
-        (60, "min", 1, "s"),
-    ):
-        if whole >= size:
-            rest = whole % size // part
-            return f"{whole // size} {unit}" + (f" {rest} {small}" if rest else "")
-    return f"{whole} s"
 
 
 def _problems(problems: list[str]) -> str:

@@ -9,6 +9,7 @@ this file loops over steps and handles resume, save and export.
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from hdp.models.export_folder import check_target
 from .callbacks import Callback, Callbacks
 from .dry_run import dry_run
 from .metrics import MetricsWriter, StepMetrics
+from .narrate import Narrator, sample_texts
 from .observe import Observer, write_trace
 from .optim import set_learning_rate
 from .progress import Progress
@@ -98,9 +100,12 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> list[StepM
             with StopSignals(run.say) as signals:
                 saves = Saves(run, checkpointer, events)
                 events.on_train_start(run, progress)
-                metrics = deque(_steps(run, saves, progress, events, signals), maxlen=_KEPT_STEPS)
+                narrator = Narrator(run, progress)
+                steps = _steps(run, saves, progress, events, signals, narrator)
+                metrics = deque(steps, maxlen=_KEPT_STEPS)
                 with watchdog.allow(LONG_S, "writing the last checkpoint and the model"):
                     _finish(run, saves, progress)
+                narrator.summary()
                 events.on_train_end(run, progress)
     return list(metrics)
 
@@ -124,31 +129,23 @@ def _check_same_options(config: TrainConfig, mesh: HDPMesh) -> None:
 
 
 def _steps(
-    run: Run, saves: Saves, progress: Progress, events: Callback, signals: StopSignals
+    run: Run,
+    saves: Saves,
+    progress: Progress,
+    events: Callback,
+    signals: StopSignals,
+    narrator: Narrator,
 ) -> Iterator[StepMetrics]:
     """Run the steps from progress.step + 1 on and yield the metrics of the logged ones."""
     config, watchdog = run.config, run.context.watchdog
     observer = Observer(run)
-    traced = config.trace_step
-    if traced is not None and not progress.first_step <= traced <= config.steps:
-        run.say(
-            f"--trace-step {traced}: this run trains steps {progress.first_step} to {config.steps}"
-            ", so nothing will be traced"
-        )
-    with (
-        MetricsWriter(
-            Path(config.run_dir),
-            tensorboard=config.tensorboard,
-            enabled=run.is_main,
-            first_step=progress.first_step,
-            say=run.say,
-        ) as writer,
-        run.feed() as feed,
-    ):
+    with narrator, _writer(run, progress) as writer, run.feed() as feed:
         batches, began = iter(feed), time.perf_counter()
         for step in range(progress.first_step, config.steps + 1):
             watchdog.progress(step=step, what="waiting for the plan and tokens")
             batch = next(batches)
+            if step == progress.first_step and writer.boards:
+                writer.boards.texts(step, "samples", sample_texts(run.dataset, batch.seq_ids))
             lr = learning_rate(config, step)
             set_learning_rate(run.optimizer, lr)
             with _first_step_allowance(run, is_first=step == progress.first_step):
@@ -166,13 +163,13 @@ def _steps(
                     step_s=ended - began,
                     total_tokens=progress.total_tokens,
                 )
-                run.say(metrics.line(config.steps))
+                narrator.step(metrics)
                 writer.write(metrics)
                 events.on_step_end(run, progress, metrics)
                 yield metrics
             began = ended
-            if step == config.trace_step:
-                write_trace(run, step, batch)
+            if step == config.trace_step and (picture := write_trace(run, step, batch)):
+                writer.boards.picture(step, "timeline", picture)
             stop = _agree(run, saves, progress, signals)
             is_due = config.save_every and step % config.save_every == 0
             if step == config.steps or is_due or stop:
@@ -180,6 +177,29 @@ def _steps(
                     saves.start(progress)
             if stop:
                 break
+
+
+def _writer(run: Run, progress: Progress) -> MetricsWriter:
+    """Where the metrics of the steps go; also says that the step to trace will not come."""
+    config, traced = run.config, run.config.trace_step
+    if traced is not None and not progress.first_step <= traced <= config.steps:
+        run.say(
+            f"--trace-step {traced}: this run trains steps {progress.first_step} to {config.steps}"
+            ", so nothing will be traced"
+        )
+    ranks = {"ranks": run.mesh.hdp_size, "device": run.mesh.device.type}
+    writer = MetricsWriter(
+        Path(config.run_dir),
+        tensorboard=config.tensorboard,
+        wandb=config.wandb,
+        wandb_mode=config.wandb_mode,
+        config={**json.loads(config.to_json()), **ranks},
+        enabled=run.is_main,
+        first_step=progress.first_step,
+        say=run.say,
+    )
+    progress.lowest = writer.lowest
+    return writer
 
 
 def _first_step_allowance(run: Run, *, is_first: bool) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""Metrics of a step: the log line, `metrics.jsonl`, TensorBoard.
+"""Metrics of a step: the log line, `metrics.jsonl`, and the boards that show them.
 
     step 120/2000  loss 2.3417  grad 0.87  lr 3.0e-4  tok/s/rank 11,204  mfu 41.3%
     bubble 2.1% (plan 1.8%)  rings 1x412 2x9 8x1  mem 61.2 GiB  dt 3.91 s          (one line)
@@ -11,6 +11,7 @@ bubble      share of the step that ranks spend waiting or communicating, mean ov
             number holds the time that the operating system gave a core to another rank
 rings       number of sequences per ring degree: 412 on one rank, 9 on two, 1 on eight
 mem         peak memory of any rank (device memory on a GPU, resident set on a CPU)
+dt, eta     time of the step, and the time that is left at the pace of the last steps
 host        peak host memory of any rank's offloaded activations; only with offload
 """
 
@@ -21,14 +22,16 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from hdp.console import duration
 from hdp.scheduler import StepPlan
+
+from .boards import BoardOptions, Boards
 
 _MOST_IDLE = 64  # numbers in a row, so that metrics.jsonl stays small with thousands of ranks
 
@@ -60,8 +63,8 @@ class StepMetrics:
     idle: tuple[float, ...] = ()  # share of the step in which each rank does not compute; `blocks`
     shared_cores: bool = False  # CPU ranks outnumber cores, so `bubble` and `idle` mean little
 
-    def line(self, num_steps: int) -> str:
-        """The log line."""
+    def line(self, num_steps: int, *, eta_s: float | None = None) -> str:
+        """The log line. eta_s: seconds to the end of the run; None: not shown."""
         rings = " ".join(f"{degree}x{count}" for degree, count in sorted(self.rings.items()))
         mark = "*" if self.shared_cores else ""
         parts = [
@@ -76,6 +79,7 @@ class StepMetrics:
             f"mem {self.mem_bytes / 2**30:.1f} GiB",
             f"host {self.host_bytes / 2**30:.1f} GiB" if self.host_bytes else "",
             f"dt {self.step_s:.2f} s",
+            f"eta {duration(eta_s)}" if eta_s is not None else "",
         ]
         return "  ".join(part for part in parts if part)
 
@@ -149,13 +153,13 @@ def peak_flops(device_name: str) -> float | None:
 
 
 class MetricsWriter:
-    """Appends each step to `metrics.jsonl` and optionally to TensorBoard.
+    """Appends each step to `metrics.jsonl` and sends it to the boards (TensorBoard, W&B).
 
     A context manager. `enabled=False` (all ranks but one) writes nothing. Existing rows from
     `first_step` on belong to steps that were lost before a resume; they are removed.
 
     A full disk does not stop training: `say` reports it once, and rows are kept in memory until
-    there is room. TensorBoard's writer does not survive a failed write, so it gets no further rows.
+    there is room. A board does not survive a failure, so it gets no further rows.
     """
 
     def __init__(
@@ -163,12 +167,16 @@ class MetricsWriter:
         run_dir: Path,
         *,
         tensorboard: bool,
+        wandb: str | None = None,
+        wandb_mode: str = "online",
+        config: Mapping[str, Any] | None = None,
         enabled: bool = True,
         first_step: int = 1,
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
         self._file: FileIO | None = None
-        self._board: Any = None
+        self.boards = Boards(say)
+        self.lowest: dict[str, tuple[float, int]] = {}  # of each loss so far: value, step
         self._say = say
         self._unwritten = b""
         self._is_failing = False
@@ -185,29 +193,32 @@ class MetricsWriter:
             ) from error
         # Unbuffered: a killed run keeps its last step, and we know exactly what was written.
         self._file = FileIO(path, "a")
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError(
-                    "--tensorboard needs the tensorboard package: pip install tensorboard"
-                ) from None
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        options = BoardOptions(
+            tensorboard=tensorboard, wandb=wandb, wandb_mode=wandb_mode, config=config or {}
+        )
+        self.boards = Boards.open(options, run_dir, first_step=first_step, say=say)
 
     def write(self, metrics: StepMetrics) -> None:
-        if self._file is None:
-            return
+        """Record a step."""
         values = asdict(metrics)
-        self._unwritten += json.dumps(values).encode() + b"\n"
-        self._append()
-        if self._board is not None:
-            try:
-                for name, value in values.items():
-                    if isinstance(value, (int, float)) and name != "step":
-                        self._board.add_scalar(name, value, metrics.step)
-            except OSError as error:
-                self._board = None
-                self._say(f"TensorBoard logging stopped for the rest of this run: {error}")
+        self._record(values)
+        shares = values["idle"]
+        values |= {"idle_max": max(shares), "idle_min": min(shares)} if shares else {}
+        self.boards.scalars(metrics.step, values)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Record other values of a step, such as those of an evaluation, in a row of their own."""
+        self._record({"step": step, **values})
+        self.boards.scalars(step, values)
+
+    def _record(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if name == "loss" or name.startswith("eval_loss"):
+                lowest = self.lowest.get(name, (math.inf, 0))
+                self.lowest[name] = min(lowest, (float(value), values["step"]))
+        if self._file is not None:
+            self._unwritten += json.dumps(values).encode() + b"\n"
+            self._append()
 
     def _append(self) -> None:
         """Write pending rows, as far as there is room."""
@@ -233,9 +244,7 @@ class MetricsWriter:
             if self._unwritten:
                 self._say(f"{self._file.name} is missing the last {self._unwritten.count(10)} rows")
             self._file.close()
-        if self._board is not None:
-            with suppress(OSError):
-                self._board.close()
+        self.boards.close()
 
 
 def _keep_steps_before(path: Path, first_step: int) -> Path | None:

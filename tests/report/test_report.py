@@ -13,7 +13,7 @@ import pytest
 
 from hdp.cli import main
 from hdp.report.files import RunFiles
-from hdp.report.page import duration, page
+from hdp.report.page import page
 from tests.patience import patience
 from tests.report.synthetic import write_run
 
@@ -197,11 +197,6 @@ def test_command(tmp_path, capsys):
         assert said in capsys.readouterr().err
     assert main(["report", str(folder), "--out", str(tmp_path / "no" / "x.html")]) == 1
     assert "cannot write" in capsys.readouterr().err
-
-
-def test_durations():
-    seconds = (0, 59.6, 200, 7500, 273_600)
-    assert [duration(s) for s in seconds] == ["0 s", "1 min", "3 min 20 s", "2 h 5 min", "3 d 4 h"]
 
 
 @pytest.mark.slow

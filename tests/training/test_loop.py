@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from hdp.config import TrainConfig
+from hdp.report.files import RunFiles
+from hdp.report.page import page
 from hdp.scheduler import CostModel
 from tests.run_ranks import RankError, run_ranks
 from tests.training.runs import MODEL, config, write_inputs
@@ -317,6 +319,13 @@ def test_trace_step_writes_planned_and_measured(inputs, tmp_path):
     end = max(e["ts"] + e["dur"] for e in spans)
     assert rows[1]["bubble"] == pytest.approx(1 - busy / (2 * end), abs=0.01)
     assert json.loads((tmp_path / "config.json").read_text())["trace_step"] == 2
+    found = RunFiles.read(tmp_path)  # what `hdp report` shows
+    assert not found.problems and [trace.step for trace in found.traces] == [2]
+    trace, idle = found.traces[0], rows[1]["idle"]
+    assert trace.measured.bubble.tolist() == pytest.approx(idle, abs=0.01) and len(idle) == 2
+    assert trace.plan.seqlens.sum() == rows[1]["num_tokens"]
+    assert len(trace.seq_ids) == rows[1]["num_seqs"]
+    assert "Plan of step 2" in page(found)
 
 
 def test_a_step_that_is_never_reached_cannot_be_traced(inputs, tmp_path):
