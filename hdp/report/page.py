@@ -196,9 +196,11 @@ def _summary(run: RunFiles) -> list[tuple[str, str]]:
         best = int(np.nanargmin(evals))
         label = f"best eval loss, step {run.evals[best]['step']:,}"
         tiles.append((label, f"{evals[best]:.4f}"))
-    for label, name in (("bubble, median", "bubble"), ("bubble, planned", "planned_bubble")):
-        if np.isfinite(shares := column(rows, name)).any():
-            tiles.append((label, f"{np.nanmedian(shares):.1%}"))
+    shared = ", shared cores" if any(row.get("shared_cores") is True for row in rows) else ""
+    shares = ((f"bubble, median{shared}", "bubble"), ("bubble, planned", "planned_bubble"))
+    for label, name in shares:
+        if np.isfinite(values := column(rows, name)).any():
+            tiles.append((label, f"{np.nanmedian(values):.1%}"))
     return tiles
 
 

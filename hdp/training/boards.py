@@ -28,7 +28,7 @@ class Board(Protocol):
 
     def texts(self, step: int, name: str, rows: Rows) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, *, failed: bool) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +104,9 @@ class Boards:
         """Send texts, each with its name."""
         self._each(lambda board: board.texts(step, name, rows))
 
-    def close(self) -> None:
-        """Finish all boards: they write or send what they still hold."""
-        self._each(lambda board: board.close())
+    def close(self, *, failed: bool = False) -> None:
+        """Finish all boards: they write or send what they still hold. failed: by an error."""
+        self._each(lambda board: board.close(failed=failed))
         self._boards = []
 
     def _each(self, act: Callable[[Board], None]) -> None:
@@ -151,7 +151,7 @@ class TensorBoard:
             lines = "\n".join("    " + line for line in text.splitlines())  # Markdown: as it is
             self.writer.add_text(f"{name}/{number}", f"{title}\n\n{lines}", step)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         self.writer.close()
 
 

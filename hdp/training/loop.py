@@ -179,7 +179,8 @@ def _steps(
                 break
 
 
-def _writer(run: Run, progress: Progress) -> MetricsWriter:
+@contextlib.contextmanager
+def _writer(run: Run, progress: Progress) -> Iterator[MetricsWriter]:
     """Where the metrics of the steps go; also says that the step to trace will not come."""
     config, traced = run.config, run.config.trace_step
     if traced is not None and not progress.first_step <= traced <= config.steps:
@@ -187,19 +188,25 @@ def _writer(run: Run, progress: Progress) -> MetricsWriter:
             f"--trace-step {traced}: this run trains steps {progress.first_step} to {config.steps}"
             ", so nothing will be traced"
         )
-    ranks = {"ranks": run.mesh.hdp_size, "device": run.mesh.device.type}
-    writer = MetricsWriter(
-        Path(config.run_dir),
-        tensorboard=config.tensorboard,
-        wandb=config.wandb,
-        wandb_mode=config.wandb_mode,
-        config={**json.loads(config.to_json()), **ranks},
-        enabled=run.is_main,
-        first_step=progress.first_step,
-        say=run.say,
-    )
-    progress.lowest = writer.lowest
-    return writer
+    watchdog, ranks = run.context.watchdog, {"ranks": run.mesh.hdp_size}
+    with contextlib.ExitStack() as stack:
+        with watchdog.allow(LONG_S, "opening TensorBoard and W&B"):
+            writer = MetricsWriter(
+                Path(config.run_dir),
+                tensorboard=config.tensorboard,
+                wandb=config.wandb,
+                wandb_mode=config.wandb_mode,
+                config={**json.loads(config.to_json()), **ranks},
+                enabled=run.is_main,
+                first_step=progress.first_step,
+                say=run.say,
+            )
+        progress.lowest = writer.lowest
+        stack.push(writer)
+        yield writer
+        # Not after an error: that should be told within --timeout-s.
+        with watchdog.allow(LONG_S, "closing TensorBoard and W&B"):
+            stack.close()
 
 
 def _first_step_allowance(run: Run, *, is_first: bool) -> AbstractContextManager[None]:

@@ -238,13 +238,13 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file is not None:
             self._append()
             if self._unwritten:
                 self._say(f"{self._file.name} is missing the last {self._unwritten.count(10)} rows")
             self._file.close()
-        self.boards.close()
+        self.boards.close(failed=kind is not None)
 
 
 def _keep_steps_before(path: Path, first_step: int) -> Path | None:

@@ -56,6 +56,7 @@ class WandB:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             say(f"W&B cannot be reached ({reason}); {self._offline_note()}")
             mode = "offline"
+            wandb.teardown()  # else the id counts as taken by the start that failed
             self._run = self._start(mode, options)
         self._mode = mode
         # Steps as a value: W&B's own counter refuses the steps that a resume trains again.
@@ -85,13 +86,13 @@ class WandB:
         table = self._wandb.Table(columns=["sequence", "text"], data=[list(row) for row in rows])
         self._run.log({name: table, "step": step})
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         """Finish the run. Uploading may wait for a network, so it has a time limit."""
         errors: list[Exception] = []
 
         def finish() -> None:
             try:
-                self._run.finish()
+                self._run.finish(exit_code=int(failed))
             except Exception as error:
                 errors.append(error)
 
@@ -108,10 +109,12 @@ class WandB:
 
 
 def _has_key(wandb: Any) -> bool:
-    """Whether wandb would find an API key by itself: the environment, or a login of before."""
+    """Whether wandb finds an API key by itself, without asking: the environment, or a login."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
+        return bool(wandb.login(prompt=False))
+    except TypeError:  # an older wandb, whose login always asks
         return bool(wandb.api.api_key)
     except Exception:  # no netrc, or one that cannot be read
         return False

@@ -21,7 +21,8 @@ class FakeWandb:
     """The part of the wandb module that is used; keeps what it is given."""
 
     def __init__(self, *, key: str | None = "k", reachable: bool = True) -> None:
-        self.api = SimpleNamespace(api_key=key)
+        self.key = key
+        self.taken: set[str] = set()
         self.reachable = reachable
         self.inits: list[dict] = []
         self.logged: list[dict] = []
@@ -37,8 +38,18 @@ class FakeWandb:
     def Table(self, *, columns, data):
         return ("table", columns, data)
 
+    def login(self, *, prompt):
+        assert not prompt
+        return self.key is not None
+
+    def teardown(self) -> None:
+        self.taken.clear()
+
     def init(self, **options):
         self.inits.append(options)
+        if options["id"] in self.taken:
+            raise RuntimeError(f"run ID {options['id']} is in use")
+        self.taken.add(options["id"])
         if options["mode"] == "online" and not self.reachable:
             raise RuntimeError("Run initialization has timed out after 30.0 sec.\nMore lines")
         config = SimpleNamespace(update=lambda values, **_: self.config.update(values))
@@ -50,8 +61,10 @@ class FakeWandb:
             finish=self.finish,
         )
 
-    def finish(self) -> None:
+    def finish(self, *, exit_code) -> None:
         self.finished += 1
+        self.exit_code = exit_code
+        self.taken.clear()
 
 
 @pytest.fixture
@@ -111,7 +124,7 @@ def test_a_resume_goes_on_in_the_same_run_and_a_new_start_does_not(tmp_path, wan
 
 
 def test_without_a_key_the_run_is_kept_offline(tmp_path, wandb):
-    wandb.api.api_key = None
+    wandb.key = None
     said: list[str] = []
     open_boards(tmp_path, said, wandb="p").close()
     assert [options["mode"] for options in wandb.inits] == ["offline"], "never asks for a key"
@@ -127,6 +140,15 @@ def test_without_a_network_the_run_is_kept_offline(tmp_path, wandb):
     assert [options["mode"] for options in wandb.inits] == ["online", "offline"]
     assert "cannot be reached (Run initialization has timed out after 30.0 sec.)" in said[0]
     assert wandb.logged == [{"loss": 1.0, "step": 1}]
+
+
+def test_a_run_that_ends_by_an_error_is_a_failed_one(tmp_path, wandb):
+    with pytest.raises(ZeroDivisionError), MetricsWriter(tmp_path, tensorboard=False, wandb="p"):
+        raise ZeroDivisionError
+    assert wandb.exit_code == 1
+    with MetricsWriter(tmp_path, tensorboard=False, wandb="p"):
+        pass
+    assert wandb.exit_code == 0
 
 
 def test_offline_is_offline_at_once(tmp_path, wandb):
@@ -166,7 +188,7 @@ def test_a_board_that_fails_is_dropped_and_the_other_goes_on(tmp_path, wandb):
 def test_an_upload_that_hangs_does_not_hold_the_run(tmp_path, wandb, monkeypatch):
     monkeypatch.setattr("hdp.training.wandb_board._FINISH_S", 0.05)
     stuck = threading.Event()
-    wandb.finish = stuck.wait
+    wandb.finish = lambda **_: stuck.wait()
     said: list[str] = []
     began = time.monotonic()
     open_boards(tmp_path, said, wandb="p").close()
