@@ -118,7 +118,7 @@
       if (s.low) {
         const up = s.x.map((x, k) => X(x).toFixed(1) + "," + Y(s.high[k]).toFixed(1));
         const down = s.x.map((x, k) => X(x).toFixed(1) + "," + Y(s.low[k]).toFixed(1)).reverse();
-        svg("polygon", { class: "band", points: up.concat(down).join(" "), style: "fill:" + color }, root);
+        svg("polygon", { class: "band", points: up.concat(down).join(" "), style: "stroke-width:1;fill:" + color + ";stroke:" + color }, root);
       }
       svg("polyline", { class: "curve", points: line.join(" "), style: "stroke:" + color }, root);
       if (s.x.length <= 40) s.x.forEach((x, k) =>
