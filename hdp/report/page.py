@@ -12,6 +12,7 @@ import hashlib
 import html
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def _charts(run: RunFiles) -> list[dict[str, Any]]:
     def line(label: str, name: str, scale: float = 1.0) -> dict | None:
         return series(label, steps, column(rows, name), scale=scale)
 
-    names = sorted({name for row in evals for name in row if name.startswith("eval_loss")})
+    names = sorted({name for row in evals for name in row if re.match("eval_loss(/|$)", name)})
     eval_steps = column(evals, "step")
     eval_lines = [
         series(name.replace("_", " ", 1), eval_steps, column(evals, name)) for name in names[:6]

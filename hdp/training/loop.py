@@ -201,7 +201,6 @@ def _writer(run: Run, progress: Progress) -> Iterator[MetricsWriter]:
                 first_step=progress.first_step,
                 say=run.say,
             )
-        progress.lowest = writer.lowest
         stack.push(writer)
         yield writer
         # Not after an error: that should be told within --timeout-s.

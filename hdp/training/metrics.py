@@ -176,7 +176,6 @@ class MetricsWriter:
     ) -> None:
         self._file: FileIO | None = None
         self.boards = Boards(say)
-        self.lowest: dict[str, tuple[float, int]] = {}  # of each loss so far: value, step
         self._say = say
         self._unwritten = b""
         self._is_failing = False
@@ -212,10 +211,6 @@ class MetricsWriter:
         self.boards.scalars(step, values)
 
     def _record(self, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            if name == "loss" or name.startswith("eval_loss"):
-                lowest = self.lowest.get(name, (math.inf, 0))
-                self.lowest[name] = min(lowest, (float(value), values["step"]))
         if self._file is not None:
             self._unwritten += json.dumps(values).encode() + b"\n"
             self._append()

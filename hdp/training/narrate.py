@@ -30,6 +30,7 @@ class Narrator:
         self._bar: console.StepBar | None = None
         self._stack = ExitStack()
         self._times: deque[tuple[int, float]] = deque(maxlen=_PACE_STEPS)
+        self._lowest = (math.inf, 0)  # loss, step
         self._start_tokens = progress.total_tokens
 
     def __enter__(self) -> Narrator:
@@ -47,6 +48,7 @@ class Narrator:
     def step(self, metrics: StepMetrics) -> None:
         """Say what a step did."""
         steps = self._run.config.steps
+        self._lowest = min(self._lowest, (metrics.loss, metrics.step))
         left_s = self.left_s(metrics.step, time.monotonic())
         if self._bar is None:
             self._run.say(metrics.line(steps, eta_s=left_s))
@@ -76,28 +78,15 @@ class Narrator:
             f"{done:,} steps in {console.duration(seconds)}: {tokens:,} tokens, "
             f"{tokens / seconds:,.0f} tokens/s with saves and pauses"
         )
-        if lowest := lowest_line(progress):
-            run.say(lowest)
+        if math.isfinite(self._lowest[0]):
+            since = f" (since step {progress.first_step:,})" if progress.first_step > 1 else ""
+            run.say("lowest training loss {:.4f} at step {:,}".format(*self._lowest) + since)
         run.say(f"checkpoints: {Path(folder) / 'checkpoints'}; metrics: {folder}/metrics.jsonl")
         exported = run.config.export_hf
         if exported and not progress.stop_signal:
             run.say(f"model: {exported}")
         board = f"; tensorboard --logdir {folder}" if run.config.tensorboard else ""
         run.say(f"to look at it: hdp report {folder}{board}")
-
-
-def lowest_line(progress: Progress) -> str:
-    """The lowest losses of this process, "" if it logged none."""
-    words = [
-        f"{'training loss' if name == 'loss' else name.replace('_', ' ', 1)} {value:.4f} "
-        f"at step {step:,}"
-        for name, (value, step) in sorted(
-            progress.lowest.items(), key=lambda item: item[0] != "loss"
-        )
-        if math.isfinite(value)
-    ]
-    since = f" (since step {progress.first_step:,})" if progress.first_step > 1 else ""
-    return f"lowest {', lowest '.join(words)}{since}" if words else ""
 
 
 def sample_texts(dataset: Any, seq_ids: Any, count: int = 4) -> list[tuple[str, str]]:

@@ -134,7 +134,7 @@ def write_trace(run: Run, step: int, batch: StepBatch) -> Path | None:
     `trace_STEP.json`, which `hdp report` draws.
 
     Collective: each rank contributes its measured spans. Returns the picture's path on rank 0. A
-    full disk is reported, not raised.
+    full disk and a missing matplotlib are reported, not raised.
     """
     by_rank: list[list[Span]] = [[] for _ in range(run.mesh.hdp_size)]
     dist.all_gather_object(by_rank, run.context.recorder.spans(), group=run.mesh.hdp_group)
@@ -163,7 +163,7 @@ def write_trace(run: Run, step: int, batch: StepBatch) -> Path | None:
         )
         run.say(f"wrote {trace} and .png; `hdp report {run.config.run_dir}` shows them in a page")
         return picture
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: matplotlib is not installed
         run.say(f"cannot write the timelines of step {step}: {error}; training continues")
         return None
 

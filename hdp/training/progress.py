@@ -17,8 +17,6 @@ class Progress:
     first_step: int = 1  # the first step that this process trains
     stop_reason: str = ""  # why the run ended early; "" while it runs and when it is complete
     stop_signal: int = 0  # the signal that ended it, such as 15; 0: none
-    # The lowest value of each loss that this process logged, and its step: "loss", "eval_loss".
-    lowest: dict[str, tuple[float, int]] = field(default_factory=dict)
     _request: str = ""
 
     def stop(self, reason: str) -> None:

@@ -46,7 +46,7 @@ def rows(steps: int, ranks: int, seed: int = 0, every: int = 1) -> list[dict]:
             }
         )
         if step % max(1, steps // 10 // every * every) == 0:
-            made.append({"step": step, "eval_loss": loss + 0.12, "eval_tokens": 10_000})
+            made.append({"step": step, "eval_loss": loss + 0.12, "eval_loss_tokens": 10_000})
     return made
 
 

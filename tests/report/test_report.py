@@ -155,7 +155,7 @@ def test_nothing_from_a_file_becomes_markup(tmp_path):
     trace["plan"]["policy"] = evil
     (folder / "trace_3.json").write_text(json.dumps(trace))
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 2, f"eval_loss{evil}": 1.0}) + "\n")
+        file.write(json.dumps({"step": 2, f"eval_loss/{evil}": 1.0}) + "\n")
     text = report(folder)
     assert text.isascii()
     assert text.count("<script") == 2 and "<img" not in text and "<b>run" not in text

@@ -339,6 +339,21 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(inputs, tmp_path):
     assert [row[0] for row in rows] == [1, 2]
 
 
+def _train_without_matplotlib(rank, world, options):
+    import sys
+
+    sys.modules["matplotlib.figure"] = None  # type: ignore[assignment]
+    return _train_and_listen(rank, world, options)
+
+
+def test_a_trace_without_matplotlib_lacks_only_the_picture(inputs, tmp_path):
+    options = config(inputs, tmp_path, steps=2, trace_step=1)
+    said = run_ranks(_train_without_matplotlib, 1, options)[0]
+    assert "drawing needs matplotlib: pip install matplotlib; training continues" in said
+    assert "step 2/2" in said and not (tmp_path / "timeline_1.png").exists()
+    assert (tmp_path / "timeline_1.json").exists() and RunFiles.read(tmp_path).traces
+
+
 def test_mfu_is_work_over_time_ranks_and_peak(inputs, tmp_path):
     """By hand, except attention: at these lengths, under a seventh of this model's work."""
     options = {"steps": 1, "max_length": 60, "overlong": "truncate", "peak_tflops": 0.1}

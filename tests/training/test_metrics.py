@@ -77,14 +77,12 @@ def test_idle_shares_are_at_most_64_numbers(ranks, values):
     assert blocks([]) == ()
 
 
-def test_writer_keeps_the_lowest_losses(tmp_path):
+def test_other_values_get_rows_of_their_own(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        for step, loss in ((1, 3.0), (2, 1.5), (3, 2.0)):
-            writer.write(dataclasses.replace(METRICS, step=step, loss=loss))
-        writer.log(2, {"eval_loss": 1.7, "eval_tokens": 10})
-    assert writer.lowest == {"loss": (1.5, 2), "eval_loss": (1.7, 2)}
+        writer.write(dataclasses.replace(METRICS, step=2))
+        writer.log(2, {"eval_loss": 1.7, "eval_loss_tokens": 10})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1] == {"step": 2, "eval_loss": 1.7, "eval_tokens": 10}
+    assert rows[-1] == {"step": 2, "eval_loss": 1.7, "eval_loss_tokens": 10}
 
 
 def test_writer_appends_and_tensorboard_reads_back(tmp_path):

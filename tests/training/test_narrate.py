@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hdp.training.cores import shared_cores_note, shares_cores, usable_cores
-from hdp.training.narrate import Narrator, lowest_line, sample_texts
+from hdp.training.narrate import Narrator, sample_texts
 from hdp.training.progress import Progress
 from tests.run_ranks import run_ranks
 from tests.training.runs import config, write_inputs
@@ -68,14 +68,20 @@ def test_time_left_is_the_pace_of_the_last_steps():
     assert narrator.left_s(100, 300.0) == 0.0
 
 
-def test_lowest_losses():
-    progress = Progress(first_step=1)
-    assert lowest_line(progress) == ""
-    progress.lowest = {"eval_loss": (1.75, 40), "loss": (1.5, 42), "eval_loss/b": (np.inf, 0)}
-    expected = "lowest training loss 1.5000 at step 42, lowest eval loss 1.7500 at step 40"
-    assert lowest_line(progress) == expected
-    progress.first_step = 31
-    assert lowest_line(progress).endswith(" (since step 31)")
+def test_the_lowest_loss_is_said_and_since_when():
+    said: list[str] = []
+    options = SimpleNamespace(steps=9, run_dir="r", export_hf="out", tensorboard=True)
+    run = SimpleNamespace(config=options, is_main=False, say=said.append)
+    progress = Progress(step=5, first_step=6, total_tokens=100)
+    with Narrator(run, progress) as narrator:
+        for step, loss in ((6, 3.0), (7, 1.5), (8, 1.75)):
+            metrics = SimpleNamespace(step=step, loss=loss, line=lambda *_, **__: "step")
+            narrator.step(metrics)
+            progress.step, progress.total_tokens = step, progress.total_tokens + 1000
+    narrator.summary()
+    assert re.match(r"3 steps in \d+ s: 3,000 tokens, ", said[3])
+    assert said[4] == "lowest training loss 1.5000 at step 7 (since step 6)"
+    assert said[6:] == ["model: out", "to look at it: hdp report r; tensorboard --logdir r"]
 
 
 def test_samples_are_what_the_model_reads():
