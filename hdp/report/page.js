@@ -269,6 +269,7 @@
     const seq = t.seq[i], rank = t.row[i] % plan.ranks, lines = [];
     if (seq >= 0) {
       const ring = plan.rings[seq];
+      if (plan.names.length) lines.push(plan.names[seq]);
       lines.push("sequence id " + plan.ids[seq] + " (number " + seq + " of the step)");
       lines.push(plan.lengths[seq].toLocaleString("en-US") + " tokens");
       lines.push(ring.length > 1 ? (gathered.has(seq) ? "gathered on " : "ring of ") + ring.length + ": ranks " + ranges(ring) : "on rank " + rank + " alone (degree 1)");

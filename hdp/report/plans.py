@@ -20,6 +20,8 @@ from .trace import Trace
 
 MOST_BOXES = 20_000  # of one timeline; beyond that a browser is slow, and Perfetto is the tool
 
+_LONGEST_NAME = 200  # characters
+
 
 def plan_view(trace: Trace) -> dict[str, Any]:
     """One traced step for the page."""
@@ -34,6 +36,7 @@ def plan_view(trace: Trace) -> dict[str, Any]:
         "tokens": int(plan.seqlens.sum()),
         "capacity": plan.max_tokens_per_rank,
         "ids": trace.seq_ids.tolist(),
+        "names": [name[:_LONGEST_NAME] for name in trace.names],
         "lengths": plan.seqlens.tolist(),
         "rings": [list(plan.ring(seq)) for seq in range(plan.num_seqs)],
         "gathered": np.flatnonzero(plan.gathered).tolist(),

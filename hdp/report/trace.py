@@ -1,7 +1,8 @@
 """Trace: one step's plan, the ids of its sequences, and its planned and measured timelines.
 
 `--trace-step N` writes trace_N.json next to the timelines; `hdp report` reads it back. The file
-holds plain JSON: {"version": 1, "step": 3, "plan": {...}, "seq_ids": [...], "cost": {...} or null,
+holds plain JSON: {"version": 1, "step": 3, "plan": {...}, "seq_ids": [...], "names": [...],
+"cost": {...} or null,
 "planned": [[rank, stage, kind, name, start_s, end_s], ...], "measured": [...]}.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,7 @@ class Trace:
     step: int
     plan: StepPlan
     seq_ids: np.ndarray  # (num_seqs,) int64: the plan's sequences, as ids in the data
+    names: Sequence[str] = ()  # (num_seqs,) where each is from, such as a file; or none at all
     cost: CostModel | None  # splits a microbatch's time among its sequences in pictures
     planned: Timeline
     measured: Timeline
@@ -38,6 +41,7 @@ class Trace:
                 "step": self.step,
                 "plan": json.loads(self.plan.to_json()),
                 "seq_ids": np.asarray(self.seq_ids).tolist(),
+                "names": list(self.names),
                 "cost": None if self.cost is None else json.loads(self.cost.to_json()),
                 "planned": _rows(self.planned),
                 "measured": _rows(self.measured),
@@ -56,11 +60,15 @@ class Trace:
             seq_ids = np.array([int(number) for number in data["seq_ids"]], dtype=np.int64)
             if len(seq_ids) != plan.num_seqs:
                 raise ValueError(f"{len(seq_ids)} seq_ids for {plan.num_seqs} sequences")
+            names = [str(name) for name in data["names"]]
+            if names and len(names) != plan.num_seqs:
+                raise ValueError(f"{len(names)} names for {plan.num_seqs} sequences")
             cost = data["cost"]
             return cls(
                 step=int(data["step"]),
                 plan=plan,
                 seq_ids=seq_ids,
+                names=names,
                 cost=None if cost is None else CostModel.from_json(json.dumps(cost)),
                 planned=_timeline(data["planned"], plan, "planned"),
                 measured=_timeline(data["measured"], plan, "measured"),

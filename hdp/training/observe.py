@@ -148,6 +148,7 @@ def write_trace(run: Run, step: int, batch: StepBatch) -> Path | None:
         step=step,
         plan=batch.plan,
         seq_ids=batch.seq_ids,
+        names=[run.dataset.name(number) for number in batch.seq_ids.tolist()],
         cost=run.cost,
         planned=planned,
         measured=measured,

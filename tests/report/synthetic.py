@@ -79,6 +79,7 @@ def trace(step: int, ranks: int, seed: int = 0) -> Trace:
         step=step,
         plan=step_plan,
         seq_ids=np.arange(step_plan.num_seqs) + 1000,
+        names=[f"data/{seq % 97}.txt" for seq in range(step_plan.num_seqs)],
         cost=cost,
         planned=timeline,
         measured=Timeline(spans=spans, num_ranks=ranks, title="measured"),

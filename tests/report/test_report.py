@@ -16,6 +16,7 @@ from hdp.report.files import RunFiles
 from hdp.report.page import page
 from tests.patience import patience
 from tests.report.synthetic import write_run
+from tests.source_tree import ROOT
 
 
 def data_of(text: str) -> dict:
@@ -49,6 +50,7 @@ def test_boxes_say_where_each_sequence_is(tmp_path):
     step_plan = RunFiles.read(folder).traces[0].plan
     (view,) = data_of(report(folder))["plans"]
     assert view["ids"] == [1000 + seq for seq in range(step_plan.num_seqs)]
+    assert view["names"][:2] == ["data/0.txt", "data/1.txt"]
     for timeline in view["timelines"]:
         found: dict[int, set[int]] = {}
         for i, seq in enumerate(timeline["seq"]):
@@ -153,6 +155,7 @@ def test_nothing_from_a_file_becomes_markup(tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "model": evil, evil: evil}))
     trace = json.loads((folder / "trace_3.json").read_text())
     trace["plan"]["policy"] = evil
+    trace["names"][0] = evil
     (folder / "trace_3.json").write_text(json.dumps(trace))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 2, f"eval_loss/{evil}": 1.0}) + "\n")
@@ -168,6 +171,14 @@ def test_the_page_loads_nothing(tmp_path):
     text = report(write_run(tmp_path / "run", steps=3, ranks=2))
     assert "default-src 'none'" in text
     assert not re.search(r"\b(src|href)=|url\(|@import|fetch\(|XMLHttp|import\(", text)
+
+
+def test_the_wheel_has_the_parts_of_the_page():
+    tomllib = pytest.importorskip("tomllib", reason="in the standard library from Python 3.11")
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folder = ROOT / "hdp" / "report"
+    parts = {path.name for path in folder.iterdir() if path.suffix in (".css", ".js")}
+    assert parts == set(packaged["package-data"]["hdp.report"]) == {"page.css", "page.js"}
 
 
 def test_differences_from_the_defaults(tmp_path):

@@ -325,6 +325,7 @@ def test_trace_step_writes_planned_and_measured(inputs, tmp_path):
     assert trace.measured.bubble.tolist() == pytest.approx(idle, abs=0.01) and len(idle) == 2
     assert trace.plan.seqlens.sum() == rows[1]["num_tokens"]
     assert len(trace.seq_ids) == rows[1]["num_seqs"]
+    assert len(trace.names) == rows[1]["num_seqs"] and trace.names[0].endswith(".txt")
     assert "Plan of step 2" in page(found)
 
 
