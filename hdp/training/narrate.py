@@ -99,6 +99,6 @@ def sample_texts(dataset: Any, seq_ids: Any, count: int = 4) -> list[tuple[str, 
         ids = dataset[number].input_ids
         text = tokenizer.decode(ids[:_SAMPLE_TOKENS])
         end = " ..." if len(ids) > _SAMPLE_TOKENS or len(text) > _SAMPLE_CHARACTERS else ""
-        name = f"{dataset.name(number)}, {len(ids):,} tokens"
+        name = f"{console.printable(dataset.name(number))}, {len(ids):,} tokens"
         found.append((name, text[:_SAMPLE_CHARACTERS] + end))
     return found

@@ -155,7 +155,7 @@ def test_nothing_from_a_file_becomes_markup(tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "model": evil, evil: evil}))
     trace = json.loads((folder / "trace_3.json").read_text())
     trace["plan"]["policy"] = evil
-    trace["names"][0] = evil
+    trace["names"][:2] = [evil, "not UTF-8: \udcff"]
     (folder / "trace_3.json").write_text(json.dumps(trace))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 2, f"eval_loss/{evil}": 1.0}) + "\n")
