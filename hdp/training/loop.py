@@ -97,11 +97,11 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> list[StepM
                 progress = _resume(run, checkpointer)
             for line in on_rank_0(partial(accept, config, step=progress.step), mesh.hdp_group):
                 run.say(line)
-            with StopSignals(run.say) as signals:
+            with StopSignals(run.say) as signals, _writer(run, progress) as writer:
                 saves = Saves(run, checkpointer, events)
                 events.on_train_start(run, progress)
                 narrator = Narrator(run, progress)
-                steps = _steps(run, saves, progress, events, signals, narrator)
+                steps = _steps(run, saves, progress, events, signals, narrator, writer)
                 metrics = deque(steps, maxlen=_KEPT_STEPS)
                 with watchdog.allow(LONG_S, "writing the last checkpoint and the model"):
                     _finish(run, saves, progress)
@@ -135,11 +135,12 @@ def _steps(
     events: Callback,
     signals: StopSignals,
     narrator: Narrator,
+    writer: MetricsWriter,
 ) -> Iterator[StepMetrics]:
     """Run the steps from progress.step + 1 on and yield the metrics of the logged ones."""
     config, watchdog = run.config, run.context.watchdog
     observer = Observer(run)
-    with narrator, _writer(run, progress) as writer, run.feed() as feed:
+    with narrator, run.feed() as feed:
         batches, began = iter(feed), time.perf_counter()
         for step in range(progress.first_step, config.steps + 1):
             watchdog.progress(step=step, what="waiting for the plan and tokens")
@@ -181,7 +182,10 @@ def _steps(
 
 @contextlib.contextmanager
 def _writer(run: Run, progress: Progress) -> Iterator[MetricsWriter]:
-    """Where the metrics of the steps go; also says that the step to trace will not come."""
+    """Where the metrics of the steps go; also says that the step to trace will not come.
+
+    It is closed after the last checkpoint: an upload may take longer than a scheduler waits.
+    """
     config, traced = run.config, run.config.trace_step
     if traced is not None and not progress.first_step <= traced <= config.steps:
         run.say(

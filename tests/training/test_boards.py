@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from hdp.training.boards import BoardOptions, Boards
+from hdp.training.callbacks import Callback
 from hdp.training.metrics import MetricsWriter
+from tests.run_ranks import run_ranks
+from tests.training.runs import config, write_inputs
 
 pytest.importorskip("PIL")
 
@@ -65,6 +68,11 @@ class FakeWandb:
         self.finished += 1
         self.exit_code = exit_code
         self.taken.clear()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture
@@ -195,3 +203,33 @@ def test_an_upload_that_hangs_does_not_hold_the_run(tmp_path, wandb, monkeypatch
     assert time.monotonic() - began < 30
     stuck.set()
     assert "has not uploaded everything" in said[-1]
+
+
+def _train_with_wandb(rank, world, options):
+    """The order of what a run says and what its boards see."""
+    from hdp.training.loop import train
+
+    fake = FakeWandb()
+    if rank == 0:
+        sys.modules["wandb"] = fake  # type: ignore[assignment]
+    saves: list[int] = []
+
+    class Watch(Callback):
+        def on_save(self, run, progress, checkpoint):
+            saves.append(fake.finished)
+
+    train(options, [Watch()])
+    keys = [sorted(set(row) - {"step"})[:1] for row in fake.logged]
+    return fake.inits, fake.config, keys, fake.finished, saves
+
+
+def test_a_run_shows_samples_steps_and_its_traced_step(inputs, tmp_path):
+    """On rank 0 alone; the upload at the end waits for the last checkpoint."""
+    options = config(inputs, tmp_path, steps=2, trace_step=2, wandb="p", wandb_mode="offline")
+    first, second = run_ranks(_train_with_wandb, 2, options)
+    inits, shown, keys, finished, saves = first
+    assert [init["mode"] for init in inits] == ["offline"] and finished == 1
+    assert shown["steps"] == 2 and shown["ranks"] == 2
+    assert keys == [["samples"], ["bubble"], ["bubble"], ["timeline"]]
+    assert saves == [0], "the checkpoint is complete before W&B is finished"
+    assert second[0] == [] and second[3] == 0
