@@ -3,6 +3,7 @@
     hdp data chats.jsonl --tokenizer Qwen/Qwen3-0.6B                   rows as they are trained on
     hdp plan lengths.txt --hdp-size 64 --max-tokens-per-rank 32768     no torch
     hdp doctor                                                         works without torch
+    hdp report runs/default                                            no torch
     torchrun --nproc-per-node 8 -m hdp profile --out cost.json
     torchrun --nproc-per-node 8 -m hdp train --data ./docs --model Qwen/Qwen3-0.6B
 
@@ -32,6 +33,7 @@ USAGE = """\
 usage: hdp COMMAND [options]
 
   train      train a model; on multiple ranks: torchrun --nproc-per-node 8 -m hdp train ...
+  report     write one HTML file that shows a run: curves, idle time, plans, options
   doctor     report this machine's hardware and libraries, and the back ends in use
   profile    measure this machine and write a cost model for --cost
   data       show rows as they will be trained on, what is skipped, and the lengths
@@ -55,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"hdp {__version__}")
         return 0
+    if command == "report":
+        from hdp.report import cli as report
+
+        return report.main(arguments[1:])
     if command == "doctor":
         from hdp.doctor import report as doctor
 

@@ -181,6 +181,10 @@ class TrainConfig:
     """Peak TFLOP/s of one device, for MFU; None: the data sheet's bf16 peak for known GPUs."""
     tensorboard: bool = True
     """Also write metrics for TensorBoard."""
+    wandb: str | None = None
+    """Also log to this project at Weights & Biases (pip install wandb)."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline: keep the W&B run in run_dir/wandb for `wandb sync`; also done without a key."""
     trace_step: int | None = None
     """Step to trace: write planned and measured timelines as Perfetto JSON and PNG."""
     dry_run: bool = False

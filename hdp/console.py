@@ -90,6 +90,53 @@ def printable(text: str) -> str:
     )
 
 
+StepBar = Callable[[int, str], None]
+
+
+@contextmanager
+def step_bar(
+    total: int,
+    done: int = 0,
+    *,
+    enabled: bool = True,
+    stream: TextIO | None = None,
+) -> Iterator[StepBar | None]:
+    """The bar of a run: yields `update(steps done, text beside the bar)`; None if none is drawn.
+
+    It is drawn on a terminal with rich, as the last line: notes appear above it.
+    """
+    stream = sys.stderr if stream is None else stream
+    try:
+        if not (enabled and total > 0 and is_terminal(stream)):
+            raise ImportError
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    except ImportError:
+        yield None
+        return
+    columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn()]
+    text_column = TextColumn("{task.fields[text]}", markup=False)
+    out = Console(file=stream)
+    # Two redraws a second: more would take time from a rank that shares the core.
+    with Progress(*columns, text_column, console=out, transient=True, refresh_per_second=2) as bar:
+        task = bar.add_task("", total=total, completed=done, text="")
+        yield lambda done, text: bar.update(task, completed=done, text=text)
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    whole = round(seconds)
+    for size, unit, part, small in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if whole >= size:
+            rest = whole % size // part
+            return f"{whole // size} {unit}" + (f" {rest} {small}" if rest else "")
+    return f"{whole} s"
+
+
 def note(message: str, *, stream: TextIO | None = None) -> None:
     """Print one line for people and logs, such as which fallback is in use."""
     stream = sys.stderr if stream is None else stream

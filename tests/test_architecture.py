@@ -61,6 +61,10 @@ ROOMS: dict[str, set[str]] = {
     # many ranks
     "distributed": {"errors"},
     "checkpoint": {"distributed", "errors"},
+    # a finished step or run as a file to look at, without torch
+    "report": {
+        *("config", "console", "scheduler", "scheduler.render", "scheduler.simulation"),
+    },
     # a run: its parts connected, watched, walked
     "config": set(),
     "config_fields": set(),
@@ -69,8 +73,8 @@ ROOMS: dict[str, set[str]] = {
     "objectives": set(),
     "training": {
         *("attention", "checkpoint", "config", "config_file", "console", "data", "distributed"),
-        *("errors", "models", "objectives", "offloading", "ops", "scheduler", "scheduler.costs"),
-        "scheduler.policies",
+        *("errors", "models", "objectives", "offloading", "ops", "report", "scheduler"),
+        *("scheduler.costs", "scheduler.policies"),
         *("scheduler.render", "scheduler.simulation"),
     },
     # the command line
@@ -81,8 +85,8 @@ ROOMS: dict[str, set[str]] = {
         *("scheduler.render", "training"),
     },
     "cli": {
-        *("checkpoint", "config", "data", "doctor", "flags", "profile", "scheduler.cli"),
-        "training",
+        *("checkpoint", "config", "data", "doctor", "flags", "profile", "report"),
+        *("scheduler.cli", "training"),
     },
 }
 
@@ -101,7 +105,9 @@ FOREIGN = {
     "yaml": "hdp/config_file.py",
     "rich": "hdp/console.py",
     "tqdm": "hdp/console.py",
-    "tensorboard": "hdp/training/metrics.py",
+    "tensorboard": "hdp/training/boards.py",
+    "PIL": "hdp/training/boards.py",
+    "wandb": "hdp/training/wandb_board.py",
     "apex": "hdp/training/optim.py",
     "amp_C": "hdp/training/optim.py",
     "flash_attn": "hdp/attention/kernels/flash_attn.py",
@@ -111,7 +117,7 @@ FOREIGN = {
 }
 # Parts of libraries with the same rule: everything else goes through that file.
 FOREIGN_PARTS = {
-    "torch.utils.tensorboard": "hdp/training/metrics.py",
+    "torch.utils.tensorboard": "hdp/training/boards.py",
     "torch.distributed.checkpoint": "hdp/checkpoint/files.py",
     "torch.distributed.fsdp": "hdp/distributed/fsdp.py",
 }
@@ -238,6 +244,8 @@ def test_modules_and_functions_have_names_of_their_own() -> None:
         "from hdp.cli import main; main(['--version'])",
         "from hdp.cli import main; main(['doctor', '--help'])",
         "from hdp.cli import main; main(['plan', '--help'])",
+        "from hdp.cli import main; main(['report', '--help'])",
+        "import hdp.report.page",
         "from hdp.cli import main; main(['profile', '--help'])",
     ],
 )

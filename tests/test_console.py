@@ -50,6 +50,26 @@ def test_progress_propagates_errors():
         raise KeyError
 
 
+def test_a_bar_of_steps_on_a_terminal_only():
+    pytest.importorskip("rich")
+    with console.step_bar(10, stream=io.StringIO()) as update:
+        assert update is None
+    with console.step_bar(10, enabled=False, stream=Terminal()) as update:
+        assert update is None
+    stream = Terminal()
+    with console.step_bar(10, 3, stream=stream) as update:
+        assert update is not None
+        update(7, "loss 2.1 [red] eta 3 s")
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    assert "7/10" in text and "loss 2.1 [red] eta 3 s" in text
+
+
+def test_durations():
+    seconds = (0, 59.6, 200, 7500, 273_600)
+    spoken = [console.duration(s) for s in seconds]
+    assert spoken == ["0 s", "1 min", "3 min 20 s", "2 h 5 min", "3 d 4 h"]
+
+
 def test_table_text_right_aligns_numbers():
     assert console.table_text(["policy", "tokens", "s"], ROWS, title="T").splitlines() == [
         "T",
@@ -79,6 +99,8 @@ def test_everything_works_without_rich(monkeypatch):
     stream = Terminal()
     with console.progress("work", 1, stream=stream) as advance:
         advance(1)
+    with console.step_bar(1, stream=stream) as update:
+        assert update is None
     console.print_table(["a"], [(1,)], stream=stream)
     assert stream.getvalue() == "a\n-\n1\n"
 

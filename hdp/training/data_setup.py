@@ -189,7 +189,8 @@ def check_data_fits(
     def check(sequences: TokenDataset | Selection) -> None:
         held: int | np.ndarray = config.tokens_per_rank
         if cost is not None:
-            held = shard_capacity(sequences.seqlens, max_tokens_per_rank=held, cost=cost)
+            most = config.tokens_per_rank
+            held = shard_capacity(sequences.seqlens, max_tokens_per_rank=most, cost=cost)
         sequences.check_fits(hdp_size=hdp_size, max_tokens_per_rank=held)
 
     check(data.training)

@@ -9,6 +9,7 @@ this file loops over steps and handles resume, save and export.
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from hdp.models.export_folder import check_target
 from .callbacks import Callback, Callbacks
 from .dry_run import dry_run
 from .metrics import MetricsWriter, StepMetrics
+from .narrate import Narrator, sample_texts
 from .observe import Observer, write_trace
 from .optim import set_learning_rate
 from .progress import Progress
@@ -101,12 +103,15 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> list[StepM
                 run, progress = _resume(run, checkpointer)
             for line in on_rank_0(partial(accept, config, step=progress.step), mesh.hdp_group):
                 run.say(line)
-            with StopSignals(run.say) as signals:
+            with StopSignals(run.say) as signals, _writer(run, progress) as writer:
                 saves = Saves(run, checkpointer, events)
                 events.on_train_start(run, progress)
-                metrics = deque(_steps(run, saves, progress, events, signals), maxlen=_KEPT_STEPS)
+                narrator = Narrator(run, progress)
+                steps = _steps(run, saves, progress, events, signals, narrator, writer)
+                metrics = deque(steps, maxlen=_KEPT_STEPS)
                 with watchdog.allow(LONG_S, "writing the last checkpoint and the model"):
                     _finish(run, saves, progress)
+                narrator.summary()
                 events.on_train_end(run, progress)
     return list(metrics)
 
@@ -130,34 +135,27 @@ def _check_same_options(config: TrainConfig, mesh: HDPMesh) -> None:
 
 
 def _steps(
-    run: Run, saves: Saves, progress: Progress, events: Callback, signals: StopSignals
+    run: Run,
+    saves: Saves,
+    progress: Progress,
+    events: Callback,
+    signals: StopSignals,
+    narrator: Narrator,
+    writer: MetricsWriter,
 ) -> Iterator[StepMetrics]:
     """Run the steps from progress.step + 1 on and yield the metrics of the logged ones."""
     config, watchdog = run.config, run.context.watchdog
     observer = Observer(run)
-    traced = config.trace_step
-    if traced is not None and not progress.first_step <= traced <= config.steps:
-        run.say(
-            f"--trace-step {traced}: this run trains steps {progress.first_step} to {config.steps}"
-            ", so nothing will be traced"
-        )
-    with (
-        MetricsWriter(
-            Path(config.run_dir),
-            tensorboard=config.tensorboard,
-            enabled=run.is_main,
-            first_step=progress.first_step,
-            say=run.say,
-        ) as writer,
-        run.feed() as feed,
-    ):
-        validation = Validation(run, events, writer)
+    validation = Validation(run, events, writer)
+    with narrator, run.feed() as feed:
         batches, began = iter(feed), time.perf_counter()
         for step in range(progress.first_step, config.steps + 1):
             if progress.stop_reason:  # a resumed run that had stopped improving
                 break
             watchdog.progress(step=step, what="waiting for the plan and tokens")
             batch = next(batches)
+            if step == progress.first_step and writer.boards:
+                writer.boards.texts(step, "samples", sample_texts(run.dataset, batch.seq_ids))
             lr = learning_rate(config, step)
             set_learning_rate(run.optimizer, lr)
             with _first_step_allowance(run, is_first=step == progress.first_step):
@@ -167,20 +165,15 @@ def _steps(
             _advance(run, progress, batch)
             ended = time.perf_counter()
             if step % config.log_every == 0 or step == config.steps:
-                metrics = observer.measure(
-                    step,
-                    batch,
-                    result,
-                    lr=lr,
-                    step_s=ended - began,
-                    total_tokens=progress.total_tokens,
-                )
-                run.say(metrics.line(config.steps))
+                total = progress.total_tokens
+                times = {"lr": lr, "step_s": ended - began}
+                metrics = observer.measure(step, batch, result, total_tokens=total, **times)
+                narrator.step(metrics)
                 writer.write(metrics)
                 events.on_step_end(run, progress, metrics)
                 yield metrics
-            if step == config.trace_step:
-                write_trace(run, step, batch)
+            if step == config.trace_step and (picture := write_trace(run, step, batch)):
+                writer.boards.picture(step, "timeline", picture)
             paused = time.perf_counter()
             is_best = validation.after_step(progress)
             began = ended + time.perf_counter() - paused
@@ -191,6 +184,38 @@ def _steps(
                     saves.start(progress)
             if stop:
                 break
+
+
+@contextlib.contextmanager
+def _writer(run: Run, progress: Progress) -> Iterator[MetricsWriter]:
+    """Where the metrics of the steps go; also says that the step to trace will not come.
+
+    It is closed after the last checkpoint: an upload may take longer than a scheduler waits.
+    """
+    config, traced = run.config, run.config.trace_step
+    if traced is not None and not progress.first_step <= traced <= config.steps:
+        run.say(
+            f"--trace-step {traced}: this run trains steps {progress.first_step} to {config.steps}"
+            ", so nothing will be traced"
+        )
+    watchdog, ranks = run.context.watchdog, {"ranks": run.mesh.hdp_size}
+    with contextlib.ExitStack() as stack:
+        with watchdog.allow(LONG_S, "opening TensorBoard and W&B"):
+            writer = MetricsWriter(
+                Path(config.run_dir),
+                tensorboard=config.tensorboard,
+                wandb=config.wandb,
+                wandb_mode=config.wandb_mode,
+                config={**json.loads(config.to_json()), **ranks},
+                enabled=run.is_main,
+                first_step=progress.first_step,
+                say=run.say,
+            )
+        stack.push(writer)
+        yield writer
+        # Not after an error: that should be told within --timeout-s.
+        with watchdog.allow(LONG_S, "closing TensorBoard and W&B"):
+            stack.close()
 
 
 def _first_step_allowance(run: Run, *, is_first: bool) -> AbstractContextManager[None]:

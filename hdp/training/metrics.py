@@ -1,4 +1,4 @@
-"""Metrics of a step: the log line, `metrics.jsonl`, TensorBoard.
+"""Metrics of a step: the log line, `metrics.jsonl`, and the boards that show them.
 
     step 120/2000  loss 2.3417  grad 0.87  lr 3.0e-4  tok/s/rank 11,204  mfu 41.3%
     bubble 2.1% (plan 1.8%)  rings 1x412 2x9 8x1  mem 61.2 GiB  dt 3.91 s          (one line)
@@ -7,9 +7,11 @@ tok/s/rank  tokens of the step / step time / ranks
 mfu         model flops (`ModelFlops`) / time / ranks / peak of one device: `--peak-tflops`, else
             the data sheet's bf16 peak; omitted if neither is known
 bubble      share of the step that ranks spend waiting or communicating, mean over ranks; in
-            parentheses, the planner's prediction
+            parentheses, the planner's prediction. A * says that ranks share CPU cores: then the
+            number holds the time that the operating system gave a core to another rank
 rings       number of sequences per ring degree: 412 on one rank, 9 on two, 1 on eight
 mem         peak memory of any rank (device memory on a GPU, resident set on a CPU)
+dt, eta     time of the step, and the time that is left at the pace of the last steps
 host        peak host memory of any rank's offloaded activations; only with offload
 """
 
@@ -21,13 +23,17 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from hdp.console import duration
 from hdp.scheduler import StepPlan
+
+from .boards import BoardOptions, Boards
+
+_MOST_IDLE = 64  # numbers in a row, so that metrics.jsonl stays small with thousands of ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +60,13 @@ class StepMetrics:
     host_bytes: int  # peak of offloaded activations on any rank so far
     data_wait_s: float  # time the step waited for its plan and tokens
     rings: dict[int, int]  # degree -> number of sequences
+    idle: tuple[float, ...] = ()  # share of the step in which each rank does not compute; `blocks`
+    shared_cores: bool = False  # CPU ranks outnumber cores, so `bubble` and `idle` mean little
 
-    def line(self, num_steps: int) -> str:
-        """The log line."""
+    def line(self, num_steps: int, *, eta_s: float | None = None) -> str:
+        """The log line. eta_s: seconds to the end of the run; None: not shown."""
         rings = " ".join(f"{degree}x{count}" for degree, count in sorted(self.rings.items()))
+        mark = "*" if self.shared_cores else ""
         parts = [
             f"step {self.step}/{num_steps}",
             f"loss {self.loss:.4f}",
@@ -65,13 +74,24 @@ class StepMetrics:
             f"lr {_short(self.lr)}",
             f"tok/s/rank {self.tokens_per_s_per_rank:,.0f}",
             f"mfu {self.mfu:.1%}" if self.mfu is not None else "",
-            f"bubble {self.bubble:.1%} (plan {self.planned_bubble:.1%})",
+            f"bubble {self.bubble:.1%}{mark} (plan {self.planned_bubble:.1%})",
             f"rings {rings}",
             f"mem {self.mem_bytes / 2**30:.1f} GiB",
             f"host {self.host_bytes / 2**30:.1f} GiB" if self.host_bytes else "",
             f"dt {self.step_s:.2f} s",
+            f"eta {duration(eta_s)}" if eta_s is not None else "",
         ]
         return "  ".join(part for part in parts if part)
+
+
+def blocks(shares: Sequence[float]) -> tuple[float, ...]:
+    """One value per rank, rounded; of more than 64 ranks, means of blocks of consecutive ranks.
+
+    A block has ceil(ranks / 64) ranks, the last one perhaps fewer.
+    """
+    size = -(-len(shares) // _MOST_IDLE) or 1
+    groups = [shares[i : i + size] for i in range(0, len(shares), size)]
+    return tuple(round(math.fsum(group) / len(group), 3) for group in groups)
 
 
 def ring_counts(plan: StepPlan) -> dict[int, int]:
@@ -133,13 +153,13 @@ def peak_flops(device_name: str) -> float | None:
 
 
 class MetricsWriter:
-    """Appends each step to `metrics.jsonl` and optionally to TensorBoard.
+    """Appends each step to `metrics.jsonl` and sends it to the boards (TensorBoard, W&B).
 
     A context manager. `enabled=False` (all ranks but one) writes nothing. Existing rows from
     `first_step` on belong to steps that were lost before a resume; they are removed.
 
     A full disk does not stop training: `say` reports it once, and rows are kept in memory until
-    there is room. TensorBoard's writer does not survive a failed write, so it gets no further rows.
+    there is room. A board does not survive a failure, so it gets no further rows.
     """
 
     def __init__(
@@ -147,12 +167,15 @@ class MetricsWriter:
         run_dir: Path,
         *,
         tensorboard: bool,
+        wandb: str | None = None,
+        wandb_mode: str = "online",
+        config: Mapping[str, Any] | None = None,
         enabled: bool = True,
         first_step: int = 1,
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
         self._file: FileIO | None = None
-        self._board: Any = None
+        self.boards = Boards(say)
         self._say = say
         self._unwritten = b""
         self._is_failing = False
@@ -169,33 +192,28 @@ class MetricsWriter:
             ) from error
         # Unbuffered: a killed run keeps its last step, and we know exactly what was written.
         self._file = FileIO(path, "a")
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError(
-                    "--tensorboard needs the tensorboard package: pip install tensorboard"
-                ) from None
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        options = BoardOptions(
+            tensorboard=tensorboard, wandb=wandb, wandb_mode=wandb_mode, config=config or {}
+        )
+        self.boards = Boards.open(options, run_dir, first_step=first_step, say=say)
 
     def write(self, metrics: StepMetrics) -> None:
-        """Append the metrics of a step."""
-        self.log(metrics.step, asdict(metrics))
+        """Record a step."""
+        values = asdict(metrics)
+        self._record(values)
+        shares = values["idle"]
+        values |= {"idle_max": max(shares), "idle_min": min(shares)} if shares else {}
+        self.boards.scalars(metrics.step, values)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append a row of named values of a step; TensorBoard gets those that are numbers."""
-        if self._file is None:
-            return
-        self._unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
-        self._append()
-        if self._board is not None:
-            try:
-                for name, value in values.items():
-                    if isinstance(value, (int, float)) and name != "step":
-                        self._board.add_scalar(name, value, step)
-            except OSError as error:
-                self._board = None
-                self._say(f"TensorBoard logging stopped for the rest of this run: {error}")
+        """Record other values of a step, such as those of an evaluation, in a row of their own."""
+        self._record({"step": step, **values})
+        self.boards.scalars(step, values)
+
+    def _record(self, values: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            self._unwritten += json.dumps(values).encode() + b"\n"
+            self._append()
 
     def _append(self) -> None:
         """Write pending rows, as far as there is room."""
@@ -215,15 +233,13 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file is not None:
             self._append()
             if self._unwritten:
                 self._say(f"{self._file.name} is missing the last {self._unwritten.count(10)} rows")
             self._file.close()
-        if self._board is not None:
-            with suppress(OSError):
-                self._board.close()
+        self.boards.close(failed=kind is not None)
 
 
 def _keep_steps_before(path: Path, first_step: int) -> Path | None:

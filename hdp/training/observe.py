@@ -17,11 +17,13 @@ import torch.distributed as dist
 
 from hdp.data.feed import StepBatch
 from hdp.models.causal_lm import CausalLM, transformer_shape
+from hdp.report.trace import Trace
 from hdp.scheduler import Span, StepPlan, Timeline, simulate
 from hdp.scheduler.render.figure import draw_plans
 from hdp.scheduler.simulation.simulator import microbatch_times
 
-from .metrics import ModelFlops, StepMetrics, peak_flops, ring_counts
+from .cores import shares_cores
+from .metrics import ModelFlops, StepMetrics, blocks, peak_flops, ring_counts
 from .setup import Run
 from .step import StepResult
 
@@ -33,6 +35,7 @@ class Observer:
         self._run = run
         self.flops = count_flops(run.model)
         self._peak = _peak_flops(run)
+        self._shares_cores = shares_cores(run.mesh)
 
     def measure(
         self,
@@ -56,12 +59,14 @@ class Observer:
             float(run.context.recorder.bytes_sent),
             float(_memory_bytes(run.mesh.device)),
             float(run.host_bytes),
+            float(self._shares_cores),
         ]
         size = run.mesh.hdp_size
         table = torch.empty(size, len(mine), dtype=torch.float64, device=run.mesh.device)
         row = torch.tensor(mine, dtype=torch.float64, device=run.mesh.device)
         dist.all_gather(list(table.unbind()), row, group=run.mesh.hdp_group)
-        busy_s, end_s, bytes_sent, mem_bytes, host_bytes = table.T.tolist()
+        busy_s, end_s, bytes_sent, mem_bytes, host_bytes, shared = table.T.tolist()
+        makespan_s = max(end_s)
         seqlens = plan.seqlens.tolist()
         num_tokens = sum(seqlens)
         flops = self.flops.of(seqlens, batch.num_loss_tokens)
@@ -78,7 +83,7 @@ class Observer:
             step_s=step_s,
             tokens_per_s_per_rank=num_tokens / step_s / size,
             mfu=flops / step_s / size / self._peak if self._peak else None,
-            bubble=1.0 - sum(busy_s) / (size * max(end_s)) if max(end_s) > 0 else 0.0,
+            bubble=1.0 - sum(busy_s) / (size * makespan_s) if makespan_s > 0 else 0.0,
             planned_bubble=planned_bubble(plan, run),
             planned_s=plan.predicted_s,
             bytes_sent=int(sum(bytes_sent)),
@@ -86,6 +91,8 @@ class Observer:
             host_bytes=int(max(host_bytes)),
             data_wait_s=batch.wait_s,
             rings=ring_counts(plan),
+            idle=blocks([1.0 - busy / makespan_s for busy in busy_s]) if makespan_s > 0 else (),
+            shared_cores=max(shared) > 0,
         )
 
 
@@ -122,29 +129,44 @@ def planned_bubble(plan: StepPlan, run: Run) -> float:
     return max(1.0 - compute_s / available_s, 0.0) if available_s > 0 else 0.0  # not -0.0 %
 
 
-def write_trace(run: Run, step: int, batch: StepBatch) -> None:
-    """Write `timeline_STEP.json` (Perfetto) and `timeline_STEP.png`: planned above measured.
+def write_trace(run: Run, step: int, batch: StepBatch) -> Path | None:
+    """Write `timeline_STEP.json` (Perfetto) and `timeline_STEP.png`: planned above measured; and
+    `trace_STEP.json`, which `hdp report` draws.
 
-    Collective: each rank contributes its measured spans. A full disk is reported, not raised.
+    Collective: each rank contributes its measured spans. Returns the picture's path on rank 0. A
+    full disk and a missing matplotlib are reported, not raised.
     """
     by_rank: list[list[Span]] = [[] for _ in range(run.mesh.hdp_size)]
     dist.all_gather_object(by_rank, run.context.recorder.spans(), group=run.mesh.hdp_group)
     if not run.is_main:
-        return
+        return None
     measured = Timeline.measured((span for spans in by_rank for span in spans), batch.plan)
     planned = simulate(batch.plan, run.cost)
     trace = Path(run.config.run_dir) / f"timeline_{step}.json"
+    picture = trace.with_suffix(".png")
+    record = Trace(
+        step=step,
+        plan=batch.plan,
+        seq_ids=batch.seq_ids,
+        names=[run.dataset.name(number) for number in batch.seq_ids.tolist()],
+        cost=run.cost,
+        planned=planned,
+        measured=measured,
+    )
     try:
+        trace.with_name(f"trace_{step}.json").write_text(record.to_json(), encoding="ascii")
         planned.to_perfetto(trace, others=[measured])
         draw_plans(
             [("planned", batch.plan, planned), ("measured", batch.plan, measured)],
-            trace.with_suffix(".png"),
+            picture,
             cost=run.cost,
             title=f"step {step}",
         )
-        run.say(f"wrote {trace} and .png")
-    except OSError as error:
+        run.say(f"wrote {trace} and .png; `hdp report {run.config.run_dir}` shows them in a page")
+        return picture
+    except (OSError, ValueError) as error:  # ValueError: matplotlib is not installed
         run.say(f"cannot write the timelines of step {step}: {error}; training continues")
+        return None
 
 
 def _memory_bytes(device: torch.device) -> int:

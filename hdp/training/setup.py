@@ -24,6 +24,7 @@ from hdp.ops.native import describe
 from hdp.scheduler import CostModel, StepPlan, plan
 
 from .capacity import fit_tokens_per_rank
+from .cores import shared_cores_note, shares_cores
 from .data_setup import (
     RunData,
     agree_on_data,
@@ -198,6 +199,8 @@ def _introduce(run: Run, made: ModelSetup) -> None:
     mesh, config, attention = run.mesh, run.config, made.attention
     parameters = sum(p.numel() for p in run.model.parameters())
     run.say(f"{mesh.hdp_size} ranks on {mesh.device.type}, {mesh.ranks_per_node} per node")
+    if shares_cores(mesh):
+        run.say(shared_cores_note(mesh))
     run.say(
         f"model {config.model}: {parameters / 1e6:,.1f}M parameters, compute in "
         f"{str(made.dtype).removeprefix('torch.')}; attention: {attention.kernel.name}"

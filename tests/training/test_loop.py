@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from hdp.config import TrainConfig
+from hdp.report.files import RunFiles
+from hdp.report.page import page
 from hdp.scheduler import CostModel
 from tests.run_ranks import RankError, run_ranks
 from tests.training.runs import MODEL, config, write_inputs
@@ -317,6 +319,14 @@ def test_trace_step_writes_planned_and_measured(inputs, tmp_path):
     end = max(e["ts"] + e["dur"] for e in spans)
     assert rows[1]["bubble"] == pytest.approx(1 - busy / (2 * end), abs=0.01)
     assert json.loads((tmp_path / "config.json").read_text())["trace_step"] == 2
+    found = RunFiles.read(tmp_path)  # what `hdp report` shows
+    assert not found.problems and [trace.step for trace in found.traces] == [2]
+    trace, idle = found.traces[0], rows[1]["idle"]
+    assert trace.measured.bubble.tolist() == pytest.approx(idle, abs=0.01) and len(idle) == 2
+    assert trace.plan.seqlens.sum() == rows[1]["num_tokens"]
+    assert len(trace.seq_ids) == rows[1]["num_seqs"]
+    assert len(trace.names) == rows[1]["num_seqs"] and trace.names[0].endswith(".txt")
+    assert "Plan of step 2" in page(found)
 
 
 def test_a_step_that_is_never_reached_cannot_be_traced(inputs, tmp_path):
@@ -328,6 +338,21 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(inputs, tmp_path):
     (tmp_path / "timeline_1.json").mkdir()
     rows = run_ranks(_train, 1, config(inputs, tmp_path, steps=2, trace_step=1))[0]
     assert [row[0] for row in rows] == [1, 2]
+
+
+def _train_without_matplotlib(rank, world, options):
+    import sys
+
+    sys.modules["matplotlib.figure"] = None  # type: ignore[assignment]
+    return _train_and_listen(rank, world, options)
+
+
+def test_a_trace_without_matplotlib_lacks_only_the_picture(inputs, tmp_path):
+    options = config(inputs, tmp_path, steps=2, trace_step=1)
+    said = run_ranks(_train_without_matplotlib, 1, options)[0]
+    assert "drawing needs matplotlib: pip install matplotlib; training continues" in said
+    assert "step 2/2" in said and not (tmp_path / "timeline_1.png").exists()
+    assert (tmp_path / "timeline_1.json").exists() and RunFiles.read(tmp_path).traces
 
 
 def test_mfu_is_work_over_time_ranks_and_peak(inputs, tmp_path):

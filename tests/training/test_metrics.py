@@ -12,7 +12,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hdp.scheduler import CostModel, StepPlan, plan
-from hdp.training.metrics import MetricsWriter, ModelFlops, StepMetrics, peak_flops, ring_counts
+from hdp.training.metrics import (
+    MetricsWriter,
+    ModelFlops,
+    StepMetrics,
+    blocks,
+    peak_flops,
+    ring_counts,
+)
 from hdp.training.observe import count_flops, planned_bubble
 from tests.tiny_models import plain_model, tiny_model
 
@@ -51,6 +58,31 @@ def test_step_line_leaves_out_what_is_not_known():
     line = dataclasses.replace(METRICS, mfu=None).line(2000)
     assert "mfu" not in line
     assert "tok/s/rank 11,204  bubble" in line
+
+
+def test_step_line_marks_a_bubble_of_shared_cores_and_tells_the_time_left():
+    line = dataclasses.replace(METRICS, shared_cores=True).line(2000, eta_s=7500)
+    assert "bubble 2.1%* (plan 1.8%)" in line and line.endswith("dt 3.91 s  eta 2 h 5 min")
+
+
+@pytest.mark.parametrize(("ranks", "values"), [(1, 1), (64, 64), (65, 33), (1000, 63)])
+def test_idle_shares_are_at_most_64_numbers(ranks, values):
+    """With more ranks, means of blocks of ceil(ranks / 64) consecutive ranks."""
+    shares = [rank / ranks for rank in range(ranks)]
+    found = blocks(shares)
+    size = -(-ranks // 64)
+    assert len(found) == values == -(-ranks // size)
+    means = [sum(part) / len(part) for part in (shares[:size], shares[(values - 1) * size :])]
+    assert [found[0], found[-1]] == pytest.approx(means, abs=5e-4)
+    assert blocks([]) == ()
+
+
+def test_other_values_get_rows_of_their_own(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(dataclasses.replace(METRICS, step=2))
+        writer.log(2, {"eval_loss": 1.7, "eval_loss_tokens": 10})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1] == {"step": 2, "eval_loss": 1.7, "eval_loss_tokens": 10}
 
 
 def test_writer_appends_and_tensorboard_reads_back(tmp_path):
@@ -120,8 +152,10 @@ def test_full_disk_loses_no_row(tmp_path, monkeypatch):
         writer.write(dataclasses.replace(METRICS, step=5))
     assert said[2].endswith("metrics.jsonl is missing the last 2 rows")
     # TensorBoard's writer re-raises errors of its thread
+    monkeypatch.setattr(
+        "hdp.training.boards.TensorBoard.scalars", lambda *_: (_ for _ in ()).throw(full)
+    )
     with MetricsWriter(tmp_path, tensorboard=True, first_step=4, say=said.append) as writer:
-        monkeypatch.setattr(writer._board, "add_scalar", lambda *_: (_ for _ in ()).throw(full))
         writer.write(dataclasses.replace(METRICS, step=4))
         writer.write(dataclasses.replace(METRICS, step=5))
     assert len(said) == 4 and "TensorBoard logging stopped for the rest of this run" in said[3]
