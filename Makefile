@@ -81,6 +81,7 @@ endif
 	$(PIP) install -q $(PIN) numpy torch
 	$(PIP) install -q $(PIN) --no-build-isolation -e '.[hf]'
 	@touch $@
+	@echo "$(VENV) is ready; to put hdp and torchrun on PATH: . $(BIN)/activate"
 
 # The stamp comes last, so that an interrupted set-up starts over.
 $(VENV)/.created:
