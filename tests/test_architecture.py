@@ -55,7 +55,7 @@ ROOMS: dict[str, set[str]] = {
     # attention over the ranks of a ring, and a model around it
     "ops": {"csrc", "installation"},
     "attention": {"ops", "scheduler.zigzag"},
-    "models": {"attention", "ops"},
+    "models": {"attention", "installation", "ops"},
     # what backward needs leaves the device meanwhile
     "offloading": {"attention", "errors", "scheduler", "scheduler.costs"},
     # tokens
