@@ -313,7 +313,7 @@ def configured_files(folder: str, subset: str | None) -> dict[str, list[str]]:
     except ImportError:
         raise ValueError(
             f"the README of {folder} has configurations, which require the package `datasets` to "
-            "read: pip install 'hdp[hf]', or choose files with a pattern"
+            f"read: {pip_install('hf')}, or choose files with a pattern"
         ) from None
     try:
         builder = datasets.load_dataset_builder(folder, subset)
