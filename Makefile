@@ -39,10 +39,11 @@ help:
 sft: $(VENV)/.ready-hf
 	$(TORCHRUN) examples/sft.py --steps $(STEPS) $(ARGS)
 
-# Each takes no flags and about a minute on a CPU; sft.py has its own target.
+# Each takes no flags and a minute or two on a CPU; sft.py has its own target.
 examples: $(VENV)/.ready-hf
 	@set -e; for file in $(filter-out examples/sft.py,$(sort $(wildcard examples/*.py))); do \
-	  echo "$(TORCHRUN) $$file"; $(TORCHRUN) $$file; done
+	  echo "$(TORCHRUN) $$file"; start=$$(date +%s); $(TORCHRUN) $$file; \
+	  echo "$$file took $$(($$(date +%s) - start)) s"; done
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
@@ -62,7 +63,7 @@ format: $(VENV)/.ready-dev
 
 clean:
 	@[ ! -f $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
-	rm -rf build dist hdp.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # ---- the environment ----
 
@@ -76,8 +77,11 @@ $(VENV)/.ready-hf: $(VENV)/.created pyproject.toml setup.py $(CONSTRAINTS) $(NAT
 ifneq ($(TORCH_INDEX),)
 	$(PIP) install -q $(PIN) --retries 1 --no-deps --extra-index-url $(TORCH_INDEX) torch
 endif
+	@# First, because the next command compiles csrc/ against the torch that it finds.
+	$(PIP) install -q $(PIN) numpy torch
 	$(PIP) install -q $(PIN) --no-build-isolation -e '.[hf]'
 	@touch $@
+	@echo "$(VENV) is ready; to put hdp and torchrun on PATH: . $(BIN)/activate"
 
 # The stamp comes last, so that an interrupted set-up starts over.
 $(VENV)/.created:

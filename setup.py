@@ -1,11 +1,12 @@
 """Checks the checkout and builds the native library; all other metadata is in pyproject.toml.
 
-`hdp/scheduler` is a symbolic link to `scheduler/`. In a checkout without symbolic links (git on
-Windows, some archives) it is a text file, and setuptools would build a package in which `import
+`hdp/scheduler` and `hdp/csrc` are symbolic links. In a checkout without symbolic links (git on
+Windows, some archives) they are text files, and setuptools would build a package in which `import
 hdp.scheduler` fails; this file stops such a build.
 
 `HDP_BUILD=auto|cuda|cpu|none` selects how csrc/ is built (csrc/build.py). With `auto`, the default,
-any problem just leaves the library out of the package: hdp works without it.
+any problem just leaves the library out of the package: hdp works without it, and `hdp doctor
+--build` adds it later. pip's isolated builds have no torch to compile against, hence no library.
 """
 
 import os
@@ -20,11 +21,12 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 
-if not (ROOT / "hdp" / "scheduler" / "__init__.py").is_file():
-    raise SystemExit(
-        "hdp/scheduler must be a symbolic link to ../scheduler, but this checkout has none; run\n"
-        "  git config core.symlinks true && git checkout -f hdp/scheduler"
-    )
+for name in ("scheduler", "csrc"):
+    if not (ROOT / "hdp" / name / "__init__.py").is_file():
+        raise SystemExit(
+            f"hdp/{name} must be a symbolic link to ../{name}, but this checkout has none; run\n"
+            f"  git config core.symlinks true && git checkout -f hdp/{name}"
+        )
 
 MODE = os.environ.get("HDP_BUILD", "auto")
 native = runpy.run_path(str(ROOT / "csrc" / "build.py"))

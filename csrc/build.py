@@ -1,4 +1,4 @@
-"""Compile csrc/ into hdp/libhdp.so: `python csrc/build.py`, or as part of `pip install`.
+"""Compile csrc/ into hdp/libhdp.so: `hdp doctor --build`, `python csrc/build.py` or `pip install`.
 
     auto   cuda if there is nvcc and a torch with CUDA, else cpu if there is a compiler and torch,
            else none
@@ -15,6 +15,7 @@ without CUDA. See docs/native.md. This file must not import torch, because setup
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import os
 import re
@@ -22,12 +23,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
-LIBRARY = CSRC.parent / "hdp" / "libhdp.so"
-INPUTS = (".h", ".cuh", ".cpp", ".cu", ".py")
+# In a checkout, csrc/ is beside hdp/; in an installed package it is inside.
+PACKAGE = CSRC.parent / "hdp" if (CSRC.parent / "hdp" / "ops").is_dir() else CSRC.parent
+LIBRARY = PACKAGE / "libhdp.so"
+INPUTS = (".h", ".cuh", ".cpp", ".cu")
 MODES = ("auto", "cuda", "cpu", "none")
 TORCH_MINIMUM = (2, 10)
 STABLE_ABI = "0x020a000000000000"  # of TORCH_MINIMUM
@@ -149,12 +153,13 @@ def build(target: Path, mode: str) -> str:
     if mode == "none":
         raise BuildError("mode is none, or found no C++ compiler or no torch 2.10")
     archs = cuda_archs(find_nvcc()) if mode == "cuda" else []
-    info = "cpu" + (f", cuda ({' '.join(f'sm_{arch}' for arch in archs)})" if archs else "")
+    devices = "cpu" + (f", cuda ({' '.join(f'sm_{arch}' for arch in archs)})" if archs else "")
+    info = f"{devices}; csrc {fingerprint()}"
     target.parent.mkdir(parents=True, exist_ok=True)
     if is_current(LIBRARY, info):
         if target.resolve() != LIBRARY:
             shutil.copy2(LIBRARY, target)
-        return info
+        return devices
     with tempfile.TemporaryDirectory() as folder:
         commands, objects = [], []
         for source in sources(mode):
@@ -171,7 +176,7 @@ def build(target: Path, mode: str) -> str:
         partial = target.with_name(f".{target.name}.{os.getpid()}")
         shutil.copy2(linked, partial)
         partial.replace(target)
-    return info
+    return devices
 
 
 def sources(mode: str) -> list[Path]:
@@ -180,13 +185,21 @@ def sources(mode: str) -> list[Path]:
     return [path for pattern in patterns for path in sorted(CSRC.glob(pattern))]
 
 
+def fingerprint(folder: Path = CSRC) -> str:
+    """Of all sources in csrc/: the library names those it was built from.
+
+    Times of files would not do: installers and git set them as they like.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in INPUTS):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
 def is_current(library: Path, info: str) -> bool:
-    """Whether `library` has these contents and is newer than everything in csrc/."""
-    if not library.exists() or f"hdp build: {info}\0".encode() not in library.read_bytes():
-        return False
-    built = library.stat().st_mtime
-    inputs = (path for path in CSRC.rglob("*") if path.suffix in INPUTS)
-    return all(path.stat().st_mtime <= built for path in inputs)
+    """Whether `library` has these contents, the sources' fingerprint included."""
+    return library.exists() and f"hdp build: {info}\0".encode() in library.read_bytes()
 
 
 def run(command: list[str]) -> None:
@@ -195,14 +208,15 @@ def run(command: list[str]) -> None:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build by the flags in `argv`; returns 0, or 1 after the reason on stderr."""
     parser = argparse.ArgumentParser(description="Compile csrc/ into hdp/libhdp.so.")
     parser.add_argument("--mode", choices=MODES, default=os.environ.get("HDP_BUILD", "auto"))
     parser.add_argument("--out", type=Path, default=LIBRARY, help="default: %(default)s")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         print(f"{args.out}: {build(args.out.resolve(), args.mode)}")
-    except BuildError as error:
+    except (BuildError, OSError) as error:  # OSError: a package folder that may not be written to
         print(f"not built: {error}", file=sys.stderr)
         return 1
     return 0

@@ -40,7 +40,8 @@ STABLE_TORCH_LIBRARY_IMPL(hdp, CPU, m) { implement(m); }
 STABLE_TORCH_LIBRARY_IMPL(hdp, CUDA, m) { implement(m); }
 #endif
 
-// "cpu" or "cpu, cuda (sm_80 sm_90)". Printed at startup, and used to decide whether to rebuild.
+// "cpu; csrc 0123456789ab" or "cpu, cuda (sm_80 sm_90); csrc ...": devices, and the fingerprint of
+// the sources (build.py). Printed at startup, and used to decide whether to rebuild.
 extern "C" __attribute__((visibility("default"))) const char* hdp_build_info() {
   return "hdp build: " HDP_BUILD_INFO;
 }

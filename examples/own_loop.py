@@ -28,7 +28,7 @@ MODEL = {
     "vocab_size": 256,
     "max_position_embeddings": 8192,
 }
-NUM_STEPS, SEQUENCES_PER_STEP, MAX_LENGTH = 8, 24, 8192
+NUM_STEPS, SEQUENCES_PER_STEP, MAX_LENGTH = 8, 16, 4096
 
 
 def read_samples() -> hdp.SampleList:

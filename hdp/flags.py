@@ -29,6 +29,7 @@ from hdp.config_fields import (
     parse_value,
 )
 from hdp.config_file import preset_list, preset_names, preset_path, read_config
+from hdp.installation import pip_install
 
 Config = TypeVar("Config")
 
@@ -198,7 +199,7 @@ def _parse(
     try:
         import tyro
     except ImportError:
-        raise SystemExit("parsing flags requires tyro: pip install 'hdp[hf]'") from None
+        raise SystemExit(f"parsing flags requires tyro: {pip_install('hf')}") from None
     names = ", ".join(preset_names())
     sections: dict[str, list[Any]] = {}
     for name, info in flags.items():

@@ -153,7 +153,7 @@ class StepPlan:
 
     @property
     def gap(self) -> float:
-        """Predicted time above the lower bound: 0.02 is 2 %. NaN for plans without predictions."""
+        """Predicted time above the lower bound: 0.02 is 2%. NaN for plans without predictions."""
         return self.predicted_s / self.lower_bound_s - 1.0
 
     def ring(self, seq: int) -> tuple[int, ...]:

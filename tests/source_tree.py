@@ -11,10 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def sources(*folders: str) -> list[Path]:
-    """Python files, each once; the symlink `hdp/scheduler` counts as part of hdp."""
+    """Python files, each once; what links in hdp/ lead to counts as part of hdp."""
     found = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    if "hdp" in folders and (ROOT / "hdp" / "scheduler").is_symlink():
-        found += (ROOT / "hdp" / "scheduler").rglob("*.py")
+    if "hdp" in folders:
+        links = [path for path in (ROOT / "hdp").iterdir() if path.is_symlink() and path.is_dir()]
+        found += [path for link in links for path in link.rglob("*.py")]
     return sorted(set(found))
 
 

@@ -49,15 +49,18 @@ ROOMS: dict[str, set[str]] = {
     },
     # the exceptions of all rooms
     "errors": set(),
+    # sources of native ops; how this copy was installed, for messages that say what to type
+    "csrc": set(),
+    "installation": set(),
     # attention over the ranks of a ring, and a model around it
-    "ops": set(),
+    "ops": {"csrc", "installation"},
     "attention": {"ops", "scheduler.zigzag"},
-    "models": {"attention", "ops"},
+    "models": {"attention", "installation", "ops"},
     # what backward needs leaves the device meanwhile
     "offloading": {"attention", "errors", "scheduler", "scheduler.costs"},
     # tokens
     "console": set(),
-    "data": {"attention", "console", "errors", "models", "scheduler"},
+    "data": {"attention", "console", "errors", "installation", "models", "scheduler"},
     # many ranks
     "distributed": {"errors"},
     "checkpoint": {"distributed", "errors"},
@@ -69,7 +72,7 @@ ROOMS: dict[str, set[str]] = {
     "config": set(),
     "config_fields": set(),
     "config_file": {"config_fields"},
-    "flags": {"config_fields", "config_file"},
+    "flags": {"config_fields", "config_file", "installation"},
     "objectives": set(),
     "training": {
         *("attention", "checkpoint", "config", "config_file", "console", "data", "distributed"),
@@ -78,11 +81,11 @@ ROOMS: dict[str, set[str]] = {
         *("scheduler.render", "scheduler.simulation"),
     },
     # the command line
-    "doctor": {"attention", "ops"},
+    "doctor": {"attention", "csrc", "installation", "ops"},
     "profile": {
-        *("attention", "config", "console", "data", "distributed", "doctor", "models"),
-        *("objectives", "offloading", "ops", "scheduler", "scheduler.cli", "scheduler.costs"),
-        *("scheduler.render", "training"),
+        *("attention", "config", "console", "data", "distributed", "doctor", "installation"),
+        *("models", "objectives", "offloading", "ops", "scheduler", "scheduler.cli"),
+        *("scheduler.costs", "scheduler.render", "training"),
     },
     "cli": {
         *("checkpoint", "config", "data", "doctor", "flags", "profile", "report"),

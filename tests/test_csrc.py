@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def _load_build() -> ModuleType:
 
 
 build = _load_build()
+CONTENTS = f"csrc {build.fingerprint()}"  # without it, a library is not loaded
 
 
 def _lacks(find) -> str:
@@ -173,8 +175,16 @@ def test_current_library_is_kept(monkeypatch, tmp_path):
     library.write_bytes(b"...hdp build: cpu\0...")
     assert build.is_current(library, "cpu")
     assert not build.is_current(library, "cpu, cuda (sm_90)")
-    os.utime(library, (0, 0))
-    assert not build.is_current(library, "cpu"), "older than csrc/"
+
+
+def test_fingerprint_depends_on_contents_alone(tmp_path):
+    """Installers and git set times as they like: a library names the sources of its build."""
+    copy = shutil.copytree(CSRC, tmp_path / "csrc", copy_function=shutil.copyfile)
+    assert build.fingerprint(copy) == build.fingerprint()
+    (copy / "build.py").write_text("# not compiled")
+    assert build.fingerprint(copy) == build.fingerprint()
+    (copy / "ops.h").write_text((copy / "ops.h").read_text() + "\n")
+    assert build.fingerprint(copy) != build.fingerprint()
 
 
 @needs_compiler
@@ -190,7 +200,7 @@ def test_wheel_holds_the_library(tmp_path):
         target = tmp_path / mode
         flags = ("-q", "--no-build-isolation", "--no-deps", "--no-index", "-w", target)
         run(sys.executable, "-m", "pip", "wheel", *flags, source, env={"HDP_BUILD": mode})
-        [wheel] = target.glob("hdp-*.whl")
+        [wheel] = target.glob("hdp_train-*.whl")
         names[mode] = wheel.name
         shutil.rmtree(source / "build", ignore_errors=True)
     assert "-py3-none-" in names["cpu"] and not names["cpu"].endswith("-any.whl")
@@ -202,8 +212,28 @@ def test_wheel_holds_the_library(tmp_path):
         "assert ops.describe('cpu') == ('csrc', 'cpu'), ops.LIBRARY; "
         "print(ops.gather_rows(torch.arange(5), [(1, 3)]).tolist())"
     )
-    python = (sys.executable, "-c", code)
-    assert run(*python, cwd=tmp_path / "site", env={"PYTHONPATH": "."}).strip() == "[1, 2]"
+    site = tmp_path / "site"
+    here = {"cwd": site, "env": {"PYTHONPATH": str(site)}}
+    assert run(sys.executable, "-c", code, **here).strip() == "[1, 2]"
+    check_built_where_installed(tmp_path / "none" / names["none"], site, code)
+
+
+def check_built_where_installed(wheel: Path, site: Path, code: str) -> None:
+    """A pure wheel holds the sources, and its message names the command that builds them."""
+    here = {"cwd": site, "env": {"PYTHONPATH": str(site)}}
+    shutil.rmtree(site)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    describe = "from hdp.ops.native import describe; print(describe('cpu')[1])"
+    told = run(sys.executable, "-c", describe, **here).strip()
+    assert told.startswith("csrc is not built; to build it: ")
+    command = shlex.split(told.partition("to build it: ")[2])
+    assert command[-2:] == ["doctor", "--build"]
+    assert f"{site / 'hdp' / 'libhdp.so'}: cpu" in run(*command, **here)
+    assert run(sys.executable, "-c", code, **here).strip() == "[1, 2]"
+    # A library of an earlier version, which an upgrade left behind, is not loaded.
+    (site / "hdp" / "csrc" / "ops.h").write_text("// another version")
+    assert "not built from this csrc/" in run(sys.executable, "-c", describe, **here)
 
 
 @needs_compiler
@@ -223,7 +253,11 @@ def test_cuda_compiles_without_a_gpu(tmp_path):
             clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
             assert not set(lines) - {clean}, f"{source.name} uses local memory:\n{report}"
         else:
-            run(*build.cpp_command(source, objects[-1], "cuda", "cpu, cuda (test)"))
+            run(
+                *build.cpp_command(
+                    source, objects[-1], "cuda", f"cpu, cuda (test); csrc {build.fingerprint()}"
+                )
+            )
     library = tmp_path / "libhdp.so"
     run(*build.link_command(objects, library, "cuda"))
     folder = _package_with(library, tmp_path / "package")
@@ -252,7 +286,9 @@ def test_cuda_kernels_on_the_emulator(tmp_path):
         translated = tmp_path / f"{source.stem}.cpp"
         translated.write_text(text)
         objects.append(translated.with_suffix(".o"))
-        command = build.cpp_command(translated, objects[-1], "cpu", "cpu")
+        command = build.cpp_command(
+            translated, objects[-1], "cpu", f"cpu; csrc {build.fingerprint()}"
+        )
         run(*command, *flags)
     library = tmp_path / "libhdp.so"
     run(*build.link_command(objects, library, "cpu"))

@@ -75,6 +75,16 @@ def test_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(report["warnings"], list)
 
 
+def test_build(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """--build passes the mode on and reports failure; tests/test_csrc.py really builds."""
+    for flags, words in (([], []), (["--mode", "cpu"], ["--mode", "cpu"])):
+        monkeypatch.setattr(doctor, "build_csrc", lambda given, words=words: int(given == words))
+        assert main(["doctor", "--build", *flags]) == 1
+    with pytest.raises(SystemExit):
+        main(["doctor", "--mode", "cpu"])
+    assert "goes with --build" in capsys.readouterr().err
+
+
 def test_attention_matches_the_runtime(here: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch")
     from hdp.attention.kernels import select_kernel

@@ -56,6 +56,15 @@ def test_sft_command(checkout: Path) -> None:
     assert "extra-index-url" not in plan
 
 
+def test_torch_is_there_before_csrc_is_compiled(checkout: Path) -> None:
+    """setup.py compiles csrc/ against the installed torch; without one it builds nothing."""
+    for target in ("sft", "test"):
+        lines = make(checkout, "-n", target).stdout.splitlines()
+        [torch] = [i for i, line in enumerate(lines) if line.endswith(" numpy torch")]
+        [package] = [i for i, line in enumerate(lines) if line.endswith("-e '.[hf]'")]
+        assert torch < package and "--no-build-isolation" in lines[package]
+
+
 def test_slow_tests_are_left_out_of_one_target_only(checkout: Path) -> None:
     quick = make(checkout, "-n", "test", "TEST_ARGS=-x").stdout.splitlines()[-1]
     assert quick == '.venv/bin/python -m pytest -m "not slow" -x'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def pyproject() -> dict:
 
 def test_metadata() -> None:
     project = pyproject()
-    assert project["project"]["name"] == "hdp"
+    assert project["project"]["name"] == "hdp-train"
     assert project["project"]["requires-python"] == ">=3.10"
     assert set(project["project"]["optional-dependencies"]) == {
         "hf", "gpu", "megatron", "rl", "dev"
@@ -118,6 +119,47 @@ def test_metadata() -> None:
     assert not any("torch" in need for need in project["build-system"]["requires"])
     assert any(need.startswith("torch>=2.9") for need in project["project"]["dependencies"])
     assert expected_version().count(".") == 2
+
+
+@pytest.mark.parametrize("checkout", [True, False])
+def test_remedies_name_this_package(
+    checkout: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`hdp` on the package index is another project; a checkout installs itself."""
+    from hdp import installation
+
+    monkeypatch.setattr(installation, "__file__", str(tmp_path / "hdp" / "installation.py"))
+    if checkout:
+        (tmp_path / "pyproject.toml").touch()
+        assert installation.pip_install("hf") == f"pip install -e '{tmp_path}[hf]'"
+        monkeypatch.chdir(tmp_path)
+        assert installation.pip_install("hf") == "pip install -e '.[hf]'"
+    else:
+        assert installation.pip_install("hf") == "pip install 'hdp-train[hf]'"
+
+
+def test_nothing_says_to_install_another_project() -> None:
+    for folder in ("hdp", "scheduler", "csrc", "examples", "tools", "docs", ".github", ".ci"):
+        for path in (ROOT / folder).rglob("*.*"):
+            if path.suffix in (".py", ".md", ".yml", "") and path.is_file():
+                said = re.findall(r"pip install[^#`\n]*", path.read_text())
+                wrong = [line for line in said if re.search(r"\bhdp(?!-train)(\[|\b)", line)]
+                assert not wrong, f"{path}: {wrong}"
+
+
+def test_command_works_without_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`.venv/bin/torchrun` works in an environment that is not on PATH; its messages must, too."""
+    from hdp import installation
+
+    monkeypatch.setattr(installation.sys, "executable", str(tmp_path / "bin" / "python"))
+    for folder in ("bin", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "hdp").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "other"))
+    told = installation.hdp_command("doctor --build")
+    assert told == f"{tmp_path}/bin/python -m hdp doctor --build"
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert installation.hdp_command("doctor --build") == "hdp doctor --build"
 
 
 def test_constraints_pin_direct_dependencies() -> None:
@@ -132,19 +174,21 @@ def test_constraints_pin_direct_dependencies() -> None:
         for line in (ROOT / "constraints" / "cpu.txt").read_text().splitlines()
         if "==" in line and not line.startswith("#")
     }
-    assert wanted - {"hdp[hf]"} <= pinned
+    assert wanted - {"hdp-train[hf]"} <= pinned
 
 
 def test_wheel(source: Path, python: Path, tmp_path: Path) -> None:
     flags = ("-q", "--no-build-isolation", "--no-deps", "-w", tmp_path)
     run(python, "-m", "pip", "wheel", *flags, source, cwd=tmp_path)
-    [wheel] = tmp_path.glob("hdp-*.whl")
+    [wheel] = tmp_path.glob("hdp_train-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {name for name in names if name.endswith(".py")} == modules(source)
     assert "hdp/scheduler/step_plan.py" in names
     assert {"hdp/py.typed", "hdp/scheduler/costs/presets/h200.json"} <= names
     assert "hdp/presets/demo-cpu.yaml" in names
+    native = [path for path in (ROOT / "csrc").rglob("*.*") if path.parent.name != "__pycache__"]
+    assert {f"hdp/{path.relative_to(ROOT)}" for path in native} <= names, "hdp doctor --build"
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("scheduler", "tests", "tools")) for name in names)
     pip_install(python, wheel)
@@ -156,7 +200,7 @@ def test_sdist_builds_the_same_package(source: Path, python: Path, tmp_path: Pat
         "from setuptools import build_meta; import sys; print(build_meta.build_sdist(sys.argv[1]))"
     )
     run(python, "-c", code, tmp_path, cwd=source)
-    [sdist] = tmp_path.glob("hdp-*.tar.gz")
+    [sdist] = tmp_path.glob("hdp_train-*.tar.gz")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     [unpacked] = [path for path in tmp_path.iterdir() if path.is_dir()]

@@ -94,6 +94,13 @@ def test_pythons_are_those_that_we_support() -> None:
     assert "3.10" in used, "the oldest one is tested"
 
 
+def test_systems_are_those_that_we_claim() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    used = {str(job["runs-on"]).partition("-")[0] for job in jobs()}
+    for system, runner in (("POSIX :: Linux", "ubuntu"), ("MacOS", "macos"), ("Microsoft", "win")):
+        assert (f"Operating System :: {system}" in text) == (runner in used), system
+
+
 def test_actions_have_a_major_version() -> None:
     actions = [step["uses"] for step in steps() if "uses" in step]
     loose = [name for name in actions if not re.fullmatch(r"[\w-]+/[\w-]+@v\d+", name)]

@@ -69,7 +69,7 @@ def main() -> None:
     print(environment(device))
     bytes_per_s = copy_speed(device, args.repeats)
     print(f"a large copy: {bytes_per_s / 1e9:,.1f} GB/s, counting reads and writes\n")
-    columns = ["op", "shape", "variant", "ms", "GB/s", "of copy", "speed-up"]
+    columns = ["op", "shape", "variant", "ms", "GB/s", "of copy", "speedup"]
     rows = []
     for case in cases(device, args.compile):
         if args.only in case.name:
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def measure(case: Case, device: torch.device, bytes_per_s: float, repeats: int) -> list[list[str]]:
-    """One row per variant; speed-up is over the first."""
+    """One row per variant; speedup is over the first."""
     taken: dict[str, list[float]] = {name: [] for name in case.variants}
     for _ in range(repeats + WARM_UP):  # in turn, so noise affects all alike
         for name, run in case.variants.items():

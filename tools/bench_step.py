@@ -7,7 +7,7 @@ every sequence on one rank (static:1), where the others wait for the rank with t
 every sequence on several ranks (static:2), where short ones communicate needlessly. All policies
 train each batch in turn, in an order that rotates from batch to batch, so noise affects all alike.
 All columns are each policy's medians over the batches: tokens/s is median tokens over median
-seconds, and speed-up is the first policy's median seconds over this one's, so the two always agree.
+seconds, and speedup is the first policy's median seconds over this one's, so the two always agree.
 On a CPU, use 2 ranks with one thread each on two cores: with more ranks than cores, the time one
 rank waits goes to the others.
 
@@ -178,11 +178,11 @@ def measure(run: Run, observer: Observer, step: StepBatch) -> Row:
     )
 
 
-COLUMNS = ("policy", "tokens/s", "step s", "plan s", "bubble", "plan", "MB sent", "speed-up")
+COLUMNS = ("policy", "tokens/s", "step s", "plan s", "bubble", "plan", "MB sent", "speedup")
 
 
 def medians_table(rows: dict[str, list[Row]]) -> list[list[str]]:
-    """One row per policy with COLUMNS from its medians; speed-up is over the first policy."""
+    """One row per policy with COLUMNS from its medians; speedup is over the first policy."""
     middle = {policy: medians(mine) for policy, mine in rows.items()}
     first = next(iter(middle.values()))
     return [
@@ -212,7 +212,7 @@ def report(run: Run, args: argparse.Namespace, rows: dict[str, list[Row]]) -> No
     title = (
         f"{run.mesh.hdp_size} ranks on {run.mesh.device.type}, medians over {args.batches} batches "
         f"of {args.batch_tokens:,} tokens, one document of {args.long_tokens:,} in each; tokens/s "
-        "and speed-up are ratios of these medians"
+        "and speedup are ratios of these medians"
     )
     console.print_table(COLUMNS, medians_table(rows), title=title)
     for policy, mine in rows.items():

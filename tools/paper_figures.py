@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 CONTEXTS = (2**18, 2**19, 2**20, 2**21)
 DATASETS = ("github-like", "byted-like")
-# Fig. 20: cumulative speed-ups for 7B, 2M, Byted.
+# Fig. 20: cumulative speedups for 7B, 2M, Byted.
 ABLATION = {"dynamic communication": 1.59, "selective offload": 2.01, "balance": 3.69}
 
 
@@ -25,7 +25,7 @@ class Model:
     tp: int
     pp: int
     gpus: int
-    # Fig. 17: (naive, balance) speed-up per context.
+    # Fig. 17: (naive, balance) speedup per context.
     github: tuple[tuple[float, float], ...]
     byted: tuple[tuple[float, float], ...]
 

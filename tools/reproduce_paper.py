@@ -6,7 +6,7 @@
 
 Taken from the paper (arXiv 2502.21231): time per layer by length (Fig. 6a: attention 9.15e-9 s^2 +
 1.33e-4 s + 0.10 ms, MLP 2.25e-4 s ms for s tokens), shares of tokens by length (Fig. 4), 32M tokens
-per step, models (Table 1), numbers of GPUs, and the speed-ups (Fig. 17, 20).
+per step, models (Table 1), numbers of GPUs, and the speedups (Fig. 17, 20).
 
 What the paper does not state is chosen once for all panels:
 
@@ -29,7 +29,7 @@ What the paper does not state is chosen once for all panels:
   scheduler/policies/bytescale.py. Offload is off except in the ablation's offload rows: Eq. 3 as
   printed gives a 2M sequence 16 ranks, where it alone takes longer than the paper's whole step.
 
-A speed-up is the ratio of mean step times over batches, that is, of throughput over many steps.
+A speedup is the ratio of mean step times over batches, that is, of throughput over many steps.
 Batches are stratified draws (each bucket has its exact share), so a few are enough to represent the
 paper's 200.
 """
@@ -219,13 +219,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
     cells = [f"{row['model']} {row['dataset'].split('-')[0]} {row['context'] // 1024}K"]
     for name in ("naive", "balance"):
         paper, here = row["paper"][name], row["speedup"][name]
-        cells += [f"{paper:.2f}", f"{here:.2f}", f"{100 * (here / paper - 1):+.0f} %"]
+        cells += [f"{paper:.2f}", f"{here:.2f}", f"{100 * (here / paper - 1):+.0f}%"]
     cells.append(f"{row['speedup']['ours']:.2f}")
     return cells
 
 
 def table_17(rows: list[dict[str, Any]]) -> list[list[str]]:
-    head = ["speed-up over static", "naive, paper", "simulated", "off", "balance, paper",
+    head = ["speedup over static", "naive, paper", "simulated", "off", "balance, paper",
             "simulated", "off", "ours"]  # fmt: skip
     return [head, *(_cells(row) for row in rows)]
 
@@ -238,7 +238,7 @@ def ablation(count: int) -> list[list[str]]:
     drawn = batches("byted-like", context, count)
 
     base_s = step_s("static", model, cost, context, drawn)
-    table = [["7B, 2M, Byted", "step", "speed-up", "paper"]]
+    table = [["7B, 2M, Byted", "step", "speedup", "paper"]]
     for label, name, offload, paper in (
         ("static (MegaScale)", "static", False, 1.0),
         ("+ dynamic communication (naive)", "naive", False, ABLATION["dynamic communication"]),
@@ -272,7 +272,7 @@ def case_study(count: int) -> list[list[str]]:
                 f"{busy.min():.0f} s",
                 f"{busy.max():.0f} s",
                 f"{busy.std():.0f} s",
-                f"{100 * timeline.mean_bubble:.0f} %",
+                f"{100 * timeline.mean_bubble:.0f}%",
                 paper[name],
             ]
         )
@@ -283,7 +283,7 @@ def case_study(count: int) -> list[list[str]]:
 
 
 def draw(rows: list[dict[str, Any]], path: str) -> None:
-    """Draw Figure 17: speed-ups of the paper, the simulation and our policy by panel."""
+    """Draw Figure 17: speedups of the paper, the simulation and our policy by panel."""
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((row["model"], row["dataset"]) for row in rows))
@@ -312,7 +312,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
             ax.spines[side].set_visible(False)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
-    axes[0].set_ylabel("speed-up over static", fontsize=8)
+    axes[0].set_ylabel("speedup over static", fontsize=8)
     handles, labels = axes[0].get_legend_handles_labels()
     wide = columns > 2
     figure.legend(
@@ -328,8 +328,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
     for name in ("naive", "balance"):
         off = np.array([row["speedup"][name] / row["paper"][name] - 1 for row in rows])
         lines.append(
-            f"{name}: {int((abs(off) <= 0.15).sum())} of {len(off)} within 15 %, "
-            f"mean {100 * off.mean():+.0f} %, worst {100 * off[np.argmax(abs(off))]:+.0f} %"
+            f"{name}: {int((abs(off) <= 0.15).sum())} of {len(off)} within 15%, "
+            f"mean {100 * off.mean():+.0f}%, worst {100 * off[np.argmax(abs(off))]:+.0f}%"
         )
     gain = np.array([row["speedup"]["ours"] / row["speedup"]["balance"] for row in rows])
     lines.append(f"ours over balance: {gain.min():.2f}x to {gain.max():.2f}x")

@@ -38,7 +38,7 @@ PACKAGES = (
     ("transformer-engine", ("transformer-engine",), "fused attention and optimizer"),
     ("apex", ("apex",), "fused AdamW"),
     ("liger-kernel", ("liger-kernel",), "fused layers and losses"),
-    ("megatron-core", ("megatron-core",), "Megatron models"),
+    ("megatron-core", ("megatron-core",), "our planner in Megatron"),
     ("triton", ("triton",), "torch.compile on GPUs"),
 )
 

@@ -2,8 +2,9 @@
 
     hdp doctor            aligned text, warnings last
     hdp doctor --json     the same for scripts; `warnings` is a list of strings
+    hdp doctor --build    compile the native ops into this installation (docs/native.md)
 
-It must never fail, least of all on a broken machine: the facts come from the probes of
+The report must never fail, least of all on a broken machine: the facts come from the probes of
 `hdp/doctor/machine.py`, and conclusions from them are drawn inside probes too. If torch is missing,
 the report says so.
 """
@@ -15,6 +16,10 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hdp.csrc.build import MODES
+from hdp.csrc.build import main as build_csrc
+from hdp.installation import pip_install
+
 from .machine import machine_facts, probe
 
 TORCH_MINIMUM = (2, 9)
@@ -23,12 +28,23 @@ Rows = list[tuple[str, str]]  # (name, value), the lines of a section
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; the exit code is 0 whatever was found."""
+    """Print the report; the exit code is 0 whatever was found.
+
+    With --build, build the native ops instead; the exit code is 1 if that failed.
+    """
     parser = argparse.ArgumentParser(
         prog="hdp doctor", description="Show what this machine has and what a run would use."
     )
     parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.add_argument(
+        "--build", action="store_true", help="compile the native ops (csrc) into this installation"
+    )
+    parser.add_argument("--mode", choices=MODES, help="for --build: what to compile (auto)")
     args = parser.parse_args(argv)
+    if args.build:
+        return build_csrc(["--mode", args.mode] if args.mode else [])
+    if args.mode:
+        parser.error(f"--mode {args.mode} goes with --build")
     report = collect()
     print(json.dumps(report, indent=2) if args.json else render(report))
     return 0
@@ -61,12 +77,12 @@ def choose_backends(report: dict[str, Any]) -> dict[str, dict[str, str]]:
             chosen["layers"] = (
                 ("Liger", "--liger auto, for supported models")
                 if "liger-kernel" in has
-                else ("transformers", "Liger's kernels: pip install 'hdp[gpu]'")
+                else ("transformers", f"Liger's kernels: {pip_install('gpu')}")
             )
     if "transformers" in has:
         chosen["models"] = ("transformers", "unmodified, attention registered as 'hdp'")
     else:
-        chosen["models"] = ("none", "Hugging Face models need: pip install 'hdp[hf]'")
+        chosen["models"] = ("none", f"Hugging Face models need: {pip_install('hf')}")
     return {part: {"choice": choice, "why": why} for part, (choice, why) in chosen.items()}
 
 

@@ -12,6 +12,8 @@ import os
 import re
 from pathlib import Path
 
+from hdp.installation import pip_install
+
 # First parts of a name that no user or organization of the hub can have.
 _RESERVED = frozenset({"models", "datasets", "spaces", "docs", "tasks", "api", "settings", "join"})
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
@@ -72,7 +74,7 @@ def _unreachable(name: str) -> str | None:
         )
     except ImportError:
         raise ValueError(
-            "models from the hub require huggingface_hub: pip install 'hdp[hf]'"
+            f"models from the hub require huggingface_hub: {pip_install('hf')}"
         ) from None
     try:
         get_hf_file_metadata(hf_hub_url(name, _PROBES[0]), timeout=_TIMEOUT_S)

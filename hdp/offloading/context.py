@@ -32,7 +32,7 @@ def offload(
         tensors. Choose as much as the link can hide: docs/offload.md. 0 sends nothing.
     recompute_pointwise: share of the results of cheap element-wise operations (norms, activations,
         casts) to recompute in backward instead. 1.0 halves what a decoder layer saves, for 1 to
-        4 % of its time.
+        4% of its time.
     recompute_matmul: the same for matrix products. Use it if memory is short and the link is full.
     min_bytes: smaller tensors stay on the device, as do all parameters.
     buffers: device memory that hides the copies; None: the engine's.

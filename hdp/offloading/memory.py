@@ -32,7 +32,7 @@ def available_host_bytes(root: Path = Path("/")) -> int:
 
 
 def host_bytes_per_rank() -> int:
-    """This rank's share of 90 % of the available bytes, by torchrun's LOCAL_WORLD_SIZE."""
+    """This rank's share of 90% of the available bytes, by torchrun's LOCAL_WORLD_SIZE."""
     ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     return available_host_bytes() * 9 // 10 // ranks
 

@@ -48,7 +48,7 @@ class CopyBuffers:
 
     A decoder layer saves most of its bytes in a tenth of its time, around the MLP; the link sends
     and fetches them during attention. So a buffer should hold what one layer sends: at 0.6 and 0.4
-    of that, a step takes 5 to 15 % longer (tools/simulate_offload.py).
+    of that, a step takes 5 to 15% longer (tools/simulate_offload.py).
     """
 
     send_bytes: int

@@ -27,6 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hdp.csrc.build import fingerprint
+from hdp.installation import hdp_command
+
 from .compiled import Compiled
 from .reference import (
     IGNORE_INDEX,
@@ -51,8 +54,6 @@ __all__ = [
     "softmax_cross_entropy",
     "softmax_cross_entropy_backward_",
 ]
-
-_INPUTS = (".h", ".cuh", ".cpp", ".cu", ".py")  # what the library is built from, under csrc/
 
 
 # ---- attention: joining partial results ----
@@ -170,26 +171,24 @@ def describe(device: str) -> tuple[str, str]:
     if device in LIBRARY.devices:
         return "csrc", LIBRARY.text
     if LIBRARY.devices:
-        text = f"csrc is built for {LIBRARY.text} only; run python csrc/build.py --mode cuda"
-        return "plain torch", text
+        build = hdp_command("doctor --build --mode cuda")
+        return "plain torch", f"csrc is built for {LIBRARY.text} only; to build it: {build}"
     return "plain torch", LIBRARY.text
 
 
 def _load() -> Library:
     path = Path(__file__).parent.with_name("libhdp.so")
-    sources = path.parent.parent / "csrc"  # in a checkout; an installed package has none
+    build = hdp_command("doctor --build")
     if not path.exists():
-        return Library(devices=frozenset(), text="csrc is not built")
-    if (sources / "library.cpp").exists():
-        newest = max(file.stat().st_mtime for file in sources.rglob("*") if file.suffix in _INPUTS)
-        if newest > path.stat().st_mtime:
-            reason = "hdp/libhdp.so is older than csrc/; run python csrc/build.py"
-            return Library(devices=frozenset(), text=reason)
+        return Library(devices=frozenset(), text=f"csrc is not built; to build it: {build}")
+    if f"; csrc {fingerprint()}\0".encode() not in path.read_bytes():
+        reason = f"hdp/libhdp.so is not built from this csrc/; to build it: {build}"
+        return Library(devices=frozenset(), text=reason)
     try:
         torch.ops.load_library(str(path))
         build_info = ctypes.CDLL(str(path)).hdp_build_info
         build_info.restype = ctypes.c_char_p
-        text = build_info().decode().removeprefix("hdp build: ")
+        text = build_info().decode().removeprefix("hdp build: ").partition("; csrc ")[0]
         _register()
     except (OSError, AttributeError, RuntimeError) as error:
         reason = (str(error).splitlines() or ["?"])[0]

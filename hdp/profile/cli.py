@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hdp.config import TrainConfig
+from hdp.installation import pip_install
 from hdp.scheduler import CostModel
 from hdp.scheduler.cli import count
 
@@ -26,7 +27,7 @@ from .picture import check_drawable, draw_profile
 _LEAST_TOKENS = 128
 _DESCRIPTION = """\
 Measure attention, links, memory and training steps on this machine, and fit a cost model for
-`--cost`. Takes a few minutes. On multiple ranks:
+`--cost`. Takes a minute or two. On multiple ranks:
 torchrun --nproc-per-node 8 -m hdp profile ..."""
 
 
@@ -71,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--data", default="stdlib", help="data for the demo model's tokenizer (%(default)s)"
+    )
+    parser.add_argument(
+        "--tokenizer", default="auto", help="as for `hdp train`; bytes needs no package"
     )
     parser.add_argument(
         "--max-tokens-per-rank",
@@ -120,11 +124,12 @@ def _measure(arguments: argparse.Namespace) -> None:
             f"are measured; use {_LEAST_TOKENS} or more, ideally the value used in training"
         )
     if find_spec("torch") is None:
-        raise ValueError("measuring requires torch: pip install 'hdp[hf]'")
+        raise ValueError(f"measuring requires torch: {pip_install('hf')}")
     config = TrainConfig(
         model=arguments.model,
         random_init=arguments.model != "demo",
         data=arguments.data,
+        tokenizer=arguments.tokenizer,
         max_length=capacity,
         overlong="truncate",
         max_tokens_per_rank=capacity,

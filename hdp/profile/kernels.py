@@ -163,16 +163,21 @@ def with_predictions(rows: Sequence[Row], fit: Fit | None) -> list[Row]:
     return result
 
 
+def _ranks(row: Row) -> str:
+    degree = row.get("degree", 1)
+    return f"{degree} rank" + "s" * (degree != 1)
+
+
 def kernels_table(rows: Sequence[Row]) -> list[list[object]]:
     """Cells for `console.print_table` with KERNEL_COLUMNS."""
     text = {
-        "ring": "{seqlen:,} tokens on {degree} ranks",
+        "ring": "{seqlen:,} tokens on {ranks}",
         "block": "block, {queries:,} queries x {keys:,} keys",
         "merge": "merge, {rows:,} rows",
     }
     return [
         [
-            text[row["kind"]].format(**row),
+            text[row["kind"]].format(**row, ranks=_ranks(row)),
             f"{1e3 * row['forward_s']:.3f}",
             f"{1e3 * row['seconds']:.3f}",
             f"{1e3 * row['predicted_s']:.3f}" if "predicted_s" in row else "",

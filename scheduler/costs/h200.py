@@ -14,8 +14,8 @@ own GPUs `hdp profile` measures all of it.
   3. forward     the cost of recomputing every layer's forward gives forward_share
 
 Invariants (tests/scheduler/test_h200.py): this module reproduces the preset's file; a fit to
-three lengths of single sequences predicts packed short ones and a ring of 8 within 4 %; layer steps
-are predicted within 3 %.
+three lengths of single sequences predicts packed short ones and a ring of 8 within 4%; layer steps
+are predicted within 3%.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ CUDNN_FLOPS_PER_S = {32768: 552e12, 65536: 546.5e12, 131072: 541e12}
 
 # ---- assumed ----
 
-HOST_MEMORY_BYTES = 0.9 * 128 * 2**30  # per GPU: 90 % of what the machine had for its one
+HOST_MEMORY_BYTES = 0.9 * 128 * 2**30  # per GPU: 90% of what the machine had for its one
 INTRA_NODE_BYTES_PER_S = 150e9
 INTER_NODE_BYTES_PER_S = 40e9
 
@@ -92,10 +92,10 @@ SOURCES = {
     "forward_share": "measured: steps with every forward computed again, median of four",
     "host_bytes_per_s": "measured: pinned copies in both directions at once",
     "ranks_per_host_link": "assumed: a link of its own for each GPU; one GPU was measured",
-    "host_memory_bytes": "assumed: 90 % of 128 GiB for each GPU, as on the machine",
+    "host_memory_bytes": "assumed: 90% of 128 GiB for each GPU, as on the machine",
     "kv_bytes_per_token": "arithmetic: keys and values in bf16 twice, their gradients in fp32 once",
     "intra_node_bytes_per_s": "ASSUMED, not measured: 150 GB/s per GPU over NVLink",
-    "inter_node_bytes_per_s": "ASSUMED, not measured: 40 GB/s per GPU, 80 % of a 400 Gb/s link",
+    "inter_node_bytes_per_s": "ASSUMED, not measured: 40 GB/s per GPU, 80% of a 400 Gb/s link",
     "activation_bytes_per_token": "arithmetic, 170 KB per token and layer; measured: about 22 GB "
     "per layer at 128K tokens, which is 168 KB",
     "temporary_bytes_per_token": "arithmetic",

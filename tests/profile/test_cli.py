@@ -55,4 +55,4 @@ def test_missing_torch_is_reported(
 ) -> None:
     monkeypatch.setattr("hdp.profile.cli.find_spec", lambda name: None)
     assert main(["profile", "--out", str(tmp_path / "cost.json")]) == 2
-    assert "measuring requires torch: pip install 'hdp[hf]'" in capsys.readouterr().err
+    assert "measuring requires torch: pip install" in capsys.readouterr().err

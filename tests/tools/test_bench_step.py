@@ -42,7 +42,7 @@ def test_every_column_is_of_the_medians(tool: ModuleType) -> None:
     assert len(table[0]) == len(tool.COLUMNS)
     for columns in table:
         relative = float(columns[1]) / float(table[0][1])
-        assert float(columns[-1].rstrip("x")) == relative, "speed-up is the ratio of tokens/s"
+        assert float(columns[-1].rstrip("x")) == relative, "speedup is the ratio of tokens/s"
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from hdp import console
+from hdp.installation import pip_install
 
 from .documents import EMPTY, NOT_UTF8, UNREADABLE, Document, Rejected
 from .files import READ_ERRORS, file_state, inner_suffix, is_compressed, open_file, problem
@@ -267,8 +268,8 @@ def _load_dataset(label: str, load: dict[str, Any]) -> Any:
         import datasets
     except ImportError:
         raise ValueError(
-            f"reading {label} requires the package `datasets`: pip install 'hdp[hf]'; folders of "
-            "text and .jsonl files do not need it"
+            f"reading {label} requires the package `datasets`: {pip_install('hf')}; folders "
+            "of text and .jsonl files do not need it"
         ) from None
     if not console.is_terminal(sys.stderr):
         datasets.disable_progress_bars()
@@ -312,7 +313,7 @@ def configured_files(folder: str, subset: str | None) -> dict[str, list[str]]:
     except ImportError:
         raise ValueError(
             f"the README of {folder} has configurations, which require the package `datasets` to "
-            "read: pip install 'hdp[hf]', or choose files with a pattern"
+            f"read: {pip_install('hf')}, or choose files with a pattern"
         ) from None
     try:
         builder = datasets.load_dataset_builder(folder, subset)

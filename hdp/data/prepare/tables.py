@@ -13,6 +13,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from hdp.installation import pip_install
+
 from .documents import MALFORMED, UNREADABLE, Rejected
 from .files import inner_suffix, open_file, problem
 
@@ -157,7 +159,7 @@ def _table(path: str) -> Any:
         import pyarrow.ipc
     except ImportError:
         raise ValueError(
-            f"reading {path} requires the package `pyarrow`: pip install 'hdp[hf]'; .jsonl and "
+            f"reading {path} requires the package `pyarrow`: {pip_install('hf')}; .jsonl and "
             ".csv files do not need it"
         ) from None
     kind = _Arrow if inner_suffix(path) == ".arrow" else _Parquet

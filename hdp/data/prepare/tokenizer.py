@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from hdp.errors import ChatTemplateError
+from hdp.installation import pip_install
 
 from .base import Chat, Tokenizer
 from .chat import spans2mask
@@ -248,8 +249,8 @@ def _tokenizers() -> Any:
         import tokenizers
     except ImportError:
         raise ValueError(
-            "byte-pair tokenizers require the package `tokenizers`: pip install 'hdp[hf]', or use "
-            "the tokenizer bytes"
+            f"byte-pair tokenizers require the package `tokenizers`: {pip_install('hf')}, or use "
+            "--tokenizer bytes"
         ) from None
     return tokenizers
 

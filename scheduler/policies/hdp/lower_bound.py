@@ -2,7 +2,7 @@
 
 In a step that ends by time T each job (a sequence or a unit) has a degree at which it takes at most
 T, so its work is at least that at the smallest such degree. The sum over all jobs must fit in
-hdp_size * T rank-seconds; the bound is the smallest T for which it does, to within 0.1 %. Terms:
+hdp_size * T rank-seconds; the bound is the smallest T for which it does, to within 0.1%. Terms:
 
 * work      every job at the smallest degree that memory allows, spread over all ranks
 * longest   no job ends sooner than at its fastest degree; with pipeline stages it passes all of

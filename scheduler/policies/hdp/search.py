@@ -58,7 +58,7 @@ _RESTARTS = (
     ),
 )
 
-# Batches with at least this many jobs skip step 6 unless fixed_s is over 1 % of the bound.
+# Batches with at least this many jobs skip step 6 unless fixed_s is over 1% of the bound.
 _LARGE = 32768
 # Step 6: most finalists; most finalists times jobs (one is always allowed); and the ratio to the
 # bound below which the remaining ones are skipped.
