@@ -32,7 +32,7 @@ from hdp.attention.kernels import KernelPicker
 from hdp.attention.ring import ring_attn_varlen_func
 
 from .huggingface import register_attention
-from .logprobs import chunked_logprobs
+from .logprobs import TokenStats, chunked_logprobs, chunked_token_stats
 from .support import check_supported
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ class CausalLM(nn.Module):
     model: a supported `*ForCausalLM`. attn_backend: name of a block kernel, or None for the best
     one available. chunk_tokens: how many tokens' logits exist at once; None: see
     `chunked_logprobs`. stored_dtype: of the checkpoint that the weights come from, for exports.
+    `chunked_logprobs`.
+
+    Attributes that may be set at any time: temperature divides the logits; with_entropy makes
+    forward return `TokenStats`, with the entropy of each labeled token's distribution.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class CausalLM(nn.Module):
         self.kernels = KernelPicker(attn_backend)
         self.chunk_tokens = chunk_tokens
         self.stored_dtype = stored_dtype
+        self.temperature, self.with_entropy = 1.0, False
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -104,7 +109,7 @@ class CausalLM(nn.Module):
         """The decoder layers: FSDP2's units."""
         return cast(nn.ModuleList, self.model.base_model.layers)
 
-    def forward(self, batch: PackedBatch, comm: RingComm | None = None) -> Tensor:
+    def forward(self, batch: PackedBatch, comm: RingComm | None = None) -> Tensor | TokenStats:
         """(total_tokens,) logprobs of batch.labels, fp32 (fp64 for fp64 weights); 0 if unlabeled.
 
         batch: on the model's device. comm: required when batch.layout has a ring.
@@ -116,12 +121,14 @@ class CausalLM(nn.Module):
             use_cache=False,  # a cache makes transformers ignore document boundaries
             hdp_batch=AttnInputs(batch.layout, comm, self.kernels),
         ).last_hidden_state[0]
-        return chunked_logprobs(
+        head_function = chunked_token_stats if self.with_entropy else chunked_logprobs
+        return head_function(
             hidden,
             head.weight,
             batch.labels,
             bias=getattr(head, "bias", None),
             chunk_tokens=self.chunk_tokens,
+            temperature=self.temperature,
         )
 
 

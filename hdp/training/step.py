@@ -132,7 +132,7 @@ def train_step(
     mesh, model, recorder = context.mesh, context.model, context.recorder
     if context.optimizer is None:
         raise ValueError("this StepContext has no optimizer: pass it one, or call forward_step")
-    _check(step, context)
+    _check(step, context, objective)
     agree_on_plan(mesh, step.plan, numbers=_identity(step))  # 1
     if step.num_loss_tokens < 1:  # checked here, where no rank is in a ring yet
         raise ValueError(
@@ -211,7 +211,7 @@ def _identity(step: StepBatch) -> dict[str, int]:
     }
 
 
-def _check(step: StepBatch, context: StepContext) -> None:
+def _check(step: StepBatch, context: StepContext, objective: Objective | None = None) -> None:
     """Raise ValueError for a step that this context cannot run: the same outcome on all ranks."""
     mesh = context.mesh
     assert step.batches, f"no microbatch for rank {mesh.hdp_rank}: build batches with pack_rank()"
@@ -220,6 +220,12 @@ def _check(step: StepBatch, context: StepContext) -> None:
         raise ValueError(
             f"the step's tokens are on {device} but the mesh is on {mesh.device}: call "
             "step.to(mesh.device), or use a StepFeed, which does so ahead of time"
+        )
+    missing = set(getattr(objective, "columns", ())) - set(step.batches[0].columns)
+    if missing:
+        raise ValueError(
+            f"the objective {objective} needs the columns {sorted(missing)}; the samples have "
+            f"{sorted(step.batches[0].columns)}: add arrays of one entry per token to the samples"
         )
     if context.offload is keep_everything:  # of any rank: that rank would fail inside a ring
         keep_everything(step.batches[0].layout, float(step.plan.offload_ratio.max(initial=0.0)))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hdp.models.logprobs import IGNORE_INDEX, chunked_logprobs
+from hdp.models.logprobs import IGNORE_INDEX, chunked_logprobs, chunked_token_stats
 from hdp.objectives import token_cross_entropy
 
 
@@ -65,6 +65,51 @@ def test_equals_dense(tokens, chunk_tokens, bias, softcap, ignored):
         _gradients(ours, [hidden, weight, b]), _gradients(dense, [hidden, weight, b]), strict=True
     ):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
+def test_temperature_and_entropy(softcap, chunk_tokens):
+    """Values and gradients of both, against a dense softmax; no entropy without a label."""
+    temperature = 1.0 if softcap else 0.6
+    hidden, weight, labels, bias = _inputs(11, 6, 13, bias=True)
+    logits = F.linear(hidden, weight, bias)
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits / temperature
+    logp = logits.log_softmax(-1)
+    labeled = labels != IGNORE_INDEX
+    want_entropy = torch.where(labeled, -(logp.exp() * logp).sum(-1), 0.0)
+    want_logprobs = torch.where(labeled, logp.gather(1, labels.clamp(min=0)[:, None])[:, 0], 0.0)
+    stats = chunked_token_stats(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        chunk_tokens=chunk_tokens,
+        softcap=softcap,
+        temperature=temperature,
+    )
+    torch.testing.assert_close(stats.logprobs, want_logprobs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(stats.entropy, want_entropy, rtol=1e-12, atol=1e-12)
+    tensors = [hidden, weight, bias]
+    for ours, dense in ((stats.entropy, want_entropy), (sum(stats), want_entropy + want_logprobs)):
+        got = torch.autograd.grad(ours.tanh().sum(), tensors, retain_graph=True)
+        want = torch.autograd.grad(dense.tanh().sum(), tensors, retain_graph=True)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    plain = chunked_logprobs(
+        hidden, weight, labels, bias=bias, softcap=softcap, temperature=temperature
+    )
+    torch.testing.assert_close(plain, want_logprobs, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(plain.sum(), tensors)
+    for a, b in zip(gradients, torch.autograd.grad(want_logprobs.sum(), tensors), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_temperatures_are_named(temperature):
+    hidden, weight, labels, _ = _inputs(3, 6, 13)
+    with pytest.raises(ValueError, match=f"temperature={temperature} must be above 0"):
+        chunked_logprobs(hidden, weight, labels, temperature=temperature)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hdp.errors import NonFiniteError
-from hdp.objectives import cross_entropy
+from hdp.objectives import DPO, algorithms, cross_entropy
 from hdp.scheduler import StepPlan
 from hdp.training.step import forward_step, train_step
 from tests.run_ranks import run_ranks
@@ -172,3 +172,21 @@ def _disagree(rank, world):
 
 def test_ranks_that_disagree_on_the_plan_stop_before_they_can_hang():
     run_ranks(_disagree, 3, timeout_s=60)
+
+
+def _without_columns(rank, world):
+    context = make_context(torch.float64)
+    samples = [
+        dataclasses.replace(s, columns={"advantages": np.ones(len(s.input_ids))})
+        for s in random_samples([8, 9])
+    ]
+    step = make_batch(make_plan("random1", [8, 9], world), rank, samples)
+    with pytest.raises(ValueError, match=r"needs the columns \['old_logprobs'\]; the samples have"):
+        train_step(context, step, algorithms.ppo())
+    halves = make_batch(make_plan("static", [8, 9], world), rank, random_samples([8, 9]))
+    with pytest.raises(ValueError, match="needs the columns"):
+        train_step(context, halves, DPO(comm=context.comm))
+
+
+def test_an_objective_without_its_columns_stops_all_ranks():
+    run_ranks(_without_columns, 2, timeout_s=60)
