@@ -41,10 +41,26 @@ if TYPE_CHECKING:
     from hdp.models.causal_lm import transformer_shape as transformer_shape
     from hdp.models.loading import build_model as build_model
     from hdp.models.loading import load_model as load_model
+    from hdp.objectives import DPO as DPO
+    from hdp.objectives import KTO as KTO
+    from hdp.objectives import BradleyTerry as BradleyTerry
+    from hdp.objectives import Clip as Clip
+    from hdp.objectives import ClippedWeight as ClippedWeight
+    from hdp.objectives import KLPenalty as KLPenalty
     from hdp.objectives import Objective as Objective
+    from hdp.objectives import PolicyGradient as PolicyGradient
+    from hdp.objectives import RolloutCorrection as RolloutCorrection
     from hdp.objectives import Share as Share
+    from hdp.objectives import ValueLoss as ValueLoss
     from hdp.objectives import cross_entropy as cross_entropy
+    from hdp.objectives import gae as gae
+    from hdp.objectives import group_advantages as group_advantages
+    from hdp.objectives import loss_weights as loss_weights
+    from hdp.objectives import pair_units as pair_units
+    from hdp.objectives import reward_with_kl as reward_with_kl
+    from hdp.objectives import sequence_sums as sequence_sums
     from hdp.objectives import token_cross_entropy as token_cross_entropy
+    from hdp.objectives import whiten as whiten
     from hdp.offloading.context import offload as offload
     from hdp.scheduler import CostModel as CostModel
     from hdp.scheduler import StepPlan as StepPlan
@@ -58,6 +74,7 @@ if TYPE_CHECKING:
     from hdp.training.step import StepResult as StepResult
     from hdp.training.step import forward_step as forward_step
     from hdp.training.step import train_step as train_step
+    from hdp.training.token_rows import token_rows as token_rows
 
 _EXPORTS = {  # module -> its public names, in the order of docs/api.md
     "hdp.scheduler": ("plan", "StepPlan", "CostModel"),
@@ -73,7 +90,13 @@ _EXPORTS = {  # module -> its public names, in the order of docs/api.md
     "hdp.distributed.mesh": ("HDPMesh",),
     "hdp.distributed.fsdp": ("shard",),
     "hdp.offloading.context": ("offload",),
-    "hdp.objectives": ("Objective", "Share", "cross_entropy", "token_cross_entropy"),
+    "hdp.objectives": (
+        *("Objective", "Share", "cross_entropy", "token_cross_entropy"),
+        *("PolicyGradient", "Clip", "ClippedWeight", "KLPenalty", "RolloutCorrection"),
+        *("DPO", "KTO", "BradleyTerry", "pair_units", "ValueLoss", "sequence_sums"),
+        *("loss_weights", "group_advantages", "gae", "whiten", "reward_with_kl"),
+    ),
+    "hdp.training.token_rows": ("token_rows",),
     "hdp.training.step": ("train_step", "forward_step", "StepContext", "StepResult"),
     "hdp.training.loop": ("train",),
     "hdp.training.callbacks": ("Callback",),

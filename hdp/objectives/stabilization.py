@@ -31,9 +31,11 @@ class NoMask:
     """Every token keeps its gradient."""
 
     def keep(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+        """The factor of each token's gradient."""
         return torch.ones_like(ratio)
 
     def value(self, ratio: Tensor, advantages: Tensor, logprobs: Tensor) -> Tensor:
+        """The objective at each token, to be maximized."""
         return ratio * advantages
 
 
@@ -59,6 +61,7 @@ class Clip:
             raise ValueError(f"dual={self.dual} must be above 1, or None for no dual clip")
 
     def keep(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+        """The factor of each token's gradient."""
         gone = (advantages > 0) & (ratio > 1 + self.high)
         gone |= (advantages < 0) & (ratio < 1 - self.low)
         if self.dual is not None:
@@ -66,6 +69,7 @@ class Clip:
         return (~gone).to(ratio.dtype)
 
     def value(self, ratio: Tensor, advantages: Tensor, logprobs: Tensor) -> Tensor:
+        """The objective at each token, to be maximized."""
         clipped = ratio.clamp(1 - self.low, 1 + self.high)
         value = torch.minimum(ratio * advantages, clipped * advantages)
         if self.dual is None:
@@ -91,7 +95,9 @@ class ClippedWeight:
             raise ValueError(f"clip range low={self.low} must be in [0, 1], high={self.high} >= 0")
 
     def keep(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+        """The factor of each token's gradient."""
         return ratio.clamp(1 - self.low, 1 + self.high) / ratio
 
     def value(self, ratio: Tensor, advantages: Tensor, logprobs: Tensor) -> Tensor:
+        """The objective at each token, to be maximized."""
         return ratio.clamp(1 - self.low, 1 + self.high) * advantages * logprobs
