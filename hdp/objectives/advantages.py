@@ -99,7 +99,8 @@ def whiten(
 ) -> list[np.ndarray]:
     """The arrays of a whole step, shifted and scaled to mean 0 and unbiased variance 1 under masks.
 
-    arrays, masks: one (seqlen,) each per sequence. eps: added to the variance. Raises ValueError with fewer than two tokens.
+    arrays, masks: one (seqlen,) each per sequence. eps: added to the variance. Raises ValueError
+    with fewer than two tokens.
     """
     picked = np.concatenate(
         [np.asarray(a)[np.asarray(m, bool)] for a, m in zip(arrays, masks, strict=True)]
@@ -125,8 +126,8 @@ def reward_with_kl(
     """(seqlen,) float64: -beta (old - ref) at each trained token, plus `reward` at the last one.
 
     The estimator k1 inside the reward (InstructGPT, arXiv 2203.02155 Eq. 2). old_logprobs,
-    ref_logprobs: (seqlen,) at each token; mask: (seqlen,) bool, the trained ones. Raises ValueError for
-    a sequence without trained tokens or numbers that are not finite.
+    ref_logprobs: (seqlen,) at each token; mask: (seqlen,) bool, the trained ones. Raises
+    ValueError for a sequence without trained tokens or numbers that are not finite.
     """
     mask = np.asarray(mask, dtype=bool)
     if not mask.any():
