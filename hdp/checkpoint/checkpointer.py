@@ -26,7 +26,7 @@ Invariants (tests of the same names in tests/checkpoint/test_*.py): any_number_o
 killed_save_leaves_the_previous_one, failed_save_leaves_the_previous_one, error_reaches_all_ranks,
 one_save_at_a_time, staged_state_is_a_snapshot, damage_is_found_before_anything_changes.
 
-Load only checkpoints that you trust: torch's part of them is a pickle.
+Reading a checkpoint runs no code from it (files.py), although torch's part of it is a pickle.
 """
 
 from __future__ import annotations

@@ -139,8 +139,12 @@ def fetch(state: dict[str, Any], checkpoint: Path, group: dist.ProcessGroup) -> 
 class _MetadataUnpickler(pickle.Unpickler):
     """Builds only what torch puts into .metadata; a checkpoint may come from a stranger."""
 
+    # One by one: a module's other names include all that it imports, such as `dataclass`, which
+    # compiles code from what it is given.
     _ALLOWED = re.compile(
-        r"torch\.distributed\.checkpoint\.(metadata|filesystem)\.[A-Za-z_]+"
+        r"torch\.distributed\.checkpoint\.metadata\.(Metadata|MetadataIndex|TensorProperties"
+        r"|TensorStorageMetadata|BytesStorageMetadata|ChunkStorageMetadata|StorageMeta"
+        r"|_MEM_FORMAT_ENCODING)|torch\.distributed\.checkpoint\.filesystem\._StorageInfo"
         r"|torch\.serialization\._get_layout|torch\.Size|torch\.device"
         r"|torch\.(bool|u?int(8|16|32|64)|b?float(16|32|64)|float8_[a-z0-9]+|complex(64|128))"
         r"|pathlib\.(Pure)?(Posix|Windows)?Path|collections\.OrderedDict|builtins\.(set|frozenset)"

@@ -34,6 +34,7 @@ from hdp.models.export_folder import check_target
 
 from .callbacks import Callback, Callbacks
 from .dry_run import dry_run
+from .evaluation_state import evaluation_state
 from .metrics import MetricsWriter, StepMetrics
 from .narrate import Narrator, sample_texts
 from .observe import Observer, write_trace
@@ -48,7 +49,6 @@ from .step import train_step
 from .validation import (
     Validation,
     early_stop_reason,
-    evaluation_state,
     has_stopped_improving,
 )
 
@@ -105,6 +105,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> list[StepM
                 run.say(line)
             with StopSignals(run.say) as signals, _writer(run, progress) as writer:
                 saves = Saves(run, checkpointer, events)
+                saves.resume(progress)
                 events.on_train_start(run, progress)
                 narrator = Narrator(run, progress)
                 steps = _steps(run, saves, progress, events, signals, narrator, writer)
@@ -277,7 +278,7 @@ def _resume(run: Run, checkpointer: Checkpointer) -> tuple[Run, Progress]:
         step=restored.step,
         first_step=restored.step + 1,
         total_tokens=restored.extra["total_tokens"],
-        **evaluation_state(restored.extra),
+        **evaluation_state(run, restored.extra),
     )
     if restored.step >= run.config.steps:
         flag = "--steps" if run.epochs is None else "--epochs"
@@ -299,14 +300,11 @@ def _finish(run: Run, saves: Saves, progress: Progress) -> None:
         failed = error
     if progress.stop_reason:
         run.say(f"stopped after step {progress.step} of {run.config.steps}: {progress.stop_reason}")
-    if best := saves.best(progress):
+    if progress.best_step:
+        on_disk = saves.best or "none"
         run.say(
-            f"best evaluation loss {progress.best_loss:.4f} at step {progress.best_step}: {best}"
-        )
-    elif progress.best_step:
-        run.say(
-            f"best evaluation loss {progress.best_loss:.4f} at step {progress.best_step}, whose "
-            "checkpoint is not on disk"
+            f"best evaluation loss {progress.best_loss:.4f} at step {progress.best_step}; "
+            f"best checkpoint on disk: {on_disk}"
         )
     if line := run.data.epochs_line():
         run.say(line)
@@ -326,8 +324,12 @@ def _export_all(run: Run, saves: Saves, progress: Progress) -> None:
             _export(run, Path(config.export_ema))
     if config.export_hf:
         if config.export_best and progress.best_step:
-            saves.load_best(progress)
-            run.say(f"exporting the weights of step {progress.best_step}")
+            found = saves.load_best()
+            run.say(
+                f"exporting the weights of {saves.best}"
+                if found
+                else "exporting the last weights, because no best checkpoint can be read"
+            )
         _export(run, Path(config.export_hf))
 
 

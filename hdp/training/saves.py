@@ -10,6 +10,7 @@ from hdp.checkpoint.directory import step_path
 from hdp.errors import CheckpointError
 
 from .callbacks import Callback
+from .evaluation_state import evaluation_extra
 from .progress import Progress
 from .setup import Run
 
@@ -20,6 +21,12 @@ class Saves:
     def __init__(self, run: Run, checkpointer: Checkpointer, events: Callback) -> None:
         self._run, self._checkpointer, self._events = run, checkpointer, events
         self._pending = False
+        self._best_on_disk = 0  # step of the best checkpoint that is complete; 0: none
+
+    def resume(self, progress: Progress) -> None:
+        """Take note of the best checkpoint of the run that is resumed, if it is still there."""
+        path = step_path(self._checkpointer.directory, progress.best_step)
+        self._best_on_disk = progress.best_step if progress.best_step and path.is_dir() else 0
 
     @property
     def busy(self) -> bool:
@@ -39,13 +46,10 @@ class Saves:
                 "sampler": run.sampler.state_dict(),
                 "total_tokens": progress.total_tokens,
                 "data": run.dataset.fingerprint,
-                "evaluation": {
-                    "best_loss": progress.best_loss if progress.best_step else None,
-                    "best_step": progress.best_step,
-                    "num_worse": progress.num_worse,
-                },
+                "evaluation": evaluation_extra(run, progress),
             },
-            keep_step=progress.best_step or None,
+            # Not this step's: until it is complete, the one before it is the best on disk.
+            keep_step=self._best_on_disk or None,
         )
         self._pending = True
 
@@ -56,18 +60,25 @@ class Saves:
         except CheckpointError as error:
             self._run.say(f"{error}; training continues")
 
-    def best(self, progress: Progress) -> Path | None:
-        """The checkpoint of the best evaluation, if it is on disk. Rank 0 may call it alone."""
-        path = step_path(self._checkpointer.directory, progress.best_step)
-        return path if progress.best_step and path.is_dir() else None
+    @property
+    def best(self) -> Path | None:
+        """The best checkpoint on disk, the same on all ranks; None if there is none."""
+        step = self._best_on_disk
+        return step_path(self._checkpointer.directory, step) if step else None
 
-    def load_best(self, progress: Progress) -> None:
-        """Put the weights of the best evaluation into the model. Collective; for a run's end.
+    def load_best(self) -> bool:
+        """Put the weights of the best checkpoint into the model. Collective; for a run's end.
 
-        Raises ValueError on all ranks, with nothing changed, if they are not on disk.
+        Returns False, with nothing changed, if it cannot be read.
         """
-        path = step_path(self._checkpointer.directory, progress.best_step)
-        self._checkpointer.load(model=self._run.model, path=path)
+        if self.best is None:
+            return False
+        try:
+            self._checkpointer.load(model=self._run.model, path=self.best)
+        except ValueError as error:  # deleted or damaged meanwhile
+            self._run.say(str(error))
+            return False
+        return True
 
     def wait(self, progress: Progress) -> None:
         """Wait for the save in progress, if any. Collective.
@@ -81,8 +92,10 @@ class Saves:
         run, newest = self._run, self._checkpointer.latest()
         assert newest is not None
         run.say(f"{self._checkpointer.status}: {newest}")
-        if run.is_main and newest == self.best(progress):
-            write_best(run, progress, newest)
+        if newest == step_path(self._checkpointer.directory, progress.best_step):
+            self._best_on_disk = progress.best_step
+            if run.is_main:
+                write_best(run, progress, newest)
         self._events.on_save(run, progress, newest)
 
 

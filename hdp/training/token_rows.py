@@ -21,7 +21,8 @@ def token_rows(mesh: HDPMesh, step: StepBatch, outputs: Sequence[Tensor]) -> lis
     """One (seqlen,) float64 array per sequence of the step, on all ranks. Collective.
 
     mesh: of the step's ranks. outputs: (total_tokens,) for each of this rank's microbatches, as
-    `forward_step` returns them. Like a column of `Sample`, entry p is about token p: a row predicts the token after it. Entry 0
+    `forward_step` returns them. Like a column of `Sample`, entry p is about token p: a row predicts
+    the token after it. Entry 0
     is 0. Costs one all-reduce of 8 bytes per token of the step.
     """
     seqlens = step.plan.seqlens

@@ -8,7 +8,6 @@ count are part of each checkpoint, so a resumed run continues them.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from .callbacks import Callback
 from .evaluate import Evaluator
@@ -52,11 +51,3 @@ def early_stop_reason(progress: Progress) -> str:
         f"{progress.num_worse} evaluations without a better loss than {progress.best_loss:.4f} "
         f"of step {progress.best_step}"
     )
-
-
-def evaluation_state(extra: dict[str, Any]) -> dict[str, Any]:
-    """The fields of Progress about evaluations, from a checkpoint; {} if it has none."""
-    state = extra.get("evaluation")
-    if not state or not state["best_step"]:
-        return {"num_worse": state["num_worse"]} if state else {}
-    return {name: state[name] for name in ("best_loss", "best_step", "num_worse")}

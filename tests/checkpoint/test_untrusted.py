@@ -67,6 +67,29 @@ def test_metadata_runs_no_code(mesh, tmp_path, wrap):
     assert not (tmp_path / "attacked").exists()
 
 
+def test_metadata_cannot_have_code_compiled(mesh, tmp_path):
+    """`dataclass`, which torch's module imports, would `exec` the names of a class's fields."""
+    module = "torch.distributed.checkpoint.metadata"
+    attack = f'x:__import__("os").mkdir({str(tmp_path / "attacked")!r})'
+
+    def name(of: str, what: str) -> bytes:
+        return f"c{of}\n{what}\n".encode()
+
+    def text(value: str) -> bytes:
+        return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+    options = b"".join(text(option) + b"\x89s" for option in ("init", "repr", "compare"))
+    field = name(module, "field") + b")R" + b"N}" + options + b"\x86b"
+    annotations = text("__annotations__") + b"}" + text(attack) + name("builtins", "set") + b"ss"
+    state = b"N}" + annotations + text(attack) + field + b"s\x86b"
+    program = name(module, "dataclass") + name(module, "ChunkStorageMetadata") + state + b"\x85R."
+    checkpoint = _saved(mesh, tmp_path / "run")
+    (checkpoint / ".metadata").write_bytes(b"\x80\x02" + program)
+    with pytest.raises(ValueError, match=r"it refers to torch.*\.dataclass"):
+        read_metadata(checkpoint)
+    assert not (tmp_path / "attacked").exists()
+
+
 def test_a_value_that_is_no_tensor_runs_no_code(mesh, tmp_path):
     """torch unpickles the optimizer's plain numbers; here one of them is an attack."""
     checkpoint = _saved(mesh, tmp_path / "run")

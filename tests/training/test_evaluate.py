@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +15,8 @@ import torch
 from hdp.config import TrainConfig
 from hdp.training.callbacks import Callback
 from hdp.training.evaluate import Evaluation
+from hdp.training.evaluation_state import evaluation_state
 from hdp.training.progress import Progress
-from hdp.training.validation import evaluation_state
 from tests.run_ranks import RankError, run_ranks
 from tests.tiny_models import keep_norms_exact
 from tests.training.runs import MODEL, config, write_inputs
@@ -219,11 +221,58 @@ def test_progress_and_its_state():
     assert not progress.evaluated(1, float("nan")) and progress.num_worse == 1
     assert progress.evaluated(2, 3.0) and not progress.evaluated(3, 3.0)
     assert (progress.best_step, progress.num_worse) == (2, 1)
-    assert evaluation_state({}) == {}
+    run = SimpleNamespace(data=SimpleNamespace(evaluation=None))
+    assert evaluation_state(run, {}) == {}
     none = {"best_loss": None, "best_step": 0, "num_worse": 2}
-    assert evaluation_state({"evaluation": none}) == {"num_worse": 2}
+    assert evaluation_state(run, {"evaluation": none}) == {"num_worse": 2}
     some = {"best_loss": 1.5, "best_step": 4, "num_worse": 2}
-    assert evaluation_state({"evaluation": some}) == some
+    assert evaluation_state(run, {"evaluation": some}) == some
+
+
+def _train_with_a_failing_save(rank, world, options, by_step, fails_at):
+    """The disk is full when step `fails_at` is saved."""
+    import hdp.checkpoint.files as module
+
+    write = module._Writer.write_data
+
+    def full(self, *arguments):
+        if self._final.name.endswith(f"{fails_at:08}"):
+            raise OSError(28, "No space left on device")
+        return write(self, *arguments)
+
+    module._Writer.write_data = full
+    return _train_with_losses(rank, world, options, by_step)
+
+
+def test_a_best_checkpoint_that_fails_costs_neither_the_one_before_nor_the_export(inputs, tmp_path):
+    by_step = {1: 5.0, 2: 4.0, 3: 4.5, 4: 3.0, 5: 3.5, 6: 3.4}
+    common = {"eval_share": 0.2, "eval_every": 1, "save_every": 1, "keep_last": 1}
+    export = {"export_hf": str(tmp_path / "out"), "export_best": True}
+    options = config(inputs, tmp_path / "run", steps=6, **common, **export)
+    *_, end = run_ranks(_train_with_a_failing_save, 2, options, by_step, 4)[0]
+    assert end == (6, "", 4, 3.0)
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert saved == ["step-00000002", "step-00000006"]
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == 2
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 10_000
+    # deleted by hand: the last weights are exported
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    again = dataclasses.replace(options, export_hf=str(tmp_path / "again"))
+    run_ranks(_train_with_losses, 1, again, by_step)
+    assert (tmp_path / "again" / "model.safetensors").stat().st_size > 10_000
+
+
+def test_a_loss_on_other_evaluation_data_is_not_the_best_of_this(inputs, tmp_path):
+    by_step = dict(enumerate([3.0, 9.0, 9.5, 8.0], start=1))
+    for name in ("easy", "hard"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"{name} words " * 5}) + "\n")
+    options = config(inputs, tmp_path / "run", steps=1, eval_every=1)
+    easy = dataclasses.replace(options, eval_data=str(tmp_path / "easy.jsonl"))
+    run_ranks(_train_with_losses, 1, easy, by_step)
+    hard = dataclasses.replace(
+        options, eval_data=str(tmp_path / "hard.jsonl"), steps=4, early_stop=3
+    )
+    assert run_ranks(_train_with_losses, 2, hard, by_step)[0][2] == (4, "", 4, 8.0)
 
 
 def test_a_line_for_each_evaluation():
