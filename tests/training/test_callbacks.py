@@ -56,9 +56,18 @@ class Act(Callback):
             self.act(progress)
 
 
+def _default_signals() -> None:
+    """Undo what the shell that runs the tests set: under nohup or in the background, SIGHUP and
+    SIGINT are ignored, and the product leaves ignored signals alone."""
+    for number in STOPPING:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default)
+
+
 def _train(rank, world, options, act_rank=None, act_step=None, what=None):
     from hdp.training.loop import train
 
+    _default_signals()
     diary = Diary()
     acts = {
         "stop": lambda progress: progress.stop("loss is low"),
@@ -131,8 +140,9 @@ def test_signals_are_restored_and_ignored_ones_stay_ignored():
         signal.signal(signal.SIGHUP, before[signal.SIGHUP])
 
 
-def test_a_second_ctrl_c_stops_at_once():
+def test_a_second_ctrl_c_stops_at_once(monkeypatch):
     said = []
+    monkeypatch.setattr("hdp.training.signals.signal.getsignal", lambda number: signal.SIG_DFL)
     with StopSignals(said.append) as signals:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # torchrun passes it on: not a second Ctrl-C
