@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from hdp.data.dataset import TokenDataset
-from hdp.data.prepare.cache import open_dataset
+from hdp.data.prepare.cache import _texts, open_dataset
+from hdp.data.prepare.documents import Document
 from hdp.data.prepare.tokenizer import ByteTokenizer
 from tests.patience import patience, wait_for
 
@@ -330,3 +331,9 @@ def test_import_needs_no_torch_and_no_datasets(folder, tmp_path):
         "print([m for m in ('torch', 'datasets', 'transformers', 'rich') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+
+
+def test_a_tokenizer_is_trained_on_lists_of_parts():
+    parts = [{"type": "text", "text": "one"}, "two", {"type": "image_url"}]
+    chat = Document(messages=[{"role": "user", "content": parts}, {"role": "x", "content": "y"}])
+    assert list(_texts(chat)) == ["one", "two", "y"]

@@ -39,7 +39,7 @@ from .sealed import build_once
 from .source import Source
 from .tokenizer import BpeTokenizer, Tokenizer, check_no_template, load_tokenizer, train_bpe
 
-_FORMAT_VERSION = 2  # of tokenizer and token caches; part of the key
+_FORMAT_VERSION = 3  # of tokenizer and token caches; part of the key
 _TRAINING_BYTES = 32 << 20  # a byte-pair tokenizer is trained on about this much of the source
 
 
@@ -183,8 +183,10 @@ def _texts(document: Document) -> Iterator[str]:
         yield from (text for text in texts if text)
     for message in document.messages or ():
         content = message.get("content")
-        if isinstance(content, str):
-            yield content
+        for part in content if isinstance(content, list) else [content]:
+            text = part.get("text") if isinstance(part, dict) else part
+            if isinstance(text, str):
+                yield text
 
 
 def _key(parts: list[Any]) -> str:
