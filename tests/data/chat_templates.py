@@ -245,10 +245,14 @@ KINDS = {
 
 
 def expected(kind: Kind, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
-    """The oracle's text and spans; adjacent generated pieces belong to different turns."""
+    """The oracle's text and spans; adjacent generated pieces belong to different turns.
+
+    A turn without content has no span: there is nothing in it to learn.
+    """
     text, spans = "", []
+    contents = iter([m["content"] for m in messages if m["role"] == "assistant"])
     for piece, is_generated in kind.oracle(messages):
-        if is_generated:
+        if is_generated and next(contents):
             spans.append((len(text), len(text) + len(piece)))
         text += piece
     return text, spans

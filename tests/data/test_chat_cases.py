@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hdp.data.prepare.chat import ChatTemplate
-from hdp.data.prepare.documents import MALFORMED, Document, Rejected, chat_document
+from hdp.data.prepare.documents import EMPTY, MALFORMED, Document, Rejected, chat_document
 from hdp.data.prepare.messages import METADATA, normalize
 from hdp.data.prepare.tokenizer import ByteTokenizer
 from hdp.errors import ChatTemplateError
@@ -235,3 +235,53 @@ def test_every_kind_of_template_knows_plain_chats():
     for name in KINDS:
         make_template(name).render_spans([U, A])
     assert len(TEMPLATES) == 10
+
+
+# ---- empty turns ----
+
+EMPTY_TURNS = [
+    {"role": "assistant", **rest}
+    for rest in (
+        {"content": None},
+        {"content": ""},
+        {"content": []},
+        {"content": [{"type": "text", "text": ""}]},
+        {"content": "", "tool_calls": [], "reasoning": ""},
+        {},
+    )
+]
+PICKY = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{% if m.content %}{{ m.content }}{% endif %}<|im_end|>{% endgeneration %}\n"
+    "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA, GENERATION, PICKY])
+@pytest.mark.parametrize("empty", EMPTY_TURNS)
+def test_an_empty_turn_carries_no_loss(empty, template):
+    end = "<|eot_id|>" if template == LLAMA else "<|im_end|>"
+    template = template.replace("strftime_now('%d %b %Y')", "''")
+    written = ChatTemplate(
+        make_render(template, KINDS["chatml"]),
+        template,
+        special_tokens=["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>"],
+    )
+    for messages in ([U, empty, U, A], [U, A, U, empty]):
+        text, found = written.render_spans(messages)
+        assert [text[a:b] for a, b in found] == [f"Fine.{end}"]
+        full = [{**m, "content": m.get("content") or ""} for m in messages]
+        assert text == written.render_spans(full)[0]
+
+
+@pytest.mark.parametrize("empty", EMPTY_TURNS)
+def test_an_empty_turn_carries_no_loss_in_bytes(empty):
+    chat = chat_document([U, empty, U, A])
+    [(ids, mask)] = ByteTokenizer().encode_chats([chat])
+    assert bytes(ids[mask].astype("u1")) == b"Fine.\xfd"
+
+
+@pytest.mark.parametrize("empty", EMPTY_TURNS)
+def test_a_chat_of_empty_turns_is_empty(empty):
+    assert chat_document([U, empty]) == Rejected(reason=EMPTY, detail="no assistant text")
+    assert isinstance(chat_document([U, {**empty, "reasoning": "Hm."}]), Document)

@@ -350,10 +350,12 @@ def _learned_blocks(
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or (learns[i] and i not in found.lost_thoughts):
             continue
-        if i not in found.spans:
-            raise ChatTemplateError(f"message {i}: an empty turn without a loss cannot be found")
-        start, stop = found.spans[i]
-        blocks = [block for block in blocks if block[1] < start or stop < block[0]]
+        # An empty turn may have no place of its own: its block touches no other message.
+        start, stop = found.spans.get(i) or found.gap(i)
+        if i in found.spans:
+            blocks = [block for block in blocks if block[1] < start or stop < block[0]]
+        else:
+            blocks = [block for block in blocks if block[0] < start or stop < block[1]]
     return blocks
 
 

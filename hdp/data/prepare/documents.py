@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .messages import says_nothing
+
 UNREADABLE = "unreadable"
 NOT_UTF8 = "not UTF-8"
 MALFORMED = "malformed"
@@ -84,6 +86,8 @@ def chat_document(messages: Any, tools: Any = None) -> Document | Rejected:
             return Rejected(reason=MALFORMED, detail=f"message {i} is not an object with a role")
     if not any(message["role"] == "assistant" for message in messages):
         return Rejected(reason=NO_ASSISTANT)
+    if all(says_nothing(message) for message in messages if message["role"] == "assistant"):
+        return Rejected(reason=EMPTY, detail="no assistant text")
     if not is_unicode(as_text):
         return Rejected(reason=NOT_UTF8, detail="half of a surrogate pair")
     messages = [{key: v for key, v in message.items() if v is not None} for message in messages]

@@ -67,6 +67,12 @@ class Found:
         after = self.spans[order[place + 1]][0] if place + 1 < len(order) else len(self._text)
         return self._text[before:start], self._text[stop:after]
 
+    def gap(self, message: int) -> Span:
+        """Where a message without a span can be: between the messages around it that have one."""
+        before = [self.spans[i][1] for i in self.spans if i < message]
+        after = [self.spans[i][0] for i in self.spans if i > message]
+        return max(before, default=0), min(after, default=len(self._text))
+
     def check(self, template: str) -> None:
         """Raise ChatTemplateError unless everything is found; `template`: its source."""
         self._check_order()

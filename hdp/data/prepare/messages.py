@@ -8,7 +8,7 @@ carries no content, and is left out, or the chat is refused by the name of the k
   older `function_call` becomes a tool call
 * reasoning: `reasoning_content`, `reasoning` and `thinking` are one field, `reasoning_content`
 * `weight` (0 or 1) and `train` (true or false) say whether an assistant turn carries a loss; other
-  switches, of which nobody can say what they mean, are refused
+  switches, of which nobody can say what they mean, are refused; an empty turn carries none
 * METADATA is left out; so are empty values; any other key is refused, unless the template uses it
 """
 
@@ -53,11 +53,34 @@ def normalize(messages: Messages, template: str = "") -> tuple[Messages, list[bo
     normal, learns = [], []
     for i, message in enumerate(messages):
         try:
-            normal.append(_message(message, template))
-            learns.append(_learns(message))
+            said, has_loss = _message(message, template), _learns(message)
+            if message[ROLE] == "assistant" and says_nothing(message):
+                # Whichever way it is written; there is nothing to learn but to stop at once.
+                said, has_loss = {**said, CONTENT: ""}, False
+            normal.append(said)
+            learns.append(has_loss)
         except ChatTemplateError as error:
             raise ChatTemplateError(f"message {i}: {error}") from None
     return normal, learns
+
+
+def says_nothing(message: dict[str, Any]) -> bool:
+    """Whether a message has no content, no tool calls and no reasoning, in any way of writing."""
+    others = (message.get(key) for key in (CALLS, "function_call", *REASONING))
+    return _is_blank(message.get(CONTENT)) and all(map(_is_empty, others))
+
+
+def _is_blank(content: Any) -> bool:
+    """Whether content is empty, or a list of parts with empty texts."""
+    if isinstance(content, list):
+        return all(
+            part == "" or (isinstance(part, dict) and _is_empty_text(part)) for part in content
+        )
+    return _is_empty(content)
+
+
+def _is_empty_text(part: dict[str, Any]) -> bool:
+    return part.get("type", "text") == "text" and _is_empty(part.get("text"))
 
 
 def join_parts(content: Any) -> str:
