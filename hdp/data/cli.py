@@ -13,7 +13,6 @@ of lengths.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ import numpy as np
 from hdp import console
 
 from .dataset import TokenDataset, open_cache
+from .prepare import json_text
 from .prepare.cache import open_dataset
 from .prepare.rows import FORMATS
 from .prepare.sealed import SEAL, read_seal
@@ -142,7 +142,7 @@ def _verify(dataset: TokenDataset) -> None:
 
 def _variables(text: str) -> dict[str, Any]:
     try:
-        variables = json.loads(text)
+        variables = json_text.loads(text)
     except ValueError:
         variables = None
     if not isinstance(variables, dict):

@@ -226,6 +226,21 @@ def test_folder_of_json_is_rows_only_if_all_of_it_is(tmp_path):
     assert len(read_all(open_source(tmp_path / "d"))) == 3
 
 
+@pytest.mark.parametrize("kind", ["lines", "array", "values"])
+@pytest.mark.parametrize("size", [10, 1 << 20])
+def test_a_key_that_comes_twice_refuses_the_row(tmp_path, monkeypatch, kind, size):
+    monkeypatch.setattr("hdp.data.prepare.json_rows._CHUNK", size)
+    rows = ['{"text": "a"}', '{"text": "lost", "x": {"y": [1]}, "text": "b"}', '{"text": "c"}']
+    rows[2:2] = ['{"text": "d", "x": [{"y": 1, "y": 2}]}']
+    content = {"lines": "\n".join(rows), "array": f"[{','.join(rows)}]"}
+    content["values"] = "\n".join(row.replace("{", "{\n", 1) for row in rows)
+    write(tmp_path, {"a.json": content[kind]})
+    source = open_source(tmp_path / "a.json")
+    assert read_all(source) == ["a", MALFORMED, MALFORMED, "c"]
+    refused = list(source.read(source.shards(1 << 20)[0]))[1]
+    assert "the key 'text' is given twice" in refused.detail
+
+
 # -- CSV --
 
 

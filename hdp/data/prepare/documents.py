@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from . import json_text
 from .messages import says_nothing
 
 UNREADABLE = "unreadable"
@@ -69,8 +70,8 @@ def chat_document(messages: Any, tools: Any = None) -> Document | Rejected:
     Keys whose value is null are left out, as in transformers: templates print them as "None".
     """
     try:  # tables store rows of arbitrary structure as JSON text
-        messages = json.loads(messages) if isinstance(messages, str) else messages
-        tools = json.loads(tools) if isinstance(tools, str) and tools else tools
+        messages = json_text.loads(messages) if isinstance(messages, str) else messages
+        tools = json_text.loads(tools) if isinstance(tools, str) and tools else tools
         as_text = json.dumps([messages, tools], ensure_ascii=False, default=str)
     except RecursionError:
         return Rejected(reason=MALFORMED, detail="'messages' or 'tools' is nested too deeply")
@@ -100,7 +101,7 @@ def parse_line(line: bytes) -> dict[str, Any] | Rejected | None:
         text = line.decode("utf-8-sig")
         if not text or text.isspace():
             return None
-        row = json.loads(text)
+        row = json_text.loads(text)
     except UnicodeDecodeError as error:
         return Rejected(reason=NOT_UTF8, detail=f"byte {error.start}: {error.reason}")
     except RecursionError:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from .documents import MALFORMED, Rejected, parse_line
 from .files import READ_ERRORS, inner_suffix, is_compressed, open_file
+from .json_text import unique_keys
 
 Layout = Literal["lines", "array", "values"]
 
@@ -100,7 +101,7 @@ class _Stream:
     """JSON values from a text stream. The buffer holds one value and what follows it."""
 
     def __init__(self, text: io.TextIOWrapper) -> None:
-        self._text, self._decoder = text, json.JSONDecoder()
+        self._text, self._decoder = text, json.JSONDecoder(object_pairs_hook=unique_keys)
         self._buffer, self._position, self._ended = "", 0, False
 
     def _more(self) -> bool:
@@ -142,7 +143,7 @@ class _Stream:
                 return self._skip(f"not JSON: {error.msg}")
             except RecursionError:
                 return self._skip("nested too deeply")
-            except ValueError as error:  # an integer of thousands of digits
+            except ValueError as error:  # a key that comes twice, an integer of thousands of digits
                 return self._skip(f"not JSON: {error}")
             if stop == len(self._buffer) and not isinstance(value, (dict, list)) and self._more():
                 continue  # a number may go on

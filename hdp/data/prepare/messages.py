@@ -20,6 +20,8 @@ from typing import Any
 
 from hdp.errors import ChatTemplateError
 
+from . import json_text
+
 Messages = list[dict[str, Any]]
 
 ROLE, CONTENT, CALLS, THOUGHT = "role", "content", "tool_calls", "reasoning_content"
@@ -198,18 +200,12 @@ def _decoded(arguments: Any) -> Any:
     if not arguments.strip():
         return {}
     try:
-        decoded = json.loads(arguments, object_pairs_hook=_without_duplicates)
-    except ChatTemplateError:
-        raise
+        decoded = json_text.loads(arguments)
+    except json_text.DuplicateKey:
+        raise ChatTemplateError("the arguments of a tool call name a key twice") from None
     except (ValueError, RecursionError):
         return arguments
     return decoded if isinstance(decoded, dict) else arguments
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ChatTemplateError("the arguments of a tool call name a key twice")
-    return dict(pairs)
 
 
 # ---- other forms of the same messages ----
@@ -258,4 +254,4 @@ def _is_text(message: dict[str, Any], key: str) -> bool:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or value in ("", [], {})
+    return value is None or (isinstance(value, (str, list, dict)) and not value)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from hdp.installation import pip_install
 
+from . import json_text
 from .documents import MALFORMED, UNREADABLE, Rejected
 from .files import inner_suffix, open_file, problem
 
@@ -187,7 +187,7 @@ def _decoded(value: Any, kind: Any) -> Any:
         return None
     if getattr(kind, "extension_name", "") == "arrow.json":
         try:
-            return json.loads(value) if isinstance(value, (str, bytes)) else value
+            return json_text.loads(value) if isinstance(value, (str, bytes)) else value
         except (ValueError, RecursionError):
             return value
     if isinstance(value, dict):
