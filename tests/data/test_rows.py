@@ -163,6 +163,67 @@ def test_prompt_and_completion():
     assert refused.reason == MALFORMED and "label" in refused.detail
 
 
+@pytest.mark.parametrize("label", [False, 0, 0.0, "False", "false", "0", " FALSE "])
+def test_negative_examples_are_refused(label):
+    refused = document({"prompt": "p", "completion": "c", "label": label})
+    assert refused.reason == MALFORMED and "not to be learned" in refused.detail
+
+
+@pytest.mark.parametrize("label", [True, 1, "true", "True", "1", None])
+def test_positive_examples_are_kept(label):
+    row = {"prompt": "p", "completion": "c", "label": label}
+    assert document(row) == Document(prompt="p", completion="c")
+
+
+@pytest.mark.parametrize("label", [2, 0.5, "bad", "", [], [0], {"a": 1}])
+def test_other_labels_are_refused(label):
+    refused = document({"prompt": "p", "completion": "c", "label": label})
+    assert refused.reason == MALFORMED and "write true or false" in refused.detail
+
+
+def test_tools_and_system_beside_a_prompt():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    text = {"prompt": "p", "completion": "c"}
+    for more in ({"tools": tools}, {"tools": json.dumps(tools)}, {"system": "s"}):
+        refused = document({**text, **more})
+        assert refused.reason == MALFORMED and f"{min(more)!r} beside" in refused.detail
+    assert document({**text, "tools": [], "system": ""}) == Document(prompt="p", completion="c")
+    chat = document({"prompt": [U], "completion": [A], "tools": tools, "system": "s"})
+    assert chat == Document(messages=[{"role": "system", "content": "s"}, U, A], tools=tools)
+    said = {"prompt": [{"role": "system", "content": "s"}, U], "completion": [A], "system": "t"}
+    assert "in the column 'system'" in document(said).detail
+
+
+def test_system_beside_messages():
+    system = {"role": "system", "content": "s"}
+    assert document({"messages": [U, A], "system": "s"}).messages == [system, U, A]
+    assert document({"messages": [U, A], "system": ""}).messages == [U, A]
+    refused = document({"messages": [system, U, A], "system": "t"})
+    assert refused.reason == MALFORMED and "in the column 'system'" in refused.detail
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": '[{"role": "assistant", "content": "a", "content": "b"}]'},
+        {"messages": [U, A], "tools": '[{"name": "f", "name": "g"}]'},
+    ],
+)
+def test_json_text_with_a_key_twice_is_refused(row):
+    refused = document(row)
+    assert refused.reason == MALFORMED and "is given twice" in refused.detail
+
+
+def test_packed_documents_are_refused():
+    assert tokens(input_ids=[5, 6, 7], position_ids=[0, 1, 2]) == ([5, 6, 7], [1, 1, 1])
+    padded = {"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1], "position_ids": [1, 0, 1]}
+    assert tokens(**padded) == ([5, 6], [1, 1])
+    refused = tokens(input_ids=[5, 6, 7], position_ids=[0, 1, 0])
+    assert refused.reason == MALFORMED and "at token 2: several packed" in refused.detail
+    refused = tokens(input_ids=[5, 6, 7], attention_mask=[1, 1, 2])
+    assert refused.reason == MALFORMED and "packed documents" in refused.detail
+
+
 def tokens(**row: object) -> tuple[list[int], list[int]] | Rejected:
     found = document(row)
     if isinstance(found, Rejected):

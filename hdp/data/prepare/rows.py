@@ -2,14 +2,14 @@
 
     format     columns                      the document
     text       text (or --text-column)      the text, with a loss on every token
-    chat       messages [, tools]           a chat, with a loss on the assistant's turns
+    chat       messages [, tools, system]   a chat, with a loss on the assistant's turns
     sharegpt   conversations [, tools,      a chat: {"from": "human", "value": ...} turns, or
                system]                      {"role": ..., "content": ...}
     alpaca     instruction, output          a chat of one turn: the user's message is instruction
                [, input, system, history]   and input with an empty line in between; for a tokenizer
                                             without a chat template, Alpaca's own prompt
     prompt     prompt, completion           two strings, or two lists of messages, with a loss on
-                                            the completion only
+               [, tools, system, label]     the completion only; tools and system are for messages
     tokens     input_ids [, labels, masks]  token ids, as they are
 
 The format follows from the columns of a source, unless it is given; `text` beside the columns of
@@ -20,13 +20,13 @@ rejection with its name, never a guess.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
+from . import json_text
 from .documents import (
     EMPTY,
     MALFORMED,
@@ -51,15 +51,18 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "completion"),
     "tokens": ("input_ids",),
 }
+_TOKEN_MASKS = ("labels", "attention_mask", "loss_mask", "completion_mask", "assistant_masks")
 _USES: dict[str, tuple[str, ...]] = {
-    "chat": ("tools",),
+    "chat": ("tools", "system"),
     "sharegpt": ("tools", "system"),
     "alpaca": ("input", "system", "history"),
-    "prompt": ("tools", "label"),
-    "tokens": ("labels", "attention_mask", "loss_mask", "completion_mask", "assistant_masks"),
+    "prompt": ("tools", "system", "label"),
+    "tokens": (*_TOKEN_MASKS, "position_ids"),
 }
 _LOSS_MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 _IGNORED = -100
+# What a label says, as text: JSON has true and 1, and tables have words.
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model"), "assistant"),
@@ -111,7 +114,7 @@ def row_document(row: dict[str, Any], row_format: str, text_column: str) -> Docu
         if row_format == "text":
             return text_document(row[text_column], text_column)
         if row_format in ("chat", "sharegpt"):
-            return _chat(row, needs[0], has_system=row_format == "sharegpt")
+            return _chat(row, needs[0])
         return {"alpaca": _alpaca, "prompt": _prompt, "tokens": _tokens}[row_format](row)
     except RecursionError:
         return Rejected(reason=MALFORMED, detail="nested too deeply")
@@ -120,25 +123,32 @@ def row_document(row: dict[str, Any], row_format: str, text_column: str) -> Docu
 # -- chats --
 
 
-def _chat(row: dict[str, Any], column: str, *, has_system: bool) -> Document | Rejected:
+def _chat(row: dict[str, Any], column: str) -> Document | Rejected:
     messages = _turns(row[column], column)
+    if isinstance(messages, list):
+        messages = _with_system(messages, row, column)
     if isinstance(messages, Rejected):
         return messages
-    system = row.get("system") if has_system else None
-    if system and isinstance(messages, list):
-        if not isinstance(system, str):
-            return _malformed(f"'system' is a {type(system).__name__}, not a string")
-        if any(isinstance(m, dict) and m.get("role") == "system" for m in messages):
-            return _malformed(f"a system message in {column!r} and in the column 'system'")
-        messages = [{"role": "system", "content": system}, *messages]
     return chat_document(messages, row.get("tools"))
+
+
+def _with_system(messages: list[Any], row: dict[str, Any], column: str) -> list[Any] | Rejected:
+    """`messages` after the system message in the row's column `system`, if it has one."""
+    system = row.get("system")
+    if not system:
+        return messages
+    if not isinstance(system, str):
+        return _malformed(f"'system' is a {type(system).__name__}, not a string")
+    if any(isinstance(m, dict) and m.get("role") == "system" for m in messages):
+        return _malformed(f"a system message in {column!r} and in the column 'system'")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _turns(value: Any, column: str) -> Any:
     """Messages with a role and content, from either way of writing them."""
     if isinstance(value, str):  # tables store rows of arbitrary structure as JSON text
         try:
-            value = without_none(json.loads(value))
+            value = without_none(json_text.loads(value))
         except ValueError as error:
             return _malformed(f"{column!r} is not JSON: {error}")
     if not isinstance(value, list):
@@ -172,7 +182,7 @@ def _turn(turn: dict[str, Any], i: int) -> dict[str, Any] | Rejected:
 
 def _function_call(value: Any, rest: dict[str, Any], i: int) -> dict[str, Any] | Rejected:
     try:
-        calls = json.loads(value) if isinstance(value, str) else value
+        calls = json_text.loads(value) if isinstance(value, str) else value
     except ValueError as error:
         return _malformed(f"turn {i}, a function_call, is not JSON: {error}")
     calls = calls if isinstance(calls, list) else [calls]
@@ -197,7 +207,7 @@ def _alpaca(row: dict[str, Any]) -> Document | Rejected:
     messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     history = row.get("history") or []
     try:
-        history = json.loads(history) if isinstance(history, str) else history
+        history = json_text.loads(history) if isinstance(history, str) else history
     except ValueError as error:
         return _malformed(f"'history' is not JSON: {error}")
     pairs = isinstance(history, list) and all(
@@ -234,11 +244,17 @@ def _alpaca_prompt(parts: list[str]) -> str:
 
 def _prompt(row: dict[str, Any]) -> Document | Rejected:
     prompt, completion = row["prompt"], row["completion"]
-    if row.get("label") is False:
-        return _malformed("'label' is false: a completion that is not to be learned")
+    is_good = _LABELS.get(str(row.get("label", True)).strip().lower())
+    if is_good is None:
+        return _malformed(f"'label' is {row['label']!r}: write true or false")
+    if not is_good:
+        return _malformed(f"'label' is {row['label']!r}: a completion that is not to be learned")
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion:
             return Rejected(reason=EMPTY, detail="no completion")
+        for name in ("system", "tools"):
+            if row.get(name) and row[name] != "[]":
+                return _malformed(f"{name!r} beside a prompt that is text: write it there")
         if not is_unicode(prompt + completion):
             return not_unicode()
         return Document(prompt=prompt, completion=completion)
@@ -248,6 +264,8 @@ def _prompt(row: dict[str, Any]) -> Document | Rejected:
     if not completion:
         return Rejected(reason=EMPTY, detail="no completion")
     prompt, completion = _turns(prompt, "prompt"), _turns(completion, "completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        prompt = _with_system(prompt, row, "prompt")
     for part in (prompt, completion):
         if isinstance(part, Rejected):
             return part
@@ -272,7 +290,7 @@ def _tokens(row: dict[str, Any]) -> Document | Rejected:
         return Rejected(reason=EMPTY)
     loss = np.ones(len(ids), dtype=bool)
     masks = {}
-    for name in _USES["tokens"]:
+    for name in (*_TOKEN_MASKS, "position_ids"):
         if name in row:
             mask = _integers(row[name])
             if mask is None or len(mask) != len(ids):
@@ -292,19 +310,28 @@ def _tokens(row: dict[str, Any]) -> Document | Rejected:
         if name in masks:
             loss &= masks[name] != 0
     if "attention_mask" in masks:  # what it hides is padding, at the ends
+        if not np.isin(masks["attention_mask"], (0, 1)).all():
+            return _malformed("'attention_mask' numbers packed documents; write a row for each")
         shown = np.flatnonzero(masks["attention_mask"])
         if not len(shown):
             return Rejected(reason=EMPTY, detail="'attention_mask' hides every token")
         if len(shown) != shown[-1] - shown[0] + 1:
             return _malformed("'attention_mask' hides tokens between others: not only padding")
         ids, loss = ids[shown[0] : shown[-1] + 1], loss[shown[0] : shown[-1] + 1]
+        masks = {name: mask[shown[0] : shown[-1] + 1] for name, mask in masks.items()}
+    resets = np.flatnonzero(np.diff(masks.get("position_ids", np.arange(len(ids)))) != 1)
+    if len(resets):
+        return _malformed(
+            f"'position_ids' do not go on at token {resets[0] + 1}: several packed documents; "
+            "write a row for each"
+        )
     return Document(input_ids=ids, loss_mask=loss)
 
 
 def _integers(value: Any) -> np.ndarray | None:
     """(n,) int64, or None if `value` is not a list of integers (or of booleans)."""
     try:
-        value = json.loads(value) if isinstance(value, str) else value
+        value = json_text.loads(value) if isinstance(value, str) else value
         array = np.array(value)
     except (ValueError, TypeError, OverflowError):
         return None
