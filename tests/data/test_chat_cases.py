@@ -206,6 +206,26 @@ def test_other_keys():
         refuses([U, {**A, key: "x"}], f"message 1: '{key}'")
 
 
+def test_metadata_that_the_template_names_is_printed():
+    header = "{{- '<|im_start|>' + m['role'] + "
+    dated = CHATML.replace(header, header + "(' on ' + m.date if m.date else '') + ")
+    assert dated != CHATML
+    text = text_of([{**U, "date": "May 5"}, A], dated)
+    assert "<|im_start|>user on May 5\nWeather?" in text
+    assert spans([{**U, "date": "May 5"}, A], dated) == ["Fine.<|im_end|>"]
+    sent = CHATML.replace("+ m['content']", "+ (m['recipient'] or '') + m['content']")
+    assert spans([U, {**A, "recipient": "all:"}], sent) == ["all:Fine.<|im_end|>"]
+
+
+def test_metadata_that_the_template_compares_is_passed():
+    loud = CHATML.replace("+ m['content']", "+ ('!' if m.channel == 'loud' else '') + m['content']")
+    messages = [{**U, "channel": "loud"}, A]
+    assert "user\n!Weather?" in text_of(messages, loud)
+    assert spans(messages, loud) == ["Fine.<|im_end|>"]
+    unused = "{% if false %}{{ messages[0].type }}{% endif %}" + CHATML
+    assert spans([{**U, "type": "message"}, A], unused) == ["Fine.<|im_end|>"]
+
+
 def test_normalize_leaves_plain_messages_alone():
     assert normalize([U, A]) == ([U, A], [False, True])
 

@@ -77,7 +77,8 @@ class Found:
         """Raise ChatTemplateError unless everything is found; `template`: its source."""
         self._check_order()
         # Turns that carry a loss come first: what is wrong there matters most.
-        missing = [value for value in self._values() if not value.found and not value.is_thought]
+        needed = (v for v in self._values() if not v.is_thought and not v.is_optional)
+        missing = [value for value in needed if not value.found]
         doubled = [value for value in self._values() if value.is_once and len(value.found) > 1]
         for value in sorted(doubled, key=self._is_context):
             raise ChatTemplateError(

@@ -26,7 +26,7 @@ from typing import Any
 
 from hdp.errors import ChatTemplateError
 
-from .messages import CALLS, CONTENT, REASONING, Messages
+from .messages import CALLS, CONTENT, METADATA, REASONING, Messages
 
 Span = tuple[int, int]
 
@@ -49,6 +49,7 @@ class Value:
     what: str
     text: str
     is_thought: bool = False
+    is_optional: bool = False  # whether the template may leave it out
     is_once: bool = False  # whether a second copy would be wrong
     is_key: bool = False
     is_scalar: bool = False
@@ -72,7 +73,10 @@ class Marks:
     """The values of a chat, or of one message of it, and what is known about where they are."""
 
     def __init__(self, everything: str, template: str, *, is_bare: bool = False) -> None:
-        """everything: all text that is rendered; is_bare: leave empty texts and space unmarked."""
+        """everything: all text that is rendered; is_bare: only texts that are not empty.
+
+        Bare marks leave out empty texts, surrounding space and metadata.
+        """
         self.values: list[Value] = []
         self.contents: list[_Content] = []
         self.generation: list[tuple[str, int]] = []
@@ -110,6 +114,11 @@ class Marks:
             elif key == CALLS:
                 named = [(call, f"tool call {n}") for n, call in enumerate(value)]
                 marked[key] = [self._call(i, call, name) for call, name in named]
+            elif key in METADATA:  # what a template only compares does not survive marks
+                first = len(self.values)
+                marked[key] = value if self._is_bare else self._nested(i, f"{key!r}", value)
+                for one in self.values[first:]:
+                    one.is_optional = True
             elif key not in ("role", "name", "tool_call_id"):
                 marked[key] = self._nested(i, f"{key!r}", value)
         return marked

@@ -9,7 +9,8 @@ carries no content, and is left out, or the chat is refused by the name of the k
 * reasoning: `reasoning_content`, `reasoning` and `thinking` are one field, `reasoning_content`
 * `weight` (0 or 1) and `train` (true or false) say whether an assistant turn carries a loss; other
   switches, of which nobody can say what they mean, are refused; an empty turn carries none
-* METADATA is left out; so are empty values; any other key is refused, unless the template uses it
+* keys that the template names are kept; METADATA that it does not name is left out, and so are
+  empty values; any other key is refused
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def _message(message: dict[str, Any], template: str) -> dict[str, Any]:
             )
         if _is_empty(value):
             continue
-        if re.search(rf"['\".]{re.escape(key)}\b", template) and key not in METADATA:
+        if _reads(template, key):
             normal[key] = value
         elif key not in METADATA:
             raise ChatTemplateError(f"{key!r} would not be trained on; delete it, or the message")
@@ -241,9 +242,14 @@ def _json_arguments(function: dict[str, Any]) -> dict[str, Any]:
     return {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
 
 
+def _reads(template: str, key: str) -> bool:
+    """Whether the template's source names a key."""
+    return re.search(rf"['\".]{re.escape(key)}\b", template) is not None
+
+
 def _thought_key(template: str) -> str:
     """The name under which the template reads reasoning."""
-    return next((key for key in REASONING if re.search(rf"['\".]{key}\b", template)), THOUGHT)
+    return next((key for key in REASONING if _reads(template, key)), THOUGHT)
 
 
 def _is_text(message: dict[str, Any], key: str) -> bool:
