@@ -247,12 +247,21 @@ def test_a_key_that_comes_twice_refuses_the_row(tmp_path, monkeypatch, kind, siz
 def test_bad_rows_of_a_table(tmp_path):
     content = b'id,text\n1,a\n2,b,c\n3\n\n4,"x"y\n5,caf\xe9\n6,\n7,last\n8,"open\nto the end'
     write(tmp_path, {"a.csv": content})
-    reasons = ["a", MALFORMED, NO_COLUMN, MALFORMED, NOT_UTF8, EMPTY, "last", MALFORMED]
+    reasons = ["a", MALFORMED, NO_COLUMN, MALFORMED, NOT_UTF8, EMPTY, "last", *[MALFORMED] * 2]
     assert read_all(open_source(tmp_path / "a.csv")) == reasons
     write(tmp_path, {"b.csv": "text,text\na,b\n", "c.csv": "", "d.csv": "text\n"})
     for name, message in [("b", "names a column twice"), ("c", "no rows"), ("d", "no rows")]:
         with pytest.raises(ValueError, match=rf"cannot load .*{name}\.csv.*{message}"):
             read_all(open_source(tmp_path / f"{name}.csv"))
+
+
+def test_rows_that_an_open_quote_takes_along_are_counted(tmp_path):
+    rows = "".join(f"{i},b\n" for i in range(3))
+    write(tmp_path, {"a.csv": f'id,text\n1,a\n2,"open\n{rows}3,"x"\n4,last\n'})
+    source = open_source(tmp_path / "a.csv")
+    assert read_all(source) == ["a", *[MALFORMED] * 5, "last"]
+    refused = list(source.read(source.shards(1 << 20)[0]))[1:6]
+    assert all("lines 3 to 7, which a quote joins" in one.detail for one in refused)
 
 
 def test_long_cells(tmp_path):

@@ -40,20 +40,29 @@ def csv_rows(path: str) -> Iterator[dict[str, Any] | Rejected]:
             yield Rejected(reason=UNREADABLE, detail=f"its header names a column twice: {header}")
             return
         while True:
+            first = reader.line_num + 1
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Rejected(reason=MALFORMED, detail=f"line {reader.line_num}: {error}")
+                # A quote that is not closed takes the rows after it along, so each line counts.
+                lines = _lines(first, reader.line_num)
+                for _ in range(first, reader.line_num + 1):
+                    yield Rejected(reason=MALFORMED, detail=f"{lines}: {error}")
                 continue
             if not cells:  # a blank line
                 continue
             if len(cells) > len(header):
-                detail = f"line {reader.line_num}: {len(cells)} cells for {len(header)} columns"
+                lines = _lines(first, reader.line_num)
+                detail = f"{lines}: {len(cells)} cells for {len(header)} columns"
                 yield Rejected(reason=MALFORMED, detail=detail)
                 continue
             yield dict(zip(header, cells, strict=False))
+
+
+def _lines(first: int, last: int) -> str:
+    return f"line {last}" if first == last else f"lines {first} to {last}, which a quote joins"
 
 
 def num_groups(path: str) -> int:
