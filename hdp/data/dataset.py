@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +51,7 @@ class DataReport:
     num_overlong: int  # documents longer than max_length
     lost_tokens: int  # left out by drop or truncate
     num_without_loss: int  # sequences left out because they have no loss tokens
+    first_without_loss: str = ""  # the name of the first of these
     notes: tuple[str, ...] = ()  # what else users should know about the rows and the tokenizer
 
     def __str__(self) -> str:
@@ -71,7 +72,8 @@ class DataReport:
                 f"documents over {self.max_length:,} tokens, {action}: {self.num_overlong:,}{lost}"
             )
         if self.num_without_loss:
-            lines.append(f"sequences skipped (no loss tokens): {self.num_without_loss:,}")
+            first = f", first {self.first_without_loss}" if self.first_without_loss else ""
+            lines.append(f"sequences skipped (no loss tokens): {self.num_without_loss:,}{first}")
         return "\n".join(lines)
 
 
@@ -119,7 +121,11 @@ class TokenDataset:
         self.num_loss_tokens = self._sequences.num_loss_tokens
         key = json.dumps([path.name, meta["fingerprint"], max_length, overlong])
         self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
-        self.report = _report(path, meta, self._sequences, max_length, overlong)
+        first = self._sequences.first_without_loss
+        self.report = replace(
+            _report(path, meta, self._sequences, max_length, overlong),
+            first_without_loss="" if first is None else self._document_name(first),
+        )
 
     def __len__(self) -> int:
         return len(self.seqlens)

@@ -29,6 +29,7 @@ class Sequences:
     num_overlong: int = 0  # documents over max_length
     lost_tokens: int = 0  # of dropped and truncated documents
     num_without_loss: int = 0  # sequences left out because they have no loss tokens
+    first_without_loss: int | None = None  # the document of the first of these
 
     def __len__(self) -> int:
         return len(self.seqlens)
@@ -85,6 +86,7 @@ def choose(
         num_overlong=sequences.num_overlong,
         lost_tokens=sequences.lost_tokens,
         num_without_loss=int(np.count_nonzero(~keep)),
+        first_without_loss=int(sequences.documents[np.argmin(keep)]),
     )
 
 

@@ -223,7 +223,7 @@ def test_report_summary(folder):
         "(byte 0: invalid start byte)",
         f"rows skipped (empty): 1, first {folder / 'texts' / 'zz-empty'}",
         "documents over 50 tokens, truncated: 50; 1,275 tokens left out",
-        "sequences skipped (no loss tokens): 1",
+        f"sequences skipped (no loss tokens): 1, first {folder / 'texts' / '001.txt'}",
     ]
 
 
