@@ -13,6 +13,7 @@ of lengths.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -42,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         dataset = _open(arguments)
         if arguments.verify:
             _verify(dataset)
-        _show(dataset, arguments)
         if arguments.save_lengths:
             dataset.save_lengths(arguments.save_lengths)
+        _show_to_reader(dataset, arguments)
     except (ValueError, OSError) as error:
         console.note(f"error: {error}")
         return 2
@@ -158,6 +159,16 @@ def _size(text: str) -> int:
 
 
 # -- what is shown --
+
+
+def _show_to_reader(dataset: TokenDataset, arguments: argparse.Namespace) -> None:
+    """`_show`, which ends quietly once nobody reads on, as in `hdp data X | head`."""
+    try:
+        _show(dataset, arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes what is left at exit, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show(dataset: TokenDataset, arguments: argparse.Namespace) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -44,6 +46,18 @@ def test_rows_skips_and_lengths(run, chats):
     assert "".join(f"  | {line}\n" for line in ["<|im_start|>user", *shown[1:]]) in out
     assert "\x1b" not in out
     assert "33 - 64" in out and "257 - 512" in out and "90.0%" in out
+
+
+def test_a_reader_that_leaves_is_no_error(chats, tmp_path):
+    words = ["data", chats, "--tokenizer", "bytes", "--cache-dir", tmp_path / "cache"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, "-m", "hdp", *map(str, words)]
+        left = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=120)
+    finally:
+        os.close(writer)
+    assert (left.returncode, left.stderr) == (0, b"")
 
 
 def test_options(run, chats, tmp_path):
