@@ -101,7 +101,7 @@ class TrainConfig:
     eval_data: str | None = None
     """Data for evaluation, named like --data; it is tokenized like the training data."""
     eval_split: str | None = None
-    """Split of a hub dataset for evaluation; None: that of --split."""
+    """Split of --eval-data; None: that of --split, or all of a single file."""
     eval_share: float | None = None
     """Share of the training documents to hold out instead of --eval-data; None: 0.01 if evaluation
     is asked for, else 0."""
@@ -264,6 +264,11 @@ class TrainConfig:
             raise ValueError(
                 f"--eval-data {self.eval_data} and --eval-share {share}: give only one, as either "
                 "is what to evaluate on"
+            )
+        if self.eval_split is not None and self.eval_data is None:
+            raise ValueError(
+                f"--eval-split {self.eval_split} without --eval-data: name the data that has the "
+                "split"
             )
         if self.early_stop and not self.eval_every:
             raise ValueError(

@@ -100,7 +100,9 @@ def open_training_data(config: TrainConfig) -> list[TokenDataset]:
         tokenizer = "bpe:4096" if config.model == "demo" else config.model
     names = [name for name, _ in parse_names(config.data)]
     if len(names) > 1 and tokenizer.startswith("bpe"):
-        sources = [open_source(name, **_source_options(config, config.split)) for name in names]
+        sources = [
+            open_source(name, **_source_options(config, name, config.split)) for name in names
+        ]
         tokenizer = open_tokenizer(
             tokenizer,
             JoinedSource(sources),
@@ -118,7 +120,7 @@ def _open(config: TrainConfig, name: str, tokenizer: str | Tokenizer, split: str
     return open_dataset(
         name,
         tokenizer=tokenizer,
-        **_source_options(config, split),
+        **_source_options(config, name, split),
         **_template_options(config),
         max_length=config.max_length,
         overlong=config.overlong,
@@ -127,14 +129,20 @@ def _open(config: TrainConfig, name: str, tokenizer: str | Tokenizer, split: str
     )
 
 
-def _source_options(config: TrainConfig, split: str) -> dict[str, Any]:
+def _source_options(config: TrainConfig, name: str, split: str) -> dict[str, Any]:
+    # Beside data that may have subsets, a file is read whole; alone, it is refused with a subset.
+    may_have_subset = not all(_is_file(other) for other, _ in parse_names(config.data))
     return {
         "text_column": config.text_column,
         "format": config.format,
         "pattern": config.pattern,
-        "subset": config.subset,
+        "subset": None if may_have_subset and _is_file(name) else config.subset,
         "split": split,
     }
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).expanduser().is_file()
 
 
 def _template_options(config: TrainConfig) -> dict[str, Any]:
@@ -148,8 +156,11 @@ def _open_eval(config: TrainConfig, tokenizer: Tokenizer | None) -> Selection:
     assert tokenizer is not None and config.eval_data is not None
     if Path(config.eval_data).is_file() and not Path(config.eval_data).stat().st_size:
         raise ValueError("the file is empty")
+    name = config.eval_data
+    if _is_file(name):  # --split and --subset are about the training data
+        config = replace(config, subset=None, split="train")
     split = config.eval_split or config.split
-    return Selection([_open(config, config.eval_data, tokenizer, split)])
+    return Selection([_open(config, name, tokenizer, split)])
 
 
 def _for_eval(config: TrainConfig, call: Callable[[], T]) -> T:
@@ -157,7 +168,8 @@ def _for_eval(config: TrainConfig, call: Callable[[], T]) -> T:
     try:
         return call()
     except ValueError as error:
-        raise ValueError(f"--eval-data {config.eval_data}: {error}") from error
+        said = str(error).replace("(--split)", "(--eval-split)")
+        raise ValueError(f"--eval-data {config.eval_data}: {said}") from error
 
 
 def agree_on_data(dataset: TokenDataset | Selection, mesh: HDPMesh) -> None:

@@ -105,6 +105,13 @@ def test_data_without_splits(tmp_path):
         open_source(tmp_path / "code", split="test")
 
 
+def test_files_have_no_subsets(tmp_path):
+    layout(tmp_path, "a.jsonl")
+    for data in (tmp_path / "a.jsonl", [tmp_path / "a.jsonl"], f"{tmp_path}/*.jsonl", "stdlib"):
+        with pytest.raises(ValueError, match=r"subset 'x' \(--subset\) .* has no subsets"):
+            open_source(data, subset="x")
+
+
 def test_text_files_with_splits(tmp_path):
     write(tmp_path, {"train.txt": "x", "test.txt": "t", "README.md": "about"})
     assert read_all(open_source(tmp_path, pattern="*.txt")) == ["x"]

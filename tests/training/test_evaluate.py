@@ -14,6 +14,7 @@ import torch
 
 from hdp.config import TrainConfig
 from hdp.training.callbacks import Callback
+from hdp.training.data_setup import open_run_data
 from hdp.training.evaluate import Evaluation
 from hdp.training.evaluation_state import evaluation_state
 from hdp.training.progress import Progress
@@ -317,12 +318,31 @@ def test_bad_evaluation_data_is_an_error_before_training(inputs, tmp_path, rows,
         ({"eval_tokens": 0, "eval_every": 1}, "--eval-tokens must be 1 or more"),
         ({"export_best": True}, "--export-best requires --export-hf and evaluation"),
         ({"export_best": True, "export_hf": "x"}, "--export-best requires"),
+        ({"eval_split": "test"}, "--eval-split test without --eval-data"),
         ({"eval_every": -1}, "--eval-every must be 0 or more"),
     ],
 )
 def test_bad_flags(options, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**options)
+
+
+def test_split_and_subset_are_about_the_training_data(tmp_path):
+    for name in ("d/val.jsonl", "d/train.jsonl", "rows.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name * 9}) + "\n")
+    options = {"tokenizer": "bytes", "cache_dir": str(tmp_path / "cache")}
+    options |= {"data": str(tmp_path / "d"), "split": "val", "batch_tokens": 128}
+    evaluated = TrainConfig(**options, eval_data=str(tmp_path / "rows.jsonl"))
+    assert len(open_run_data(evaluated).evaluation) == 1
+    asked = dataclasses.replace(evaluated, eval_split="dev")
+    with pytest.raises(ValueError, match=r"split 'dev' \(--eval-split\) does not apply"):
+        open_run_data(asked)
+    with pytest.raises(ValueError, match=r"no split 'test'.*split \(--eval-split\)"):
+        open_run_data(dataclasses.replace(asked, eval_data=options["data"], eval_split="test"))
+    one_file = dataclasses.replace(evaluated, data=evaluated.eval_data, split="train", subset="no")
+    with pytest.raises(ValueError, match=r"subset 'no' \(--subset\)"):
+        open_run_data(one_file)
 
 
 def test_a_share_is_held_out_where_no_data_is_given():

@@ -61,6 +61,7 @@ def open_source(
     if isinstance(data, Source):
         return data
     columns = (text_column, format)
+    _check_subset(data, subset)
     if hasattr(data, "column_names") and hasattr(data, "select_columns"):
         return _dataset_object(data, split, columns)
     if isinstance(data, (list, tuple)):
@@ -90,6 +91,20 @@ def open_source(
         raise ValueError(f"no such file or folder: {path}")
     load = {"path": str(data), "name": subset, "split": split}
     return DatasetSource(str(data), load=load, text_column=text_column, row_format=format)
+
+
+def _check_subset(data: Any, subset: str | None) -> None:
+    """Raise ValueError for a subset of data that have none; folders are looked at later."""
+    if subset is None:
+        return
+    is_name = isinstance(data, (str, os.PathLike)) and str(data) != "stdlib"
+    path = _expand(data) if is_name else ""
+    if not is_name or os.path.isfile(path) or (has_magic(path) and not os.path.isdir(path)):
+        what = data if isinstance(data, (str, os.PathLike)) else f"a {type(data).__name__}"
+        raise ValueError(
+            f"subset {subset!r} (--subset) applies to hub datasets and to folders whose README "
+            f"has `configs`; {what} has no subsets: leave it out"
+        )
 
 
 def _dataset_object(data: Any, split: str, columns: tuple[str, str]) -> Source:
@@ -172,7 +187,9 @@ def _file_source(
         names = {path: os.path.relpath(path, root or ".") for path in files}
         files, notes = choose_split(label, names, split, is_explicit=is_explicit)
     elif split != "train":
-        raise ValueError(f"{label} is text without splits, so split {split!r} does not apply")
+        raise ValueError(
+            f"{label} is text without splits, so split {split!r} (--split) does not apply"
+        )
     else:
         notes = []
     source = _reader(label, files, file_format, columns)
