@@ -12,6 +12,7 @@ import pytest
 
 from hdp.cli import main
 from tests.data.test_sources import lines, write
+from tests.patience import patience
 
 CHAT = [{"role": "user", "content": "ask\x1b[31m"}, {"role": "assistant", "content": "say\nthis"}]
 
@@ -54,7 +55,7 @@ def test_a_reader_that_leaves_is_no_error(chats, tmp_path):
     os.close(reader)
     try:
         command = [sys.executable, "-m", "hdp", *map(str, words)]
-        left = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=120)
+        left = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=patience(120))
     finally:
         os.close(writer)
     assert (left.returncode, left.stderr) == (0, b"")
