@@ -48,8 +48,9 @@ def dry_run(config: TrainConfig) -> None:
     device = _device(config)
     config = limit_demo_data(config, ranks, say=True)
     data = open_run_data(config)
-    if config.epochs is not None:
-        config = replace(config, steps=data.sampler.num_steps(config.epochs), epochs=None)
+    epochs = config.epochs
+    if epochs is not None:
+        config = replace(config, steps=data.sampler.num_steps(epochs), epochs=None)
     dataset = data.training
     checked_shape(config, vocab_size=dataset.vocab_size)
     facts = model_facts(config, vocab_size=dataset.vocab_size)
@@ -61,7 +62,9 @@ def dry_run(config: TrainConfig) -> None:
         f"model {config.model}: {facts.num_params / 1e6:,.1f}M parameters, compute in "
         f"{str(compute_dtype(config, device)).removeprefix('torch.')}",
     ]
-    lines += [line for text in describe_data(config, data) for line in text.splitlines()]
+    lines += [
+        line for text in describe_data(config, data, epochs=epochs) for line in text.splitlines()
+    ]
     if config.max_tokens_per_rank == "auto":
         if not is_here:
             raise ValueError(
