@@ -85,6 +85,7 @@ config_overrides: {sliding_window: null, rope_parameters: {factor: 4.0}}
         ("steps: 1.5", "run.yaml:1: steps must be a whole number such as 16384 or 16K, got '1.5'"),
         ("steps:", "run.yaml:1: steps must be a whole number .*, got nothing; remove the line"),
         ("resume: maybe", "run.yaml:1: resume must be true or false, got 'maybe'"),
+        ("dtype: fp8", "run.yaml:1: dtype must be one of auto, fp64, fp32, bf16, got 'fp8'"),
         ("dtype: fp16", "run.yaml:1: dtype must be one of auto, fp64, fp32, bf16"),
         ("steps: [1, 2]", "run.yaml:1: steps must be a whole number .*, got a list"),
         ("optimizer:\n  lr: 3", "run.yaml:1: optimizer must be one of .*options are not nested"),

@@ -289,7 +289,7 @@ def _rounded_up(config: TrainConfig, data: RunData, epochs: float | None) -> str
     """What the epochs that were asked for come to in whole steps, if that shows."""
     if epochs is None or config.steps > _MOST_WALKED:
         return ""
-    position = data.sampler.position
+    position: Any = data.sampler.position
     for _ in range(config.steps):
         _, position = data.sampler.batch_at(position)
     done = data.sampler.epochs_done(position)
