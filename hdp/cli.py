@@ -154,6 +154,9 @@ def run_training(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> int
 
 def _stop_signal(config: TrainConfig, callbacks: Sequence[Callback]) -> int:
     """Train; returns the number of the signal that stopped the run, or 0."""
+    from hdp.data.naming import parse_names
+
+    parse_names(config.data)  # wrong weights are told before ranks meet and a model is built
     from hdp.training.callbacks import Callback
     from hdp.training.loop import train
 
