@@ -46,7 +46,16 @@ usage: hdp COMMAND [options]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `hdp` with `argv` (None: sys.argv[1:]). Returns the exit code."""
+    """Run `hdp` with `argv` (None: sys.argv[1:]). Returns the exit code, 130 after Ctrl-C."""
+    try:
+        return _dispatch(argv)
+    except KeyboardInterrupt:  # also while torch is being imported, which takes seconds
+        if os.environ.get("RANK", "0") == "0":
+            print("hdp: interrupted", file=sys.stderr, flush=True)
+        return 130
+
+
+def _dispatch(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
@@ -109,20 +118,11 @@ def run_training(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> int
     are printed once, as a message; the traceback goes to the run folder. Errors that concern all
     ranks are raised on all; those of a single rank reach rank 0 through the watchdog.
     """
-    from hdp.checkpoint.directory import committed
-    from hdp.training.callbacks import Callback
-    from hdp.training.loop import train
-
-    class Outcome(Callback):
-        stop_signal = 0
-
-        def on_train_end(self, run: Run, progress: Progress) -> None:
-            self.stop_signal = progress.stop_signal
-
-    outcome = Outcome()
     try:
-        train(config, [*callbacks, outcome])
+        stop_signal = _stop_signal(config, callbacks)
     except KeyboardInterrupt:
+        from hdp.checkpoint.directory import committed
+
         if os.environ.get("RANK", "0") == "0":
             hint = f"run the same command to resume from the last checkpoint in {config.run_dir}"
             if not committed(Path(config.run_dir) / "checkpoints"):
@@ -149,4 +149,23 @@ def run_training(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> int
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             print(f"hdp: error: {kind}{error}{where}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
-    return 128 + outcome.stop_signal if outcome.stop_signal else 0
+    return 128 + stop_signal if stop_signal else 0
+
+
+def _stop_signal(config: TrainConfig, callbacks: Sequence[Callback]) -> int:
+    """Train; returns the number of the signal that stopped the run, or 0."""
+    from hdp.data.naming import parse_names
+
+    parse_names(config.data)  # wrong weights are told before ranks meet and a model is built
+    from hdp.training.callbacks import Callback
+    from hdp.training.loop import train
+
+    class Outcome(Callback):
+        stop_signal = 0
+
+        def on_train_end(self, run: Run, progress: Progress) -> None:
+            self.stop_signal = progress.stop_signal
+
+    outcome = Outcome()
+    train(config, [*callbacks, outcome])
+    return outcome.stop_signal

@@ -127,5 +127,7 @@ def describe_type(wanted: Any, text: str) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' (did you mean X?)', or '' if no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    # Two short words share half of their letters by chance: fp8 and fp64.
+    cutoff = 0.5 if len(word) > 4 else 0.7
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {near[0]}?)" if near else ""

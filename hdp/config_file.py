@@ -126,6 +126,7 @@ def _yaml_entries(text: str, name: str) -> list[_Entry]:
     loader = None
     try:
         loader = yaml.SafeLoader(text)
+        _refuse_aliases(yaml, text, name)
         root = loader.get_single_node()
         if root is None:
             return []
@@ -148,6 +149,19 @@ def _yaml_entries(text: str, name: str) -> list[_Entry]:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _refuse_aliases(yaml: Any, text: str, name: str) -> None:
+    """Raise ValueError for an alias: ten lines of aliases to aliases stand for billions of values.
+
+    Events come one by one, before any alias is followed.
+    """
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(
+                f"{name}:{event.start_mark.line + 1}: *{event.anchor} is an alias, which is not "
+                "read here; write the value out"
+            )
 
 
 def _yaml_value(loader: Any, node: Any, where: str) -> Any:

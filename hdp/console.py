@@ -11,6 +11,7 @@ Notes and bars go to stderr and tables to stdout, so tables can be piped.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -123,8 +124,15 @@ def step_bar(
         yield lambda done, text: bar.update(task, completed=done, text=text)
 
 
+def count(number: int, name: str) -> str:
+    """1 rank, 2 ranks, 1,000 ranks: a number of things whose plural ends in s."""
+    return f"{number:,} {name}" + ("" if number == 1 else "s")
+
+
 def duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    """12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h; "unknown" if `seconds` is not finite."""
+    if not math.isfinite(seconds):
+        return "unknown"
     whole = round(seconds)
     for size, unit, part, small in (
         (86400, "d", 3600, "h"),

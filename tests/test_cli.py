@@ -95,6 +95,39 @@ def test_scheduler_commands_are_reached(command: str, capsys: pytest.CaptureFixt
     assert main([command, "--no-such-flag"]) == 2
 
 
+def test_ctrl_c_before_the_run_is_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: object, **options: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hdp.cli.parse_config", interrupt)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "hdp: interrupted\n"
+    monkeypatch.setattr("hdp.cli._stop_signal", interrupt)  # while torch is being imported
+    assert run_training(TrainConfig(run_dir=str(tmp_path))) == 130
+    assert capsys.readouterr().err.startswith("hdp: interrupted; no checkpoint in ")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (("a.jsonl:0", "b.jsonl:1"), "a weight must be above 0"),
+        (("a.jsonl", "b.jsonl:1"), "--data gives a.jsonl no weight and others one"),
+    ],
+)
+def test_wrong_weights_are_told_before_a_run_is_set_up(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    data: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.setattr("hdp.training.loop.train", lambda *arguments: pytest.fail("was set up"))
+    assert run_training(TrainConfig(data=data, run_dir=str(tmp_path))) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_an_error_of_a_run_is_a_message_and_keeps_its_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,11 @@ from hdp.config_file import (
 pytest.importorskip("yaml")
 
 
+BOMB = "config_overrides:\n  a0: &a0 [1]\n" + "".join(
+    f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)
+)
+
+
 def read(tmp_path: Path, text: str, name: str = "run.yaml") -> dict:
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
@@ -80,6 +85,7 @@ config_overrides: {sliding_window: null, rope_parameters: {factor: 4.0}}
         ("steps: 1.5", "run.yaml:1: steps must be a whole number such as 16384 or 16K, got '1.5'"),
         ("steps:", "run.yaml:1: steps must be a whole number .*, got nothing; remove the line"),
         ("resume: maybe", "run.yaml:1: resume must be true or false, got 'maybe'"),
+        ("dtype: fp8", "run.yaml:1: dtype must be one of auto, fp64, fp32, bf16, got 'fp8'"),
         ("dtype: fp16", "run.yaml:1: dtype must be one of auto, fp64, fp32, bf16"),
         ("steps: [1, 2]", "run.yaml:1: steps must be a whole number .*, got a list"),
         ("optimizer:\n  lr: 3", "run.yaml:1: optimizer must be one of .*options are not nested"),
@@ -87,7 +93,8 @@ config_overrides: {sliding_window: null, rope_parameters: {factor: 4.0}}
         ("steps: 5", None),
         ("", None),
         ("steps: 5\nlr: [1", "run.yaml:[12]: not valid YAML"),
-        ("a: &x 1\nb: *y", "run.yaml:2: not valid YAML"),
+        ("a: &x 1\nb: *y", r"run.yaml:2: \*y is an alias, which is not read here; write the value"),
+        (BOMB, r"run.yaml:3: \*a0 is an alias"),
         ("steps: 5\n\tlr: 1", "run.yaml:2: not valid YAML"),
         ("config_overrides: {when: 2024-01-05}", "run.yaml:1: .*date is not JSON"),
         ("config_overrides: {a: 1, b: {c: 1, c: 2}}", "run.yaml:1: c is given twice"),

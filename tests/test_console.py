@@ -68,6 +68,13 @@ def test_durations():
     seconds = (0, 59.6, 200, 7500, 273_600)
     spoken = [console.duration(s) for s in seconds]
     assert spoken == ["0 s", "1 min", "3 min 20 s", "2 h 5 min", "3 d 4 h"]
+    for unknown in (float("inf"), float("nan")):
+        assert console.duration(unknown) == "unknown"
+
+
+def test_counts():
+    said = [console.count(number, "rank") for number in (0, 1, 2, 1234)]
+    assert said == ["0 ranks", "1 rank", "2 ranks", "1,234 ranks"]
 
 
 def test_table_text_right_aligns_numbers():

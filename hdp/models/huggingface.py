@@ -6,6 +6,7 @@ import copy
 import difflib
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -134,6 +135,7 @@ def model_from_config(
     """
     from transformers import AutoModelForCausalLM
 
+    _keep_bars_out_of_logs()  # also those of an export
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     if attention is not None:
         options["attn_implementation"] = attention
@@ -182,12 +184,21 @@ def check_unquantized(path: str | os.PathLike, config: PreTrainedConfig) -> None
             )
 
 
+def _keep_bars_out_of_logs() -> None:
+    """Switch off transformers' progress bars unless stderr is a terminal, which can redraw them."""
+    from transformers.utils import logging
+
+    if sys.stderr is None or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
 def model_from_checkpoint(
     folder: Path, config: PreTrainedConfig, *, dtype: torch.dtype, attention: str
 ) -> PreTrainedModel:
     """The `*ForCausalLM` saved in `folder`. Raises ValueError if its weights cannot be read."""
     from transformers import AutoModelForCausalLM
 
+    _keep_bars_out_of_logs()
     try:
         model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
             folder,

@@ -37,10 +37,11 @@ def series(name: str, steps: np.ndarray, values: np.ndarray, *, scale: float = 1
 
     steps: (n,) ascending. values: (n,), NaN where unknown.
     """
+    values = values * scale  # 1e308 as a percentage is a gap too
     known = np.isfinite(values)
     if not known.any():
         return None
-    x, y = steps[known], values[known] * scale
+    x, y = steps[known], values[known]
     if len(x) <= MOST_POINTS:
         return {"name": name, "x": _plain(x), "y": _plain(y)}
     bins = _bins(x, MOST_POINTS)
@@ -49,7 +50,7 @@ def series(name: str, steps: np.ndarray, values: np.ndarray, *, scale: float = 1
     return {
         "name": name,
         "x": _plain(x[np.r_[starts[1:], len(x)] - 1]),
-        "y": _plain(np.add.reduceat(y, starts) / counts),
+        "y": _plain(np.add.reduceat(y / np.repeat(counts, counts), starts)),  # no overflow
         "low": _plain(np.minimum.reduceat(y, starts)),
         "high": _plain(np.maximum.reduceat(y, starts)),
     }
@@ -121,5 +122,6 @@ def _bins(steps: np.ndarray, most: int) -> np.ndarray:
 def _plain(values: np.ndarray) -> list[float]:
     """Numbers for JSON, short: six digits, integers exact."""
     return [
-        int(value) if value == int(value) else float(f"{value:.6g}") for value in values.tolist()
+        int(value) if abs(value) < 2**53 and value == int(value) else float(f"{value:.6g}")
+        for value in values.tolist()
     ]

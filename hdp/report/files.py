@@ -82,7 +82,7 @@ class RunFiles:
         try:
             config = json.loads(text)
             if not isinstance(config, dict):
-                raise ValueError(f"it holds a {type(config).__name__}, not an object")
+                raise ValueError("it holds no object, {...}")
             self.config = config
         except (ValueError, RecursionError) as error:
             self.problems.append(f"config.json is damaged: {error}")

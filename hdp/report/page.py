@@ -31,7 +31,12 @@ _LONGEST_VALUE = 300  # characters of a configuration entry that are shown
 
 
 def page(run: RunFiles) -> str:
-    """The HTML text, ASCII only."""
+    """The HTML text, ASCII only. Sums that overflow are left out, like values that are missing."""
+    with np.errstate(over="ignore"):
+        return _page(run)
+
+
+def _page(run: RunFiles) -> str:
     script = (_HERE / "page.js").read_text(encoding="ascii")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     title = html.escape(f"{run.folder.resolve().name}: run report")
@@ -99,7 +104,11 @@ def _charts(run: RunFiles) -> list[dict[str, Any]]:
         chart("Loss", [line("training", "loss"), *eval_lines], note="nats per label token"),
         chart("Learning rate", [line("lr", "lr")]),
         chart("Gradient norm", [line("norm", "grad_norm")], note="before clipping"),
-        chart("Throughput", [line("tokens/s per rank", "tokens_per_s_per_rank")]),
+        chart(
+            "Throughput",
+            [line("tokens/s per rank", "tokens_per_s_per_rank")],
+            note="tokens/s per rank",
+        ),
         chart(
             "Step time",
             [line("measured", "step_s"), line("planned", "planned_s")],
@@ -183,11 +192,11 @@ def _summary(run: RunFiles) -> list[tuple[str, str]]:
     ranks = number(last.get("hdp_size"))
     if math.isfinite(ranks):
         tiles.append(("ranks", f"{ranks:,.0f}"))
-    if known.any() and spent_s > 0:
+    if known.any() and 0 < spent_s < math.inf:
         tiles.append(("time in steps", duration(spent_s)))
         rate = np.nanmedian(column(rows, "num_tokens") / np.where(seconds > 0, seconds, np.nan))
         if math.isfinite(rate):
-            tiles.append(("tokens/s, median", f"{rate:,.0f}"))
+            tiles.append(("tokens/s of all ranks, median", f"{rate:,.0f}"))
     if np.isfinite(losses).any():
         best = int(np.nanargmin(losses))
         label = f"best training loss, step {rows[best]['step']:,}"
@@ -200,8 +209,10 @@ def _summary(run: RunFiles) -> list[tuple[str, str]]:
     shared = ", shared cores" if any(row.get("shared_cores") is True for row in rows) else ""
     shares = ((f"bubble, median{shared}", "bubble"), ("bubble, planned", "planned_bubble"))
     for label, name in shares:
-        if np.isfinite(values := column(rows, name)).any():
-            tiles.append((label, f"{np.nanmedian(values):.1%}"))
+        values = column(rows, name)
+        median = np.nanmedian(values) if np.isfinite(values).any() else math.nan
+        if math.isfinite(100 * median):
+            tiles.append((label, f"{median:.1%}"))
     return tiles
 
 

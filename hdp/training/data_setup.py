@@ -16,6 +16,7 @@ import numpy as np
 
 from hdp import console
 from hdp.config import TrainConfig
+from hdp.console import count
 from hdp.data import MixtureSampler, Sampler, TokenDataset, Tokenizer, open_dataset, open_source
 from hdp.data.joined_source import JoinedSource
 from hdp.data.naming import parse_names
@@ -30,6 +31,7 @@ from hdp.scheduler.policies.memory import shard_capacity
 T = TypeVar("T")
 DEMO_LENGTH = 2048  # limit of the demo data: batches are the same on any number of ranks
 _MAX_COUNTED = 300_000  # sequences: above that, the length of an epoch is estimated
+_MOST_WALKED = 2000  # steps: in more, rounding up to a whole one does not show
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,9 +236,16 @@ def _sampler(
     )
 
 
-def describe_data(config: TrainConfig, data: RunData) -> list[str]:
-    """Lines about the data for the start of a run; takes a pass over lengths, and reads tokens."""
-    lines = [str(data.training.report), _epoch_line(config, data), *_limit_lines(config, data)]
+def describe_data(config: TrainConfig, data: RunData, *, epochs: float | None = None) -> list[str]:
+    """Lines about the data for the start of a run; takes a pass over lengths, and reads tokens.
+
+    epochs: what was asked for, if `config.steps` follows from it.
+    """
+    lines = [
+        str(data.training.report),
+        _epoch_line(config, data, epochs),
+        *_limit_lines(config, data),
+    ]
     if data.sources:
         assert isinstance(data.sampler, MixtureSampler)
         total = sum(data.sampler.weights)
@@ -256,10 +265,13 @@ def _eval_lines(config: TrainConfig, data: RunData, evaluation: Selection) -> li
         f"{share:.2%} of the documents, held out" if config.eval_data is None else config.eval_data
     )
     tokens, labels = int(evaluation.seqlens.sum()), int(evaluation.num_loss_tokens.sum())
-    every = f"every {config.eval_every} steps and " if config.eval_every else ""
+    every = ""
+    if config.eval_every:
+        steps = "step" if config.eval_every == 1 else f"{config.eval_every} steps"
+        every = f"every {steps} and "
     lines = [
-        f"evaluation {every}at the end: {what}: {len(evaluation):,} sequences, {tokens:,} tokens, "
-        f"{labels:,} with loss"
+        f"evaluation {every}at the end: {what}: {count(len(evaluation), 'sequence')}, "
+        f"{count(tokens, 'token')}, {labels:,} with loss"
     ]
     if config.eval_data is not None:
         lines += str(evaluation.report).splitlines()[1:]
@@ -273,27 +285,40 @@ def _eval_lines(config: TrainConfig, data: RunData, evaluation: Selection) -> li
     return lines
 
 
-def _epoch_line(config: TrainConfig, data: RunData) -> str:
+def _epoch_line(config: TrainConfig, data: RunData, epochs: float | None) -> str:
     num_sequences = len(data.training)
     if num_sequences <= _MAX_COUNTED:
-        count = f"{data.sampler.num_steps(1.0):,}"
+        steps = count(data.sampler.num_steps(1.0), "step")
     else:
-        count = f"about {int(data.training.seqlens.sum()) // config.batch_tokens + 1:,}"
+        steps = f"about {int(data.training.seqlens.sum()) // config.batch_tokens + 1:,} steps"
     return (
-        f"1 epoch = {count} steps ({num_sequences:,} sequences); this run: {config.steps:,} steps"
+        f"1 epoch = {steps} ({count(num_sequences, 'sequence')}); this run: "
+        f"{count(config.steps, 'step')}{_rounded_up(config, data, epochs)}"
     )
+
+
+def _rounded_up(config: TrainConfig, data: RunData, epochs: float | None) -> str:
+    """What the epochs that were asked for come to in whole steps, if that shows."""
+    if epochs is None or config.steps > _MOST_WALKED:
+        return ""
+    position: Any = data.sampler.position
+    for _ in range(config.steps):
+        _, position = data.sampler.batch_at(position)
+    done = data.sampler.epochs_done(position)
+    if done - epochs < 0.005:
+        return ""
+    return f" (asked for {epochs:g} epochs, rounded up to whole steps: {done:.2f})"
 
 
 def _limit_lines(config: TrainConfig, data: RunData) -> list[str]:
     lengths, lines = data.training.seqlens, []
     for batch, limit in config.context_limits:
-        count = int(np.count_nonzero(lengths <= limit))
+        fitting = int(np.count_nonzero(lengths <= limit))
         lines.append(
             f"from step {batch + 1} on: sequences of at most {limit:,} tokens, "
-            f"{count:,} of {len(lengths):,}"
+            f"{fitting:,} of {len(lengths):,}"
         )
-    if config.context_limits and count < len(lengths):
-        lines.append(
-            f"{len(lengths) - count:,} sequences are over the last limit and never trained on"
-        )
+    if config.context_limits and fitting < len(lengths):
+        over = count(len(lengths) - fitting, "sequence")
+        lines.append(f"never trained on, as over the last limit: {over}")
     return lines

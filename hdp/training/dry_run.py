@@ -21,6 +21,7 @@ from hdp import console
 from hdp.checkpoint.directory import committed
 from hdp.config import TrainConfig
 from hdp.config_file import to_yaml
+from hdp.models.export_folder import check_target
 from hdp.scheduler import CostModel, StepPlan, plan
 from hdp.scheduler.costs.estimate import estimate_cost
 
@@ -40,13 +41,16 @@ def dry_run(config: TrainConfig) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     check_new_run(config)
+    for folder in filter(None, (config.export_hf, config.export_ema)):
+        check_target(folder)
     checked_shape(config)  # seconds; tokenizing may take hours
     ranks = config.hdp_size or int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(config)
     config = limit_demo_data(config, ranks, say=True)
     data = open_run_data(config)
-    if config.epochs is not None:
-        config = replace(config, steps=data.sampler.num_steps(config.epochs), epochs=None)
+    epochs = config.epochs
+    if epochs is not None:
+        config = replace(config, steps=data.sampler.num_steps(epochs), epochs=None)
     dataset = data.training
     checked_shape(config, vocab_size=dataset.vocab_size)
     facts = model_facts(config, vocab_size=dataset.vocab_size)
@@ -54,11 +58,13 @@ def dry_run(config: TrainConfig) -> None:
     is_here = device.type == "cpu" or torch.cuda.is_available()
     available, reserve = free_bytes(device) if is_here else (math.inf, None)
     lines = [
-        f"{ranks} ranks on {device.type}",
+        f"{console.count(ranks, 'rank')} on {device.type}",
         f"model {config.model}: {facts.num_params / 1e6:,.1f}M parameters, compute in "
         f"{str(compute_dtype(config, device)).removeprefix('torch.')}",
     ]
-    lines += [line for text in describe_data(config, data) for line in text.splitlines()]
+    lines += [
+        line for text in describe_data(config, data, epochs=epochs) for line in text.splitlines()
+    ]
     if config.max_tokens_per_rank == "auto":
         if not is_here:
             raise ValueError(
@@ -96,13 +102,7 @@ def _steps(
 ) -> list[str]:
     """The schedule and the plan of the first batch."""
     dataset, sampler = data.training, data.sampler
-    schedule = schedule_of(config)
-    start = f"{schedule(0):.1e} at step 1, {config.lr:.1e} at step {config.warmup_steps + 1}"
-    end = f", from step {schedule.decay_start + 1} on down to {schedule.min_lr:.1e}"
-    lines = [
-        f"{config.steps:,} steps",
-        f"lr: {start}, {config.schedule}{'' if config.schedule == 'constant' else end}",
-    ]
+    lines = [_schedule_line(config)]
     if config.offload_gib:  # what fits then depends on the host's memory: a run checks it
         return lines
     check_data_fits(config, data, hdp_size=ranks)
@@ -123,19 +123,52 @@ def _steps(
         )
 
     planned(dataset.seqlens.max()[None])  # as a run does: fail now if no ring can hold it
+    if data.evaluation is not None:
+        planned(data.evaluation.seqlens.max()[None])
     ids = next(iter(sampler))
     first = planned(dataset.seqlens[ids])
     rings = " ".join(f"{size}x{count}" for size, count in ring_counts(first).items())
     lines.append(
-        f"first batch: {len(ids):,} sequences, {int(first.seqlens.sum()):,} tokens on rings {rings}"
-        f" (ranks x sequences); planned {first.predicted_s:.3g} s, at least "
+        f"first batch: {console.count(len(ids), 'sequence')}, {int(first.seqlens.sum()):,} tokens "
+        f"on rings {rings} (ranks x sequences); planned {first.predicted_s:.3g} s, at least "
         f"{first.lower_bound_s:.3g} s"
     )
     return lines
 
 
+def _schedule_line(config: TrainConfig) -> str:
+    """The learning rate at the steps where it turns, and at the last one."""
+    schedule = schedule_of(config)
+    parts = [f"lr: {schedule(0):.1e} at step 1"]
+    if config.warmup_steps >= config.steps:
+        parts.append(
+            f"the warm-up is longer than the run: {console.count(config.warmup_steps, 'step')} "
+            f"of {config.steps:,}"
+            if config.warmup_steps > config.steps
+            else "the warm-up takes the whole run"
+        )
+    else:
+        if config.warmup_steps:
+            parts.append(f"{config.lr:.1e} at step {config.warmup_steps + 1}")
+        parts.append(config.schedule)
+        if config.schedule != "constant":
+            parts.append(f"from step {schedule.decay_start + 1} on down to {schedule.min_lr:.1e}")
+    if config.steps > 1:
+        parts.append(f"{schedule(config.steps - 1):.1e} at the last step")
+    return ", ".join(parts)
+
+
 def _folder(config: TrainConfig) -> list[str]:
+    """Where the run would start, and whether the step to trace would come."""
     found = committed(Path(config.run_dir) / "checkpoints")
-    if not found:
-        return [f"{config.run_dir}: no checkpoint, so the run starts from step 1"]
-    return [f"{config.run_dir}: the run would resume from {found[-1].name}"]
+    lines, first = [f"{config.run_dir}: no checkpoint, so the run starts from step 1"], 1
+    if found:
+        lines = [f"{config.run_dir}: the run would resume from {found[-1].name}"]
+        first = int(found[-1].name.rpartition("-")[2]) + 1
+    traced = config.trace_step
+    if traced is not None and not first <= traced <= config.steps:
+        trained = f"trains steps {first} to {config.steps}"
+        if first > config.steps:
+            trained = f"has no steps left ({config.steps} of {config.steps} are done)"
+        lines.append(f"--trace-step {traced}: the run {trained}, so nothing would be traced")
+    return lines

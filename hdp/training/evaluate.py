@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from hdp.console import count
 from hdp.data import Sampler
 from hdp.data.feed import StepFeed
 
@@ -48,7 +49,7 @@ class Evaluation:
         best = "  (best so far)" if self.is_best else ""
         return (
             f"eval at step {self.step}  loss {self.loss:.4f}  perplexity {self.perplexity:,.2f}  "
-            f"{self.num_loss_tokens:,} labels of {self.num_seqs:,} sequences in "
+            f"{count(self.num_loss_tokens, 'label')} of {count(self.num_seqs, 'sequence')} in "
             f"{self.seconds:.1f} s{best}"
         )
 

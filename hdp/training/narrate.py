@@ -75,7 +75,7 @@ class Narrator:
         if done < 1:
             return
         run.say(
-            f"{done:,} steps in {console.duration(seconds)}: {tokens:,} tokens, "
+            f"{console.count(done, 'step')} in {console.duration(seconds)}: {tokens:,} tokens, "
             f"{tokens / seconds:,.0f} tokens/s with saves and pauses"
         )
         if math.isfinite(self._lowest[0]):

@@ -48,7 +48,8 @@ def check_new_run(config: TrainConfig) -> None:
         return
     if found := committed(Path(config.run_dir) / "checkpoints"):
         raise ValueError(
-            f"{found[-1]} exists but --no-resume was given: choose another --run-dir, or delete it"
+            f"{found[-1]} exists but --no-resume was given: choose another --run-dir, or delete "
+            f"the folder {found[-1].parent}"
         )
 
 

@@ -198,7 +198,8 @@ def _introduce(run: Run, made: ModelSetup) -> None:
     """Log once what runs where: fallbacks are announced, never silent."""
     mesh, config, attention = run.mesh, run.config, made.attention
     parameters = sum(p.numel() for p in run.model.parameters())
-    run.say(f"{mesh.hdp_size} ranks on {mesh.device.type}, {mesh.ranks_per_node} per node")
+    ranks = console.count(mesh.hdp_size, "rank")
+    run.say(f"{ranks} on {mesh.device.type}, {mesh.ranks_per_node} per node")
     if shares_cores(mesh):
         run.say(shared_cores_note(mesh))
     run.say(
@@ -210,7 +211,7 @@ def _introduce(run: Run, made: ModelSetup) -> None:
     run.say(describe_groups(run.optimizer) + describe_average(run.ema))
     if attention.passed_over:
         run.say(f"attention: {attention.why}")
-    for line in describe_data(config, run.data) if run.is_main else ():
+    for line in describe_data(config, run.data, epochs=run.epochs) if run.is_main else ():
         run.say(line)
     longest, positions = int(run.dataset.seqlens.max()), _num_positions(run.model)
     if longest > positions:
@@ -241,8 +242,8 @@ def _introduce_offload(run: Run, offload: PerMicrobatchOffload, longest: StepPla
     tokens, degree = int(longest.seqlens[0]), int(longest.degrees[0])
     microbatch = longest.microbatches(0)[0]
     made = offload.plan(RingLayout.from_microbatch(microbatch, 0), microbatch.offload_ratio)
-    where = "1 rank" if degree == 1 else f"{degree} ranks, each"
-    run.say(f"the longest sequence, {tokens:,} tokens, on {where}:\n{made.table()}")
+    where = console.count(degree, "rank") + (", each" if degree > 1 else "")
+    run.say(f"the longest sequence, {console.count(tokens, 'token')}, on {where}:\n{made.table()}")
 
 
 def _num_positions(model: CausalLM) -> float:

@@ -349,3 +349,21 @@ def test_transformer_shape():
 
 def test_ignore_index_is_the_same_everywhere():
     assert hdp.models.logprobs.IGNORE_INDEX == hdp.data.pack.IGNORE_INDEX
+
+
+def test_progress_bars_stay_out_of_logs(monkeypatch):
+    import io
+    import sys
+
+    from transformers.utils import logging
+
+    from hdp.models import huggingface
+
+    was_on = logging.is_progress_bar_enabled()
+    try:
+        logging.enable_progress_bar()
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        huggingface._keep_bars_out_of_logs()
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        (logging.enable_progress_bar if was_on else logging.disable_progress_bar)()

@@ -149,6 +149,26 @@ def test_values_that_are_not_finite_are_gaps(tmp_path):
     assert (loss["x"], loss["y"]) == ([2, 4], [2, 1])
 
 
+@pytest.mark.parametrize("steps", [3, 700])
+def test_huge_values_are_drawn_or_left_out(tmp_path, steps):
+    folder = write_run(tmp_path / "run", steps=steps, ranks=2)
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    huge = ("step_s", "bubble", "mfu", "loss", "num_tokens", "total_tokens", "hdp_size", "lr")
+    changed = [{**row, **dict.fromkeys(huge, 1e308)} if "loss" in row else row for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    assert main(["report", str(folder)]) == 0
+    titles = [chart["title"] for chart in data_of((folder / "report.html").read_text())["charts"]]
+    assert "Loss" in titles and "MFU" not in titles  # as a percentage it is no number
+
+
+def test_throughput_has_a_unit(tmp_path):
+    text = report(write_run(tmp_path / "run", steps=3, ranks=2))
+    notes = {chart["title"]: chart["note"] for chart in data_of(text)["charts"]}
+    assert notes["Throughput"] == "tokens/s per rank"
+    assert "tokens/s of all ranks, median" in text
+
+
 def test_nothing_from_a_file_becomes_markup(tmp_path):
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
     folder = write_run(tmp_path / "<b>run", steps=3, ranks=2)

@@ -98,6 +98,7 @@ def test_epochs_see_each_sequence_once_across_a_resume_on_other_ranks(inputs, tm
     assert counts == dict.fromkeys(range(90), 2)
     steps = len(first[0]) + len(second[0])
     assert f"step {steps}/{steps}" in second[2] and "1 epoch = " in second[2]
+    assert "rounded up to whole steps: " in first[2] and "rounded up" not in second[2]
     again = run_ranks(_train, 1, more)[0]
     assert not again[0] and f"all {steps} steps are done: raise --epochs" in again[2]
     if extra:

@@ -43,7 +43,9 @@ def test_a_refused_command_writes_nothing(inputs, tmp_path):
     run_ranks(_train_and_listen, 1, first)
     before = _contents(tmp_path)
     anew = dataclasses.replace(first, resume=False, lr=1.0)
-    with pytest.raises(RankError, match=r"exists but --no-resume was given: choose another"):
+    with pytest.raises(
+        RankError, match=r"exists but --no-resume was given: choose another .* folder .*checkpoints"
+    ):
         run_ranks(_train_and_listen, 2, anew)
     other = dataclasses.replace(first, config_overrides='{"hidden_size": 64}', lr=1.0)
     with pytest.raises(RankError, match="is of another model"):
