@@ -117,6 +117,7 @@ FOREIGN = {
     "flash_attn_interface": "hdp/attention/kernels/flash_attn.py",
     "transformer_engine": "hdp/attention/kernels/transformer_engine.py",
     "liger_kernel": "hdp/models/liger.py",
+    "peft": "hdp/models/lora.py",
 }
 # Parts of libraries with the same rule: everything else goes through that file.
 FOREIGN_PARTS = {
