@@ -13,7 +13,7 @@ optimizer has no state for W.
 
 Invariants (tests of the same names in tests/models/test_lora.py, tests/training/test_lora_step.py):
 
-* starts_as_the_base        a new adapter changes no bit; switched off, a trained one does not either
+* starts_as_the_base        a new adapter changes no bit; a trained one that is off does not either
 * gradients_equal_dense     of adapters alone, on any number of ranks
 * peft_loads_what_is_saved  with the same outputs; merged() has them, too
 """

@@ -1,4 +1,4 @@
-"""LoRA and scalar heads sharded over ranks: gradients, and checkpoints on other numbers of ranks."""
+"""LoRA and scalar heads on several ranks: gradients, and checkpoints for other numbers of them."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@
     prompt     prompt, completion           two strings, or two lists of messages, with a loss on
                                             the completion only
     tokens     input_ids [, labels, masks]  token ids, as they are
+    chosen,    chosen, rejected [, prompt]  one side of a pair, as a completion of the prompt that
+    rejected                                both share (preference.py); never chosen by "auto"
 
 The format follows from the columns of a source, unless it is given; `text` beside the columns of
 another format is its rendered copy and gives way. A null is a column that the row does not have, at
@@ -23,7 +25,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -39,9 +41,12 @@ from .documents import (
     text_document,
     without_none,
 )
+from .preference import one_answer
 
-RowFormat = Literal["auto", "text", "chat", "sharegpt", "alpaca", "prompt", "tokens"]
-FORMATS = ("auto", "text", "chat", "sharegpt", "alpaca", "prompt", "tokens")
+RowFormat = Literal[
+    "auto", "text", "chat", "sharegpt", "alpaca", "prompt", "tokens", "chosen", "rejected"
+]
+FORMATS: tuple[RowFormat, ...] = get_args(RowFormat)
 
 # The columns that a format needs; it may use more.
 _NEEDS: dict[str, tuple[str, ...]] = {
@@ -50,13 +55,18 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "prompt": ("prompt", "completion"),
     "tokens": ("input_ids",),
+    "chosen": ("chosen", "rejected"),
+    "rejected": ("chosen", "rejected"),
 }
+_BY_REQUEST = ("chosen", "rejected")  # formats that "auto" never finds
 _USES: dict[str, tuple[str, ...]] = {
     "chat": ("tools",),
     "sharegpt": ("tools", "system"),
     "alpaca": ("input", "system", "history"),
     "prompt": ("tools", "label"),
     "tokens": ("labels", "attention_mask", "loss_mask", "completion_mask", "assistant_masks"),
+    "chosen": ("prompt", "tools"),
+    "rejected": ("prompt", "tools"),
 }
 _LOSS_MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 _IGNORED = -100
@@ -80,7 +90,11 @@ def find_format(
         return requested if all(name in columns for name in needs) else None
     if text_column != "text":
         return "text" if text_column in columns else None
-    found = [name for name, needs in _NEEDS.items() if all(n in columns for n in needs)]
+    found = [
+        name
+        for name, needs in _NEEDS.items()
+        if name not in _BY_REQUEST and all(n in columns for n in needs)
+    ]
     if len(found) > 1:
         described = " and ".join(f"{name} ({', '.join(_NEEDS[name])})" for name in found)
         raise ValueError(
@@ -112,6 +126,9 @@ def row_document(row: dict[str, Any], row_format: str, text_column: str) -> Docu
             return text_document(row[text_column], text_column)
         if row_format in ("chat", "sharegpt"):
             return _chat(row, needs[0], has_system=row_format == "sharegpt")
+        if row_format in _BY_REQUEST:
+            answer = one_answer(row, row_format)
+            return answer if isinstance(answer, Rejected) else _prompt(answer)
         return {"alpaca": _alpaca, "prompt": _prompt, "tokens": _tokens}[row_format](row)
     except RecursionError:
         return Rejected(reason=MALFORMED, detail="nested too deeply")
