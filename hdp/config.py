@@ -50,6 +50,21 @@ class TrainConfig:
     liger: Literal["auto", "on", "off"] = "auto"
     """Use Liger kernels in the layers. auto: if installed and applicable."""
 
+    # -- objective --
+    objective: Literal["sft", "dpo", "ipo", "rpo", "kto", "reward"] = "sft"
+    """sft (and pre-training); dpo, ipo, rpo or reward (a reward model) on pairs of answers; kto on
+    answers that are good or bad."""
+    beta: float = 0.1
+    """How closely DPO, IPO, RPO and KTO keep to the reference, which the run starts from."""
+    rpo_alpha: float = 1.0
+    """RPO: weight of the chosen answer's own likelihood."""
+    lora_rank: int = 0
+    """Train LoRA adapters of this rank, such as 16, beside frozen weights; 0: train all weights."""
+    lora_alpha: float | None = None
+    """LoRA: the adapter is scaled by alpha / rank; None: 2 * rank."""
+    lora_targets: str = "all-linear"
+    """LoRA: all-linear (all but the head), or names of layers with commas, q_proj,v_proj."""
+
     # -- data --
     data: str | tuple[str, ...] = "stdlib"
     """"stdlib" (source files of Python's standard library), a folder, a .jsonl or .parquet file, a
@@ -63,7 +78,9 @@ class TrainConfig:
     """Longest sequence from a step on, such as 0:4096,1000:16384; longer ones are deferred."""
     text_column: str = "text"
     """Column that holds the text in JSONL or Parquet rows; rows with `messages` are chats."""
-    format: Literal["auto", "text", "chat", "sharegpt", "alpaca", "prompt", "tokens"] = "auto"
+    format: Literal["auto", "text", "chat", "sharegpt", "alpaca", "prompt", "tokens", "chosen"] = (
+        "auto"
+    )
     """What a row is; auto: by its columns (messages, conversations, instruction, prompt, ...)."""
     pattern: str | None = None
     """Which files to read from a folder, for example "*.md"."""
@@ -173,6 +190,8 @@ class TrainConfig:
     """Dtype of the exported weights. auto: as in the checkpoint; for random weights, fp32."""
     export_ema: str | None = None
     """Folder to write the averaged model to, in the same format; requires --ema-decay."""
+    export_adapter: str | None = None
+    """Folder to write the LoRA adapter to, as peft loads it; --export-hf merges it instead."""
     export_best: bool = False
     """Export the weights of the best evaluation instead of the last ones."""
     log_every: int = 1
@@ -221,6 +240,7 @@ class TrainConfig:
             raise ValueError(
                 f"--export-hf and --export-ema are both {self.export_ema}; choose two folders"
             )
+        self._check_objective()
         if not isinstance(self.model_entries, dict):
             raise ValueError(f"--config-overrides must be a JSON object: {self.config_overrides}")
         if not isinstance(self.template_variables, dict):
@@ -314,6 +334,59 @@ class TrainConfig:
                 "and tokens must ascend; write it like 0:4096,1000:16K"
             )
         return tuple(limits)
+
+    def _check_objective(self) -> None:
+        _require(self.beta > 0, "beta", self.beta, "above 0")
+        _require(self.rpo_alpha >= 0, "rpo_alpha", self.rpo_alpha, "0 or more")
+        _require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 or more")
+        alpha = self.lora_alpha
+        _require(alpha is None or alpha > 0, "lora_alpha", alpha, "above 0")
+        if self.export_adapter is not None and not self.lora_rank:
+            raise ValueError(
+                f"--export-adapter {self.export_adapter} requires --lora-rank, such as 16: there "
+                "is no adapter to export"
+            )
+        if self.export_adapter is not None and self.export_adapter in (
+            self.export_hf,
+            self.export_ema,
+        ):
+            raise ValueError(
+                f"--export-adapter and another export are both {self.export_adapter}; choose two "
+                "folders"
+            )
+        if self.lora_rank and self.offload_gib:
+            raise ValueError(
+                f"--offload-gib {self.offload_gib} cannot be combined with --lora-rank "
+                f"{self.lora_rank}: what adapters save for backward is not in the offload's "
+                "arithmetic; use --activation-checkpointing"
+            )
+        if self.objective == "sft":
+            return
+        ordinary = {"curriculum": "none", "context_schedule": None, "mix_by": "tokens"}
+        ordinary |= {"eval_data": None, "eval_share": None, "eval_every": 0}
+        for name, value in ordinary.items():
+            if getattr(self, name) != value:
+                flag = name.replace("_", "-")
+                raise ValueError(
+                    f"--{flag} {getattr(self, name)} is for --objective sft, not for "
+                    f"{self.objective}; drop it"
+                )
+        if not isinstance(self.data, str):
+            raise ValueError(
+                f"--objective {self.objective} takes one data set, not {len(self.data)}: join them "
+                "in one file or folder"
+            )
+        if self.overlong == "split":
+            raise ValueError(
+                f"--overlong split with --objective {self.objective} would compare parts of "
+                "answers; choose error, drop or truncate"
+            )
+        if self.format != "auto" or self.data == "stdlib":
+            raise ValueError(
+                f"--objective {self.objective} needs answers to compare, and --data {self.data} "
+                f"--format {self.format} has none: pass --data with the columns prompt, chosen and "
+                "rejected (kto: or prompt, completion and label), without --format"
+            )
 
     @property
     def model_entries(self) -> dict[str, Any]:

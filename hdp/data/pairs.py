@@ -16,16 +16,19 @@ within the budget, every_row_is_accounted_for.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .dataset import TokenDataset, check_fits
 from .prepare.cache import open_dataset
+from .prepare.locate import open_source
 from .prepare.preference import SIDES
 from .sample import Sample
 from .sampler import Position, Sampler
+from .selection import Selection
 
 
 def open_pairs(
@@ -48,6 +51,34 @@ def open_pairs(
         sides.append(open_dataset(data, tokenizer=tokenizer, strict=strict, **options))
         tokenizer = sides[-1].tokenizer  # a tokenizer that is trained is trained once
     return PairDataset(*sides, strict=strict)
+
+
+def open_labeled(data: Any, *, tokenizer: Any = "bytes", **options: Any) -> LabeledDataset:
+    """Answers that are good or bad, one by one: rows of prompt, completion and label, or pairs.
+
+    Options as of `open_dataset`. The two answers of a pair are a good and a bad one. Raises
+    ValueError as `open_dataset`, and if all answers are of one kind.
+    """
+    where = {k: options[k] for k in ("pattern", "subset", "split") if options.get(k) is not None}
+    columns = getattr(open_source(data, format="good", **where), "columns", [])
+    formats = SIDES if {*SIDES} <= {*columns} else ("good", "bad")
+    sides = []
+    for options["format"] in formats:
+        sides.append(open_dataset(data, tokenizer=tokenizer, **options))
+        tokenizer = sides[-1].tokenizer
+    return LabeledDataset(sides)
+
+
+class LabeledDataset(Selection):
+    """Good answers and then bad ones, each with the column is_good, 1 or 0 at every token."""
+
+    def __getitem__(self, index: int, /) -> Sample:
+        """Sequence `index` as views. Raises IndexError outside [-len, len)."""
+        dataset, local = self._locate(index)
+        sample = dataset[local]
+        is_good = float(dataset is self.datasets[0])
+        column = np.broadcast_to(np.float32(is_good), sample.input_ids.shape)
+        return replace(sample, columns={"is_good": column})
 
 
 class PairDataset:
@@ -137,11 +168,10 @@ class PairDataset:
 
 
 class PairReport:
-    """`str()` is a readable summary; `longest_tokens` is that of one answer with its prompt."""
+    """`str()` is a readable summary."""
 
     def __init__(self, pairs: PairDataset) -> None:
         self._pairs = pairs
-        self.longest_tokens = int(pairs.seqlens.max())
 
     def __str__(self) -> str:
         pairs = self._pairs
@@ -168,6 +198,31 @@ class PairReport:
         if pairs.num_equal:
             lines.append(f"pairs skipped (the same tokens within the limit): {pairs.num_equal:,}")
         return "\n".join(lines)
+
+
+class Mismatched:
+    """Each sequence's prompt with the answer of the next one, as a `SampleSource`.
+
+    What KTO measures its baseline on: answers that the policy has no reason to prefer. The prompt
+    is what comes before the first token with a loss. Longer ones lose their end at max_length.
+    """
+
+    def __init__(self, samples: Sequence[Sample], *, max_length: int) -> None:
+        self._samples, self._max_length = list(samples), max_length
+        masks = [np.asarray(sample.loss_mask) for sample in self._samples]
+        self._starts = [int(mask.argmax()) for mask in masks]
+        made = [self[i] for i in range(len(self._samples))]
+        self.seqlens = np.array([len(sample.input_ids) for sample in made], dtype=np.int64)
+        self.num_loss_tokens = np.array([sample.num_loss_tokens for sample in made], dtype=np.int64)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        other = (index + 1) % len(self._samples)
+        start, after = self._starts[index], self._starts[other]
+        prompt, answer = self._samples[index], self._samples[other]
+        assert answer.loss_mask is not None
+        ids = np.concatenate([prompt.input_ids[:start], answer.input_ids[after:]])
+        mask = np.concatenate([np.zeros(start, dtype=bool), answer.loss_mask[after:]])
+        return Sample(input_ids=ids[: self._max_length], loss_mask=mask[: self._max_length])
 
 
 class PairSampler(Sampler):

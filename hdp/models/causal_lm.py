@@ -138,7 +138,7 @@ def last_hidden(backbone: nn.Module, batch: PackedBatch, attention: AttnInputs) 
     ).last_hidden_state[0]
 
 
-def transformer_shape(model: CausalLM | PreTrainedModel) -> dict[str, int]:
+def transformer_shape(model: Any) -> dict[str, int]:
     """The dimensions that a cost model and an MFU estimate need."""
     config = model.config
     heads = config.num_attention_heads

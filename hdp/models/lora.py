@@ -214,6 +214,6 @@ def _peft() -> tuple[Any, Any, Any]:
         import peft
     except ImportError as error:
         raise ValueError(
-            f"LoRA needs peft, which cannot be imported ({error}); pip install peft"
+            f"LoRA needs peft, which cannot be imported ({error}); pip install 'peft>=0.17'"
         ) from error
     return peft.LoraConfig, peft.inject_adapter_in_model, peft

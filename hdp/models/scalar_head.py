@@ -40,7 +40,8 @@ class ScalarHeadLM(nn.Module):
 
     def __init__(self, backbone: nn.Module, score: nn.Linear, source: CausalLM) -> None:
         super().__init__()
-        self.model, self.score = backbone, score
+        self.model: Any = backbone
+        self.score = score
         self.kernels, self.stored_dtype = source.kernels, source.stored_dtype
 
     @classmethod
@@ -74,7 +75,7 @@ class ScalarHeadLM(nn.Module):
     @property
     def config(self) -> PreTrainedConfig:
         """The transformers config of the layers."""
-        return cast(Any, self.model).config
+        return cast("PreTrainedConfig", self.model.config)
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -21,6 +21,7 @@ from hdp import console
 from hdp.checkpoint.directory import committed
 from hdp.config import TrainConfig
 from hdp.config_file import to_yaml
+from hdp.objectives import pair_units
 from hdp.scheduler import CostModel, StepPlan, plan
 from hdp.scheduler.costs.estimate import estimate_cost
 
@@ -30,6 +31,8 @@ from .metrics import ring_counts
 from .model_setup import checked_shape, compute_dtype
 from .run_config import check_new_run
 from .schedule import schedule_of
+from .setup import longest_batch
+from .task import is_paired
 
 
 def dry_run(config: TrainConfig) -> None:
@@ -120,9 +123,10 @@ def _steps(
             cost=cost,
             policy=config.policy,
             cp_size=config.cp_size,
+            units=pair_units(len(seqlens)) if is_paired(config) else None,
         )
 
-    planned(dataset.seqlens.max()[None])  # as a run does: fail now if no ring can hold it
+    planned(longest_batch(dataset))  # as a run does: fail now if no ring can hold it
     ids = next(iter(sampler))
     first = planned(dataset.seqlens[ids])
     rings = " ".join(f"{size}x{count}" for size, count in ring_counts(first).items())

@@ -22,10 +22,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from hdp.data.feed import StepBatch
+from hdp.data.feed import StepBatch, make_step
+from hdp.data.pairs import Mismatched
+from hdp.data.sample import SampleSource
 from hdp.models.lora import adapters_off
+from hdp.scheduler import StepPlan
 
 from .step import StepContext, forward_step
 
@@ -57,6 +63,7 @@ class Reference:
     """Adds the reference's log-probabilities to steps. Made by `copy` or `adapter_off`."""
 
     context: StepContext
+    policy: StepContext
     enter: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @classmethod
@@ -67,20 +74,59 @@ class Reference:
         """
         check_same_vocabulary(context.model, model)
         model.requires_grad_(False)
-        return cls(context=replace(context, model=model, optimizer=None))
+        return cls(context=replace(context, model=model, optimizer=None), policy=context)
 
     @classmethod
     def adapter_off(cls, context: StepContext) -> Reference:
         """The policy without its LoRA adapters. Raises ValueError if it has none."""
         with adapters_off(context.model):
             pass
-        return cls(context=context, enter=lambda: adapters_off(context.model))
+        return cls(context=context, policy=context, enter=lambda: adapters_off(context.model))
 
     def __call__(self, step: StepBatch) -> StepBatch:
         """The step with the column ref_logprobs. Collective; one forward."""
         with self.enter():
             outputs = forward_step(self.context, step)
         return add_column(step, REF_LOGPROBS, outputs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KTOBaseline:
+    """Adds ref_logprobs and kl_baseline, the z of `KTO`, to steps.
+
+    z is how much likelier the policy finds answers to other prompts than the reference does, the
+    mean over the step's sequences, at least 0 (arXiv 2402.01306 Sec. 4.1). Each prompt is paired
+    with the next one's answer in the batch, so z is the same on any number of ranks. A batch of one
+    sequence has no other answer, and z = 0.
+    """
+
+    reference: Reference
+    dataset: SampleSource
+    plan: Callable[[np.ndarray], StepPlan]
+    max_length: int  # that the ranks can hold
+
+    def __call__(self, step: StepBatch) -> StepBatch:
+        """The step with both columns. Collective; three forwards."""
+        z = max(self._log_ratio(step), 0.0) if len(step.seq_ids) > 1 else 0.0
+        constants = [
+            torch.full_like(batch.labels, z, dtype=torch.float32) for batch in step.batches
+        ]
+        return add_column(self.reference(step), "kl_baseline", constants)
+
+    def _log_ratio(self, step: StepBatch) -> float:
+        context = self.reference.context
+        mesh, policy = context.mesh, self.reference.policy
+        samples = [self.dataset[int(i)] for i in step.seq_ids]
+        source = Mismatched(samples, max_length=self.max_length)
+        ids = np.arange(len(samples))
+        made = make_step(source, ids, self.plan(source.seqlens), mesh.hdp_rank).to(mesh.device)
+        ours = forward_step(policy, made)
+        theirs = self.reference(made)
+        total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        for output, batch in zip(ours, theirs.batches, strict=True):
+            total += (output.double() - batch.columns[REF_LOGPROBS].double()).sum()
+        dist.all_reduce(total, group=mesh.hdp_group)
+        return total.item() / len(samples)
 
 
 def check_same_vocabulary(policy: nn.Module, reference: nn.Module) -> None:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from hdp.data.pairs import PairSampler, open_pairs
+from hdp.data.pairs import Mismatched, PairSampler, open_labeled, open_pairs
 from hdp.data.prepare.documents import Rejected
 from hdp.data.prepare.preference import one_answer
 from hdp.data.prepare.rows import find_format
@@ -140,6 +140,44 @@ def test_batches_are_pairs(tmp_path):
     assert sorted(seen) == list(range(100))
     with pytest.raises(ValueError, match=r"the pair of .*jsonl:\d+ has"):
         pairs.check_fits(hdp_size=2, max_tokens_per_rank=20)
+
+
+def labeled(tmp_path, rows, **options):
+    file = tmp_path / "labels.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return open_labeled(str(file), tokenizer="bytes", cache_dir=tmp_path / "cache", **options)
+
+
+def test_labels_and_pairs_are_good_and_bad_answers(tmp_path):
+    rows = [
+        {"prompt": "p", "completion": "yes", "label": True},
+        {"prompt": "q", "completion": "no", "label": False},
+        {"prompt": "r", "completion": "ja", "label": 1},
+        {"prompt": "s", "completion": "", "label": False},
+        {"prompt": "t", "completion": "hm", "label": "maybe"},
+    ]
+    data = labeled(tmp_path, rows)
+    got = [(text(data, i)[0][:3], data[i].columns["is_good"].tolist()[0]) for i in range(3)]
+    assert len(data) == 3 and got == [("pye", 1.0), ("rja", 1.0), ("qno", 0.0)]
+    assert "without an answer" in data.report and "'label' is 'maybe'" in data.report
+    with pytest.raises(ValueError, match="fix it, or turn off strict"):
+        labeled(tmp_path, rows, strict=True)
+    pairs = labeled(tmp_path, [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    assert [pairs[i].columns["is_good"][0] for i in range(2)] == [1.0, 0.0]
+    with pytest.raises(ValueError, match="no documents"):
+        labeled(tmp_path, rows[:1])
+
+
+def test_mismatched_answers_belong_to_the_next_prompt(tmp_path):
+    rows = [{"prompt": p, "completion": c, "label": True} for p, c in (("a", "b"), ("cc", "dd"))]
+    rows.append({"prompt": "eee", "completion": "fff", "label": False})
+    data = labeled(tmp_path, rows)
+    source = Mismatched([data[i] for i in range(3)], max_length=5)
+    decode = data.tokenizer.decode
+    got = [(decode(source[i].input_ids), int(source[i].loss_mask.sum())) for i in range(3)]
+    end = decode([data.tokenizer.eos_id])
+    assert got[0] == (f"add{end}", 3) and got[1] == ("ccfff", 3) and got[2] == (f"eeeb{end}", 2)
+    assert source.seqlens.tolist() == [4, 5, 5] and source.num_loss_tokens.tolist() == [3, 3, 2]
 
 
 def test_auto_never_takes_pairs_for_text():

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from hdp.data import Sample, SampleList
+from hdp.data.feed import make_step
 from hdp.distributed.fsdp import shard
 from hdp.distributed.mesh import HDPMesh
 from hdp.models.lora import LoRA, add_lora
 from hdp.objectives import DPO, pair_units
 from hdp.scheduler import CostModel, plan
-from hdp.training.reference import Reference, add_column
+from hdp.training.reference import KTOBaseline, Reference, add_column
 from hdp.training.step import StepContext, forward_step, train_step
 from hdp.training.token_rows import token_rows
 from tests.run_ranks import run_ranks
-from tests.tiny_models import keep_norms_exact, random_samples, tiny_model
+from tests.tiny_models import keep_norms_exact, local_batch, random_samples, tiny_model
 from tests.training.steps import SEQLENS, TakeGradients, make_batch
 
 SAMPLES = random_samples(SEQLENS, masked=0.0)
@@ -62,8 +66,6 @@ def _columns(rank, world):
         )
         result = train_step(context, steps[1], DPO(comm=context.comm))
         # The same columns from whole sequences, packed again.
-        from dataclasses import replace
-
         samples = [
             replace(s, columns={"ref_logprobs": row}) for s, row in zip(SAMPLES, rows, strict=True)
         ]
@@ -107,6 +109,56 @@ def test_the_policy_is_left_alone(world):
     for untouched, training, loss, margin in run_ranks(_alone, world):
         assert untouched and training
         assert loss == pytest.approx(np.log(2), rel=1e-12) and margin == 0.0
+
+
+def _baseline(rank, world, shift):
+    """z of a step whose reference is another model, and whose policy and reference change roles."""
+    with HDPMesh.create(device="cpu") as mesh:
+        policy, other = _sharded(mesh), _sharded(mesh, seed=5)
+        if shift:
+            policy, other = other, policy
+        context = StepContext.create(mesh, policy, TakeGradients(policy))
+        reference = Reference.copy(context, other)
+        cost = CostModel.from_coefficients(quadratic_s=1e-2, linear_s=1e-6)
+
+        def make_plan(seqlens):
+            return plan(seqlens, hdp_size=world, max_tokens_per_rank=120, cost=cost)
+
+        source = SampleList(_answers())
+        baseline = KTOBaseline(reference=reference, dataset=source, plan=make_plan, max_length=120)
+        ids = np.arange(len(source))
+        step = baseline(make_step(source, ids, make_plan(source.seqlens), rank))
+        [z] = {float(x) for batch in step.batches for x in batch.columns["kl_baseline"]}
+        assert all("ref_logprobs" in batch.columns for batch in step.batches)
+        return z
+
+
+def _answers():
+    """Samples whose first half is a prompt."""
+    made = random_samples([40, 9, 22], masked=0.0)
+    return [
+        replace(s, loss_mask=np.arange(len(s.input_ids)) >= len(s.input_ids) // 2) for s in made
+    ]
+
+
+def test_kto_baseline_is_the_mean_log_ratio_of_other_answers():
+    """By hand on one process: prompt i with answer i + 1; below 0 it is 0."""
+    samples, sums = _answers(), []
+    models = [keep_norms_exact(tiny_model(seed=seed)) for seed in (0, 5)]
+    for i, sample in enumerate(samples):
+        other = samples[(i + 1) % 3]
+        start, after = len(sample.input_ids) // 2, len(other.input_ids) // 2
+        ids = np.concatenate([sample.input_ids[:start], other.input_ids[after:]])
+        mixed = Sample(input_ids=ids, loss_mask=np.arange(len(ids)) >= start)
+        ours, theirs = (model(local_batch([mixed]), None).sum().item() for model in models)
+        sums.append(ours - theirs)
+    mean = sum(sums) / 3
+    assert abs(mean) > 0.1
+    for world in (1, 2):
+        for shift in (False, True):
+            want = np.float32(max(-mean if shift else mean, 0.0))
+            for z in run_ranks(_baseline, world, shift):
+                assert z == pytest.approx(want, rel=1e-6)
 
 
 def _refused(rank, world):

@@ -19,7 +19,7 @@ MALFORMED = "malformed"
 NO_COLUMN = "missing a column"
 TEMPLATE = "refused by the chat template"
 UNKNOWN_TOKEN = "outside the vocabulary"
-NO_ANSWER = "a pair without an answer"
+NO_ANSWER = "without an answer"
 EQUAL = "a pair of equal answers"
 DAMAGE = (UNREADABLE, NOT_UTF8, MALFORMED, NO_COLUMN, TEMPLATE, UNKNOWN_TOKEN, NO_ANSWER, EQUAL)
 

@@ -13,6 +13,7 @@
     tokens     input_ids [, labels, masks]  token ids, as they are
     chosen,    chosen, rejected [, prompt]  one side of a pair, as a completion of the prompt that
     rejected                                both share (preference.py); never chosen by "auto"
+    good, bad  prompt, completion, label    the completions whose label is true, or false; no others
 
 The format follows from the columns of a source, unless it is given; `text` beside the columns of
 another format is its rendered copy and gives way. A null is a column that the row does not have, at
@@ -32,6 +33,7 @@ import numpy as np
 from .documents import (
     EMPTY,
     MALFORMED,
+    NO_ANSWER,
     NO_COLUMN,
     Document,
     Rejected,
@@ -44,7 +46,17 @@ from .documents import (
 from .preference import one_answer
 
 RowFormat = Literal[
-    "auto", "text", "chat", "sharegpt", "alpaca", "prompt", "tokens", "chosen", "rejected"
+    "auto",
+    "text",
+    "chat",
+    "sharegpt",
+    "alpaca",
+    "prompt",
+    "tokens",
+    "chosen",
+    "rejected",
+    "good",
+    "bad",
 ]
 FORMATS: tuple[RowFormat, ...] = get_args(RowFormat)
 
@@ -57,8 +69,10 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "tokens": ("input_ids",),
     "chosen": ("chosen", "rejected"),
     "rejected": ("chosen", "rejected"),
+    "good": ("prompt", "completion", "label"),
+    "bad": ("prompt", "completion", "label"),
 }
-_BY_REQUEST = ("chosen", "rejected")  # formats that "auto" never finds
+_BY_REQUEST = ("chosen", "rejected", "good", "bad")  # formats that "auto" never finds
 _USES: dict[str, tuple[str, ...]] = {
     "chat": ("tools",),
     "sharegpt": ("tools", "system"),
@@ -67,6 +81,8 @@ _USES: dict[str, tuple[str, ...]] = {
     "tokens": ("labels", "attention_mask", "loss_mask", "completion_mask", "assistant_masks"),
     "chosen": ("prompt", "tools"),
     "rejected": ("prompt", "tools"),
+    "good": ("tools",),
+    "bad": ("tools",),
 }
 _LOSS_MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 _IGNORED = -100
@@ -114,8 +130,10 @@ def columns_of(row_format: str, text_column: str = "text") -> tuple[tuple[str, .
     return needs, _USES[row_format]
 
 
-def row_document(row: dict[str, Any], row_format: str, text_column: str) -> Document | Rejected:
-    """The document of one row."""
+def row_document(
+    row: dict[str, Any], row_format: str, text_column: str
+) -> Document | Rejected | None:
+    """The document of one row; None for a row that is not what the format asks for, good or bad."""
     needs = columns_of(row_format, text_column)[0]
     try:
         row = without_none(row)
@@ -126,6 +144,8 @@ def row_document(row: dict[str, Any], row_format: str, text_column: str) -> Docu
             return text_document(row[text_column], text_column)
         if row_format in ("chat", "sharegpt"):
             return _chat(row, needs[0], has_system=row_format == "sharegpt")
+        if row_format in ("good", "bad"):
+            return _labeled(row, is_good=row_format == "good")
         if row_format in _BY_REQUEST:
             answer = one_answer(row, row_format)
             return answer if isinstance(answer, Rejected) else _prompt(answer)
@@ -247,6 +267,18 @@ def _alpaca_prompt(parts: list[str]) -> str:
         + "".join(f"### Input:\n{text}\n\n" for text in inputs)
         + "### Response:\n"
     )
+
+
+def _labeled(row: dict[str, Any], *, is_good: bool) -> Document | Rejected | None:
+    label = row["label"]
+    if not isinstance(label, bool) and label not in (0, 1):
+        return _malformed(f"'label' is {label!r}: write true or false")
+    if bool(label) != is_good:
+        return None
+    document = _prompt({**row, "label": None})
+    if isinstance(document, Rejected) and document.reason == EMPTY:
+        return Rejected(reason=NO_ANSWER, detail=document.detail)
+    return document
 
 
 def _prompt(row: dict[str, Any]) -> Document | Rejected:
