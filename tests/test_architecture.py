@@ -69,7 +69,8 @@ ROOMS: dict[str, set[str]] = {
         *("config", "console", "scheduler", "scheduler.render", "scheduler.simulation"),
     },
     # a run: its parts connected, watched, walked
-    "config": set(),
+    "config_checks": set(),
+    "config": {"config_checks"},
     "config_fields": set(),
     "config_file": {"config_fields"},
     "flags": {"config_fields", "config_file", "installation"},

@@ -197,13 +197,7 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
         objective=build_objective(config, context.comm),
         reference=_open_reference(config, context, dataset.vocab_size),
     )
-    if config.objective == "kto":
-        assert isinstance(run.reference, Reference)
-        held = mesh.hdp_size * config.tokens_per_rank
-        baseline = KTOBaseline(
-            reference=run.reference, dataset=dataset, plan=run.plan, max_length=held
-        )
-        run = replace(run, reference=baseline)
+    run = _with_baseline(run)
     longest = run.plan(longest_batch(dataset))  # fail now if no ring can hold it
     if data.evaluation is not None:
         run.plan(data.evaluation.seqlens.max()[None])
@@ -220,6 +214,20 @@ def _open_reference(config: TrainConfig, context: StepContext, vocab_size: int) 
     if config.lora_rank:
         return Reference.adapter_off(context)
     return Reference.copy(context, set_up_reference(config, context.mesh, vocab_size=vocab_size))
+
+
+def _with_baseline(run: Run) -> Run:
+    """The run with what KTO needs on top of a reference, which is planned by the run itself."""
+    if run.config.objective != "kto":
+        return run
+    assert isinstance(run.reference, Reference)
+    baseline = KTOBaseline(
+        reference=run.reference,
+        dataset=run.dataset,
+        plan=run.plan,
+        max_length=run.mesh.hdp_size * run.config.tokens_per_rank,
+    )
+    return replace(run, reference=baseline)
 
 
 def longest_batch(dataset: Dataset) -> np.ndarray:

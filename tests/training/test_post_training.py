@@ -135,7 +135,9 @@ def test_a_reward_model_loads_as_a_classifier(inputs, tmp_path):
 def test_what_is_refused(inputs, tmp_path):
     for options, message in [
         ({"beta": 0.0}, "--beta must be above 0, got 0.0"),
-        ({"objective": "dpo", "data": "stdlib"}, "needs pairs"),
+        ({"objective": "dpo", "data": "stdlib"}, "needs answers to compare"),
+        ({"objective": "dpo", "data": ("a", "b")}, "takes one data set, not 2"),
+        ({"objective": "kto", "eval_every": 5}, "--eval-every 5 is for --objective sft"),
         ({"objective": "dpo", "overlong": "split", "max_length": 100}, "parts of answers"),
         ({"export_adapter": "x"}, "requires --lora-rank"),
         ({"lora_rank": 2, "export_adapter": "x", "export_hf": "x"}, "choose two folders"),
