@@ -12,6 +12,8 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from .config_checks import check_objective, parse_json, require
+
 DEFAULT_STEPS = 30
 DEFAULT_EVAL_SHARE = 0.01
 DEMO_MODEL: dict[str, Any] = {
@@ -50,6 +52,21 @@ class TrainConfig:
     liger: Literal["auto", "on", "off"] = "auto"
     """Use Liger kernels in the layers. auto: if installed and applicable."""
 
+    # -- objective --
+    objective: Literal["sft", "dpo", "ipo", "rpo", "kto", "reward"] = "sft"
+    """sft (and pre-training); dpo, ipo, rpo or reward (a reward model) on pairs of answers; kto on
+    answers that are good or bad."""
+    beta: float = 0.1
+    """How closely DPO, IPO, RPO and KTO keep to the reference, which the run starts from."""
+    rpo_alpha: float = 1.0
+    """RPO: weight of the chosen answer's own likelihood."""
+    lora_rank: int = 0
+    """Train LoRA adapters of this rank, such as 16, beside frozen weights; 0: train all weights."""
+    lora_alpha: float | None = None
+    """LoRA: the adapter is scaled by alpha / rank; None: 2 * rank."""
+    lora_targets: str = "all-linear"
+    """LoRA: all-linear (all but the head), or names of layers with commas, q_proj,v_proj."""
+
     # -- data --
     data: str | tuple[str, ...] = "stdlib"
     """"stdlib" (source files of Python's standard library), a folder, a .jsonl or .parquet file, a
@@ -63,7 +80,9 @@ class TrainConfig:
     """Longest sequence from a step on, such as 0:4096,1000:16384; longer ones are deferred."""
     text_column: str = "text"
     """Column that holds the text in JSONL or Parquet rows; rows with `messages` are chats."""
-    format: Literal["auto", "text", "chat", "sharegpt", "alpaca", "prompt", "tokens"] = "auto"
+    format: Literal["auto", "text", "chat", "sharegpt", "alpaca", "prompt", "tokens", "chosen"] = (
+        "auto"
+    )
     """What a row is; auto: by its columns (messages, conversations, instruction, prompt, ...)."""
     pattern: str | None = None
     """Which files to read from a folder, for example "*.md"."""
@@ -173,6 +192,8 @@ class TrainConfig:
     """Dtype of the exported weights. auto: as in the checkpoint; for random weights, fp32."""
     export_ema: str | None = None
     """Folder to write the averaged model to, in the same format; requires --ema-decay."""
+    export_adapter: str | None = None
+    """Folder to write the LoRA adapter to, as peft loads it; --export-hf merges it instead."""
     export_best: bool = False
     """Export the weights of the best evaluation instead of the last ones."""
     log_every: int = 1
@@ -193,25 +214,25 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens", "max_tokens_per_rank", "keep_last", "log_every"):
             value = getattr(self, name)
-            _require(value == "auto" or value >= 1, name, value, "1 or more")
+            require(value == "auto" or value >= 1, name, value, "1 or more")
         not_negative = ("save_every", "warmup_steps", "weight_decay", "grad_clip", "seed")
         for name in (*not_negative, "offload_gib", "eval_every", "early_stop"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("max_length", "cp_size", "hdp_size", "trace_step", "eval_tokens"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "1 or more")
+            require(value is None or value >= 1, name, value, "1 or more")
         for name, value in asdict(self).items():
             if isinstance(value, float):
-                _require(math.isfinite(value), name, value, "a finite number")
+                require(math.isfinite(value), name, value, "a finite number")
         for name in ("beta1", "beta2", "ema_decay"):
             value = getattr(self, name)
-            _require(0 <= value < 1, name, value, "in [0, 1)")
-        _require(self.lr > 0, "lr", self.lr, "above 0")
-        _require(self.timeout_s > 0, "timeout_s", self.timeout_s, "above 0")
+            require(0 <= value < 1, name, value, "in [0, 1)")
+        require(self.lr > 0, "lr", self.lr, "above 0")
+        require(self.timeout_s > 0, "timeout_s", self.timeout_s, "above 0")
         peak = self.peak_tflops
-        _require(peak is None or peak > 0, "peak_tflops", peak, "above 0")
+        require(peak is None or peak > 0, "peak_tflops", peak, "above 0")
         for name in ("min_lr_ratio", "decay_share"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         if self.export_ema is not None and not self.ema_decay:
             raise ValueError(
                 f"--export-ema {self.export_ema} requires --ema-decay, such as 0.999: there is no "
@@ -221,6 +242,7 @@ class TrainConfig:
             raise ValueError(
                 f"--export-hf and --export-ema are both {self.export_ema}; choose two folders"
             )
+        check_objective(self)
         if not isinstance(self.model_entries, dict):
             raise ValueError(f"--config-overrides must be a JSON object: {self.config_overrides}")
         if not isinstance(self.template_variables, dict):
@@ -252,14 +274,14 @@ class TrainConfig:
             names = tuple(self.data)
             object.__setattr__(self, "data", names[0] if len(names) == 1 else names)
         if self.epochs is not None:
-            _require(0 < self.epochs < math.inf, "epochs", self.epochs, "above 0")
+            require(0 < self.epochs < math.inf, "epochs", self.epochs, "above 0")
             if self.steps != DEFAULT_STEPS:
                 raise ValueError(f"--steps {self.steps} and --epochs {self.epochs}: give only one")
         _ = self.context_limits  # raises if it cannot be parsed
 
     def _check_evaluation(self) -> None:
         share = self.eval_share
-        _require(share is None or 0 <= share < 1, "eval_share", share, "at least 0 and below 1")
+        require(share is None or 0 <= share < 1, "eval_share", share, "at least 0 and below 1")
         if self.eval_data is not None and share:
             raise ValueError(
                 f"--eval-data {self.eval_data} and --eval-share {share}: give only one, as either "
@@ -323,12 +345,12 @@ class TrainConfig:
     @property
     def model_entries(self) -> dict[str, Any]:
         """The parsed --config-overrides."""
-        return _parse("config-overrides", self.config_overrides, '{"sliding_window": null}')
+        return parse_json("config-overrides", self.config_overrides, '{"sliding_window": null}')
 
     @property
     def template_variables(self) -> dict[str, Any]:
         """The parsed --chat-template-kwargs."""
-        return _parse(
+        return parse_json(
             "chat-template-kwargs", self.chat_template_kwargs, '{"enable_thinking": false}'
         )
 
@@ -341,28 +363,3 @@ class TrainConfig:
     def to_json(self) -> str:
         """All values as JSON; `train` writes this to run_dir/config.json."""
         return json.dumps(asdict(self), indent=2)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys come once each: json itself would take the last."""
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"{twice} is given twice")
-    return entries
-
-
-def _require(is_valid: bool, name: str, value: Any, expected: str) -> None:
-    if not is_valid:
-        flag = name.replace("_", "-")
-        raise ValueError(f"--{flag} must be {expected}, got {value}")
-
-
-def _parse(flag: str, value: str | None, example: str) -> Any:
-    try:
-        return json.loads(value or "{}", object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"--{flag} {value!r} is not valid JSON ({error}); write it like '{example}'"
-        ) from error

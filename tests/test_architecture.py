@@ -69,7 +69,8 @@ ROOMS: dict[str, set[str]] = {
         *("config", "console", "scheduler", "scheduler.render", "scheduler.simulation"),
     },
     # a run: its parts connected, watched, walked
-    "config": set(),
+    "config_checks": set(),
+    "config": {"config_checks"},
     "config_fields": set(),
     "config_file": {"config_fields"},
     "flags": {"config_fields", "config_file", "installation"},
@@ -117,6 +118,7 @@ FOREIGN = {
     "flash_attn_interface": "hdp/attention/kernels/flash_attn.py",
     "transformer_engine": "hdp/attention/kernels/transformer_engine.py",
     "liger_kernel": "hdp/models/liger.py",
+    "peft": "hdp/models/lora.py",
 }
 # Parts of libraries with the same rule: everything else goes through that file.
 FOREIGN_PARTS = {

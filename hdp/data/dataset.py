@@ -162,6 +162,20 @@ class TokenDataset:
         """(n,) int64, the document that each sequence is, or is part of."""
         return self._sequences.documents
 
+    @property
+    def rows(self) -> np.ndarray:
+        """(n,) int64, the row of the source that each sequence came from."""
+        return self.document_rows[self._sequences.documents]
+
+    @property
+    def document_rows(self) -> np.ndarray:
+        """(num_documents,) int64, the row of each document, also of those over the limit."""
+        return _map_npy(self._path / "rows.npy")
+
+    def row_name(self, row: int) -> str:
+        """The origin of a row of the source."""
+        return row_name(self._names, row)
+
     def check_fits(self, *, hdp_size: int, max_tokens_per_rank: int | np.ndarray) -> None:
         """Raise ValueError if a sequence is longer than all ranks together can hold.
 

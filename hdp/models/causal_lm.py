@@ -76,7 +76,6 @@ class CausalLM(nn.Module):
     model: a supported `*ForCausalLM`. attn_backend: name of a block kernel, or None for the best
     one available. chunk_tokens: how many tokens' logits exist at once; None: see
     `chunked_logprobs`. stored_dtype: of the checkpoint that the weights come from, for exports.
-    `chunked_logprobs`.
 
     Attributes that may be set at any time: temperature divides the logits; with_entropy makes
     forward return `TokenStats`, with the entropy of each labeled token's distribution.
@@ -115,12 +114,9 @@ class CausalLM(nn.Module):
         batch: on the model's device. comm: required when batch.layout has a ring.
         """
         head = self.model.get_output_embeddings()
-        hidden = self.model.base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,  # a cache makes transformers ignore document boundaries
-            hdp_batch=AttnInputs(batch.layout, comm, self.kernels),
-        ).last_hidden_state[0]
+        hidden = last_hidden(
+            self.model.base_model, batch, AttnInputs(batch.layout, comm, self.kernels)
+        )
         head_function = chunked_token_stats if self.with_entropy else chunked_logprobs
         return head_function(
             hidden,
@@ -132,7 +128,17 @@ class CausalLM(nn.Module):
         )
 
 
-def transformer_shape(model: CausalLM | PreTrainedModel) -> dict[str, int]:
+def last_hidden(backbone: nn.Module, batch: PackedBatch, attention: AttnInputs) -> Tensor:
+    """(total_tokens, hidden_size): what a transformers model without head makes of a microbatch."""
+    return backbone(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        use_cache=False,  # a cache makes transformers ignore document boundaries
+        hdp_batch=attention,
+    ).last_hidden_state[0]
+
+
+def transformer_shape(model: Any) -> dict[str, int]:
     """The dimensions that a cost model and an MFU estimate need."""
     config = model.config
     heads = config.num_attention_heads

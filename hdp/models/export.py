@@ -21,14 +21,26 @@ from torch import Tensor
 
 from .causal_lm import CausalLM
 from .export_folder import check_target, new_export
-from .huggingface import auto_tokenizer, load_tokenizer, model_from_config
+from .huggingface import (
+    auto_tokenizer,
+    classifier_from_config,
+    load_tokenizer,
+    model_from_config,
+)
+from .scalar_head import ScalarHeadLM
 from .support import first_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NOT_EXPORTED = ("quantization_config", "compression_config", "auto_map")
 
 
-def export_dtype(model: CausalLM, name: str) -> torch.dtype:
+def loader_of(model: CausalLM | ScalarHeadLM) -> str:
+    """The class of transformers that loads an export of `model`."""
+    is_scalar = isinstance(model, ScalarHeadLM)
+    return "AutoModelForSequenceClassification" if is_scalar else "AutoModelForCausalLM"
+
+
+def export_dtype(model: CausalLM | ScalarHeadLM, name: str) -> torch.dtype:
     """The dtype `name` ("fp32", "bf16", "fp16") of an export.
 
     "auto" is that of the checkpoint that the model was loaded from, and that of the weights
@@ -40,7 +52,7 @@ def export_dtype(model: CausalLM, name: str) -> torch.dtype:
 
 
 def export_model(
-    model: CausalLM,
+    model: CausalLM | ScalarHeadLM,
     path: str | os.PathLike,
     state_dict: Mapping[str, Tensor],
     *,
@@ -71,15 +83,21 @@ def export_model(
         config.__dict__.pop(name, None)
     written_dtype = next(iter(weights.values())).dtype if weights else dtype
     with torch.device("meta"):
-        skeleton = model_from_config(config, dtype=written_dtype)
+        if isinstance(model, ScalarHeadLM):
+            skeleton = classifier_from_config(config, model.num_outputs, dtype=written_dtype)
+            prefix = f"{skeleton.base_model_prefix}."
+            weights = {n if n == "score.weight" else prefix + n: x for n, x in weights.items()}
+        else:
+            skeleton = model_from_config(config, dtype=written_dtype)
     _keep_one_of_each(weights, skeleton)
     kept = f"the earlier export in {target} is unchanged" if target.exists() else "nothing is left"
     try:
         _check_space(target, weights)
         with new_export(target) as folder:
             skeleton.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
-            # As it is: save_pretrained rejects combinations that from_pretrained accepts.
-            model.model.generation_config.to_json_file(folder / "generation_config.json")
+            if isinstance(model, CausalLM):
+                # As it is: save_pretrained rejects combinations that from_pretrained accepts.
+                model.model.generation_config.to_json_file(folder / "generation_config.json")
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
                 _warn_if_misread(folder)

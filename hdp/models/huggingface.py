@@ -152,6 +152,26 @@ def model_from_config(
     return model
 
 
+def classifier_from_config(
+    config: PreTrainedConfig, num_labels: int, *, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """The `*ForSequenceClassification` of a causal LM's config, with random weights.
+
+    Raises ValueError if transformers has none for the model type.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(config)
+    config.num_labels = num_labels
+    try:
+        return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    except Exception as error:
+        raise ValueError(
+            f"transformers cannot hold a reward model of type {config.model_type!r}: "
+            f"{first_line(error)}"
+        ) from error
+
+
 def check_checkpoint(
     path: str | os.PathLike, skeleton: PreTrainedModel
 ) -> tuple[Path, torch.dtype]:

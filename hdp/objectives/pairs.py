@@ -158,6 +158,7 @@ class KTO:
         metrics = {
             "sequences": owned.sum(),
             "good": (good & owned).sum(),
+            "kl": (baseline * owned).sum(),
             "good_reward": (reward * good).sum(),
             "bad_reward": (reward * ~good).sum(),
         }

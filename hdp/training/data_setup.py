@@ -20,6 +20,7 @@ from hdp.console import count
 from hdp.data import MixtureSampler, Sampler, TokenDataset, Tokenizer, open_dataset, open_source
 from hdp.data.joined_source import JoinedSource
 from hdp.data.naming import parse_names
+from hdp.data.pairs import PairDataset, PairSampler, open_labeled, open_pairs
 from hdp.data.prepare.cache import cache_folder, open_tokenizer
 from hdp.data.sample import content_checksum
 from hdp.data.selection import Selection, count_shared, hold_out, subset
@@ -28,7 +29,10 @@ from hdp.distributed.mesh import HDPMesh
 from hdp.scheduler import CostModel
 from hdp.scheduler.policies.memory import shard_capacity
 
+from .task import is_paired
+
 T = TypeVar("T")
+Dataset = TokenDataset | Selection | PairDataset  # what a run trains on
 DEMO_LENGTH = 2048  # limit of the demo data: batches are the same on any number of ranks
 _MAX_COUNTED = 300_000  # sequences: above that, the length of an epoch is estimated
 _MOST_WALKED = 2000  # steps: in more, rounding up to a whole one does not show
@@ -38,7 +42,7 @@ _MOST_WALKED = 2000  # steps: in more, rounding up to a whole one does not show
 class RunData:
     """The data of a run."""
 
-    training: TokenDataset | Selection
+    training: Dataset
     evaluation: Selection | None
     sampler: Sampler | MixtureSampler
     sources: tuple[str, ...]  # names of a mixture's sources; () without weights
@@ -73,6 +77,8 @@ def open_run_data(config: TrainConfig) -> RunData:
     Raises ValueError for data that cannot be read, an evaluation set that is empty or cannot be
     used, and weights or a context schedule that the data cannot satisfy.
     """
+    if config.objective != "sft":
+        return _open_answers(config)
     names = parse_names(config.data)
     datasets = open_training_data(config)
     training: TokenDataset | Selection = datasets[0] if len(datasets) == 1 else Selection(datasets)
@@ -90,6 +96,33 @@ def open_run_data(config: TrainConfig) -> RunData:
         sampler=_sampler(config, training, [weight for _, weight in names if is_mixture]),
         sources=tuple(name for name, _ in names) if is_mixture else (),
     )
+
+
+def _open_answers(config: TrainConfig) -> RunData:
+    """Pairs of answers, or answers that are good or bad, for the objectives that compare them."""
+    tokenizer: Any = config.tokenizer
+    if tokenizer == "auto":
+        tokenizer = "bpe:4096" if config.model == "demo" else config.model
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "pattern": config.pattern,
+        "subset": config.subset,
+        "split": config.split,
+        **_template_options(config),
+        "max_length": config.max_length,
+        "overlong": config.overlong,
+        "strict": config.strict,
+        "cache_dir": config.cache_dir,
+    }
+    training: PairDataset | Selection
+    order: dict[str, Any] = {"batch_tokens": config.batch_tokens, "seed": config.seed}
+    if is_paired(config):
+        training = pairs = open_pairs(config.data, **options)
+        sampler: Sampler = PairSampler(pairs.pair_lengths, **order)
+    else:
+        training = open_labeled(config.data, **options)
+        sampler = Sampler(training.seqlens, **order)
+    return RunData(training=training, evaluation=None, sampler=sampler, sources=())
 
 
 def open_training_data(config: TrainConfig) -> list[TokenDataset]:
@@ -174,7 +207,7 @@ def _for_eval(config: TrainConfig, call: Callable[[], T]) -> T:
         raise ValueError(f"--eval-data {config.eval_data}: {said}") from error
 
 
-def agree_on_data(dataset: TokenDataset | Selection, mesh: HDPMesh) -> None:
+def agree_on_data(dataset: Dataset, mesh: HDPMesh) -> None:
     """Raise ValueError on all ranks if they read different tokens. Collective.
 
     Each node may have its own copy of the data, so contents are compared, not paths or times.
@@ -200,7 +233,7 @@ def check_data_fits(
     cost: given, a part of the activations goes to the host, as far as the cost model allows.
     """
 
-    def check(sequences: TokenDataset | Selection) -> None:
+    def check(sequences: Dataset) -> None:
         held: int | np.ndarray = config.tokens_per_rank
         if cost is not None:
             most = config.tokens_per_rank

@@ -22,6 +22,7 @@ from hdp.checkpoint.directory import committed
 from hdp.config import TrainConfig
 from hdp.config_file import to_yaml
 from hdp.models.export_folder import check_target
+from hdp.objectives import pair_units
 from hdp.scheduler import CostModel, StepPlan, plan
 from hdp.scheduler.costs.estimate import estimate_cost
 
@@ -31,6 +32,8 @@ from .metrics import ring_counts
 from .model_setup import checked_shape, compute_dtype
 from .run_config import check_new_run
 from .schedule import schedule_of
+from .setup import longest_batch
+from .task import is_paired
 
 
 def dry_run(config: TrainConfig) -> None:
@@ -120,11 +123,12 @@ def _steps(
             cost=cost,
             policy=config.policy,
             cp_size=config.cp_size,
+            units=pair_units(len(seqlens)) if is_paired(config) else None,
         )
 
-    planned(dataset.seqlens.max()[None])  # as a run does: fail now if no ring can hold it
+    planned(longest_batch(dataset))  # as a run does: fail now if no ring can hold it
     if data.evaluation is not None:
-        planned(data.evaluation.seqlens.max()[None])
+        planned(longest_batch(data.evaluation))
     ids = next(iter(sampler))
     first = planned(dataset.seqlens[ids])
     rings = " ".join(f"{size}x{count}" for size, count in ring_counts(first).items())

@@ -29,8 +29,9 @@ from hdp.distributed.fsdp import full_state_dict
 from hdp.distributed.mesh import HDPMesh
 from hdp.distributed.watchdog import Watchdog
 from hdp.errors import CheckpointError
-from hdp.models.export import export_dtype, export_model
-from hdp.models.export_folder import check_target
+from hdp.models.export import export_dtype, export_model, loader_of
+from hdp.models.export_folder import check_target, new_export
+from hdp.models.lora import merged, save_adapter
 
 from .callbacks import Callback, Callbacks
 from .dry_run import dry_run
@@ -55,7 +56,7 @@ from .validation import (
 _KEPT_STEPS = 10_000  # so that memory does not grow with the length of a run
 _PATHS = (
     *("model", "data", "eval_data", "tokenizer", "cache_dir", "run_dir", "cost"),
-    *("export_hf", "export_ema"),
+    *("export_hf", "export_ema", "export_adapter"),
 )
 
 
@@ -85,7 +86,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> list[StepM
     ):
         _check_same_options(config, mesh)
         on_rank_0(partial(check_new_run, config), mesh.hdp_group)
-        for folder in filter(None, (config.export_hf, config.export_ema)):
+        for folder in filter(None, (config.export_hf, config.export_ema, config.export_adapter)):
             on_rank_0(partial(check_target, folder), mesh.hdp_group)  # not after the last step
         with watchdog.allow(LONG_S, "loading data and model"):
             run = set_up(config, mesh, watchdog)
@@ -160,7 +161,9 @@ def _steps(
             lr = learning_rate(config, step)
             set_learning_rate(run.optimizer, lr)
             with _first_step_allowance(run, is_first=step == progress.first_step):
-                result = train_step(run.context, batch)
+                if run.reference is not None:
+                    batch = run.reference(batch)
+                result = train_step(run.context, batch, run.objective)
             if run.ema:
                 run.ema.update(run.model)
             _advance(run, progress, batch)
@@ -316,7 +319,8 @@ def _finish(run: Run, saves: Saves, progress: Progress) -> None:
 def _export_all(run: Run, saves: Saves, progress: Progress) -> None:
     """Export the model and its average, if asked for. Collective."""
     config = run.config
-    if (config.export_hf or config.export_ema) and progress.stop_signal:  # its sender will not wait
+    targets = (config.export_hf, config.export_ema, config.export_adapter)
+    if any(targets) and progress.stop_signal:  # its sender will not wait
         run.say("the model was not exported; run the same command to go on")
         return
     if config.export_ema and run.ema:  # before the weights of the best step replace the last ones
@@ -331,13 +335,24 @@ def _export_all(run: Run, saves: Saves, progress: Progress) -> None:
                 else "exporting the last weights, because no best checkpoint can be read"
             )
         _export(run, Path(config.export_hf))
+    if config.export_adapter:
+        _export_adapter(run, Path(config.export_adapter))
 
 
 def _export(run: Run, folder: Path) -> None:
     """Write the model in the format `from_pretrained` reads. Collective; rank 0 writes."""
-    state = full_state_dict(run.model)
+    state = merged(run.model, full_state_dict(run.model))
     if run.is_main:
         dtype = export_dtype(run.model, run.config.export_dtype)
         export_model(run.model, folder, state, tokenizer=run.dataset.tokenizer, dtype=dtype)
         kind = str(dtype).removeprefix("torch.")
-        run.say(f"wrote {folder} in {kind}: load it with AutoModelForCausalLM.from_pretrained")
+        run.say(f"wrote {folder} in {kind}: load it with {loader_of(run.model)}.from_pretrained")
+
+
+def _export_adapter(run: Run, folder: Path) -> None:
+    """Write the adapter alone, as peft reads it. Collective; rank 0 writes."""
+    state = full_state_dict(run.model)
+    if run.is_main:
+        with new_export(check_target(folder)) as partial_folder:
+            save_adapter(run.model, state, partial_folder, base=run.config.model)
+        run.say(f"wrote {folder}: load it with peft.PeftModel.from_pretrained(model, {folder!s})")

@@ -11,6 +11,9 @@ bubble      share of the step that ranks spend waiting or communicating, mean ov
             number holds the time that the operating system gave a core to another rank
 rings       number of sequences per ring degree: 412 on one rank, 9 on two, 1 on eight
 mem         peak memory of any rank (device memory on a GPU, resident set on a CPU)
+accuracy    share of pairs whose chosen answer is preferred; only with pairs (hdp/training/task.py)
+kl          of KTO: of the policy from the reference, on answers to other prompts
+margin      by how much, in rewards: beta * log-ratio to the reference, or the model's score
 dt, eta     time of the step, and the time that is left at the pace of the last steps
 host        peak host memory of any rank's offloaded activations; only with offload
 """
@@ -23,7 +26,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ from hdp.scheduler import StepPlan
 from .boards import BoardOptions, Boards
 
 _MOST_IDLE = 64  # numbers in a row, so that metrics.jsonl stays small with thousands of ranks
+_SHOWN = ("accuracy", "margin", "kl")  # of an objective's numbers, in the step line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +66,7 @@ class StepMetrics:
     rings: dict[int, int]  # degree -> number of sequences
     idle: tuple[float, ...] = ()  # share of the step in which each rank does not compute; `blocks`
     shared_cores: bool = False  # CPU ranks outnumber cores, so `bubble` and `idle` mean little
+    objective: dict[str, float] = field(default_factory=dict)  # what it reports, per pair
 
     def line(self, num_steps: int, *, eta_s: float | None = None) -> str:
         """The log line. eta_s: seconds to the end of the run; None: not shown."""
@@ -70,6 +75,7 @@ class StepMetrics:
         parts = [
             f"step {self.step}/{num_steps}",
             f"loss {self.loss:.4f}",
+            *(f"{name} {self.objective[name]:.3f}" for name in _SHOWN if name in self.objective),
             f"grad {self.grad_norm:.2f}",
             f"lr {_short(self.lr)}",
             f"tok/s/rank {self.tokens_per_s_per_rank:,.0f}",
@@ -113,13 +119,15 @@ class ModelFlops:
     head_params: int
     num_layers: int
     attention_width: int  # num_heads * head_dim
+    is_frozen: bool = False  # the weights: no gradient of theirs is computed, 4 instead of 6
 
     def of(self, seqlens: Sequence[int], num_loss_tokens: int) -> float:
         """FLOPs for whole sequences of these lengths, with `num_loss_tokens` labels in all."""
         tokens = math.fsum(seqlens)
         squares = math.fsum(n * n for n in seqlens)
         matmuls = self.num_params * tokens + self.head_params * num_loss_tokens
-        return 6.0 * (matmuls + self.num_layers * self.attention_width * squares)
+        attention = 6.0 * self.num_layers * self.attention_width * squares
+        return (4.0 if self.is_frozen else 6.0) * matmuls + attention
 
 
 # Dense bf16 peak by device name, flop/s: from vendors' data sheets, without sparsity.
@@ -203,7 +211,7 @@ class MetricsWriter:
         self._record(values)
         shares = values["idle"]
         values |= {"idle_max": max(shares), "idle_min": min(shares)} if shares else {}
-        self.boards.scalars(metrics.step, values)
+        self.boards.scalars(metrics.step, {**values, **metrics.objective})
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Record other values of a step, such as those of an evaluation, in a row of their own."""

@@ -20,9 +20,12 @@ from hdp.distributed.fsdp import shard
 from hdp.distributed.mesh import HDPMesh
 from hdp.models.causal_lm import CausalLM, transformer_shape
 from hdp.models.compiled import compile_layers
+from hdp.models.huggingface import classifier_from_config
 from hdp.models.liger import use_liger
 from hdp.models.loading import build_model, load_model
 from hdp.models.loading import check_model as check_loadable
+from hdp.models.lora import LoRA, add_lora
+from hdp.models.scalar_head import ScalarHeadLM
 from hdp.offloading.engine import OffloadEngine, open_engine
 from hdp.offloading.memory import host_bytes_per_rank
 from hdp.offloading.per_microbatch import PerMicrobatchOffload
@@ -38,7 +41,7 @@ _HOST_SHARE = 0.9  # share of the offload pool that plans may fill: layers diffe
 class ModelSetup:
     """A sharded model and the choices made while setting it up."""
 
-    model: CausalLM
+    model: CausalLM | ScalarHeadLM
     dtype: torch.dtype  # compute dtype
     cost: CostModel
     offload: PerMicrobatchOffload | None  # executes the plans' offload ratios; None: no host memory
@@ -60,16 +63,17 @@ def set_up_model(
     cost = open_cost(config, mesh, shape, dtype)
     misfit = _cost_misfit(config, cost, shape)
     seed = config.seed if seed is None else seed
-    model = on_all_ranks(
+    causal = on_all_ranks(
         partial(_open_model, config, mesh, dtype, vocab_size, seed), mesh.hdp_group
     )
     offload: PerMicrobatchOffload | None = None
     if config.offload_gib:
-        offload = _open_offload(config, model, mesh, dtype, cost)
+        offload = _open_offload(config, causal, mesh, dtype, cost)
         cost = offload.cost
     layers = use_liger(
-        model.model, config.liger, device=mesh.device, dtype=dtype, compiled=config.compile
+        causal.model, config.liger, device=mesh.device, dtype=dtype, compiled=config.compile
     )
+    model = on_all_ranks(partial(_fit_out, causal, config, seed), mesh.hdp_group)
     if config.compile:
         compile_layers(model.layers)
     shard(
@@ -87,6 +91,41 @@ def set_up_model(
         attention=choose_kernel(mesh.device, dtype, config.attention, head_dim=shape["head_dim"]),
         notes=(misfit,) if misfit else (),
     )
+
+
+def _fit_out(causal: CausalLM, config: TrainConfig, seed: int) -> CausalLM | ScalarHeadLM:
+    """The model with the head and the adapters that the objective and the options ask for."""
+    model: CausalLM | ScalarHeadLM = causal
+    if config.objective == "reward":
+        if config.export_hf or config.export_ema:  # now, not after the last step
+            with torch.device("meta"):
+                classifier_from_config(causal.config, 1, dtype=torch.float32)
+        model = ScalarHeadLM.from_causal_lm(causal, seed=seed)
+    if config.lora_rank:
+        targets: tuple[str, ...] | str = config.lora_targets
+        if targets != "all-linear":
+            targets = tuple(name.strip() for name in config.lora_targets.split(","))
+        add_lora(
+            model,
+            LoRA(rank=config.lora_rank, alpha=config.lora_alpha, targets=targets),
+            seed=seed,
+        )
+    return model
+
+
+def set_up_reference(config: TrainConfig, mesh: HDPMesh, *, vocab_size: int) -> CausalLM:
+    """The model that the run started from, sharded and frozen. Collective.
+
+    Raises ValueError as `set_up_model`.
+    """
+    dtype = compute_dtype(config, mesh.device)
+    model = on_all_ranks(
+        partial(_open_model, config, mesh, dtype, vocab_size, config.seed), mesh.hdp_group
+    )
+    use_liger(model.model, config.liger, device=mesh.device, dtype=dtype, compiled=config.compile)
+    model.requires_grad_(False)
+    shard(model, mesh.device_mesh, param_dtype=dtype if dtype == torch.bfloat16 else None)
+    return model
 
 
 def check_model(

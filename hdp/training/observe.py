@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 from hdp.data.feed import StepBatch
 from hdp.models.causal_lm import CausalLM, transformer_shape
+from hdp.models.lora import has_lora
+from hdp.models.scalar_head import ScalarHeadLM
 from hdp.report.trace import Trace
 from hdp.scheduler import Span, StepPlan, Timeline, simulate
 from hdp.scheduler.render.figure import draw_plans
@@ -26,6 +28,7 @@ from .cores import shares_cores
 from .metrics import ModelFlops, StepMetrics, blocks, peak_flops, ring_counts
 from .setup import Run
 from .step import StepResult
+from .task import averages
 
 
 class Observer:
@@ -93,15 +96,19 @@ class Observer:
             rings=ring_counts(plan),
             idle=blocks([1.0 - busy / makespan_s for busy in busy_s]) if makespan_s > 0 else (),
             shared_cores=max(shared) > 0,
+            objective=averages(result.metrics),
         )
 
 
-def count_flops(model: CausalLM) -> ModelFlops:
+def count_flops(model: CausalLM | ScalarHeadLM) -> ModelFlops:
     """FLOP counts of `model`, sharded or not."""
     shape = transformer_shape(model)
     hf_model: Any = model.model
     embedding = hf_model.get_input_embeddings().weight
-    head = hf_model.get_output_embeddings().weight
+    if isinstance(model, ScalarHeadLM):
+        head = model.score.weight
+    else:
+        head = hf_model.get_output_embeddings().weight
     # A tied embedding is multiplied once, as the head; an untied one is only looked up.
     others = head.numel() if embedding is head else head.numel() + embedding.numel()
     return ModelFlops(
@@ -109,6 +116,7 @@ def count_flops(model: CausalLM) -> ModelFlops:
         head_params=head.numel(),
         num_layers=shape["num_layers"],
         attention_width=shape["num_heads"] * shape["head_dim"],
+        is_frozen=has_lora(model),
     )
 
 

@@ -35,7 +35,7 @@ EFFECTS = {
     **dict.fromkeys(("lr", "min_lr_ratio", "warmup_steps", "schedule", "decay_share"), _UPDATE),
     **dict.fromkeys(("weight_decay", "beta1", "beta2", "grad_clip", "ema_decay"), _UPDATE),
     **dict.fromkeys(("model", "config_overrides"), "changes the model"),
-    "dtype": _UPDATE,
+    **dict.fromkeys(("dtype", "objective", "beta", "rpo_alpha"), _UPDATE),
 }
 
 

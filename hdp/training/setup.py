@@ -12,13 +12,15 @@ import torch
 from hdp import console
 from hdp.attention.layout import RingLayout
 from hdp.config import TrainConfig
-from hdp.data import MixtureSampler, Sampler, TokenDataset
+from hdp.data import MixtureSampler, Sampler
 from hdp.data.feed import StepFeed
-from hdp.data.selection import Selection
+from hdp.data.pairs import PairDataset
 from hdp.distributed.mesh import HDPMesh
 from hdp.distributed.rng import seed_rng
 from hdp.distributed.watchdog import Watchdog
 from hdp.models.causal_lm import CausalLM
+from hdp.models.lora import describe_lora
+from hdp.objectives import Objective, cross_entropy, pair_units
 from hdp.offloading.per_microbatch import PerMicrobatchOffload
 from hdp.ops.native import describe
 from hdp.scheduler import CostModel, StepPlan, plan
@@ -26,6 +28,7 @@ from hdp.scheduler import CostModel, StepPlan, plan
 from .capacity import fit_tokens_per_rank
 from .cores import shared_cores_note, shares_cores
 from .data_setup import (
+    Dataset,
     RunData,
     agree_on_data,
     check_data_fits,
@@ -34,9 +37,11 @@ from .data_setup import (
     open_run_data,
 )
 from .ema import EMA, describe_average
-from .model_setup import ModelSetup, check_model, set_up_model
+from .model_setup import ModelSetup, check_model, set_up_model, set_up_reference
 from .optim import build_optimizer, describe_groups, optimizer_name
+from .reference import KTOBaseline, Reference
 from .step import StepContext, keep_everything
+from .task import build_objective, is_paired, needs_reference
 
 LONG_S = 3600.0  # time limit for loading, saving and exporting before a rank counts as hung
 
@@ -51,9 +56,12 @@ class Run:
     context: StepContext
     ema: EMA | None = None  # the average of the weights, with --ema-decay
     epochs: float | None = None  # asked for instead of steps
+    objective: Objective = cross_entropy
+    # Adds what the objective compares the policy with to a step.
+    reference: Reference | KTOBaseline | None = None
 
     @property
-    def dataset(self) -> TokenDataset | Selection:
+    def dataset(self) -> Dataset:
         """What the run trains on."""
         return self.data.training
 
@@ -100,6 +108,7 @@ class Run:
             cp_size=self.config.cp_size,
             ranks_per_node=self.mesh.ranks_per_node,
             offload=self.config.offload_gib > 0,
+            units=pair_units(len(seqlens)) if is_paired(self.config) else None,
         )
 
     def until_epochs(self, step: int) -> Run:
@@ -170,22 +179,26 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
         weight_decay=config.weight_decay,
         backend=config.optimizer,
     )
+    context = StepContext.create(
+        mesh,
+        made.model,
+        optimizer,
+        watchdog=watchdog,
+        grad_clip=config.grad_clip,
+        offload=made.offload or keep_everything,
+    )
     run = Run(
         config=config,
         data=data,
         epochs=epochs,
         cost=made.cost,
-        context=StepContext.create(
-            mesh,
-            made.model,
-            optimizer,
-            watchdog=watchdog,
-            grad_clip=config.grad_clip,
-            offload=made.offload or keep_everything,
-        ),
+        context=context,
         ema=EMA(made.model, config.ema_decay) if config.ema_decay else None,
+        objective=build_objective(config, context.comm),
+        reference=_open_reference(config, context, dataset.vocab_size),
     )
-    longest = run.plan(dataset.seqlens.max()[None])  # fail now if no ring can hold it
+    run = _with_baseline(run)
+    longest = run.plan(longest_batch(dataset))  # fail now if no ring can hold it
     if data.evaluation is not None:
         run.plan(data.evaluation.seqlens.max()[None])
     _introduce(run, made)
@@ -194,10 +207,48 @@ def set_up(config: TrainConfig, mesh: HDPMesh, watchdog: Watchdog) -> Run:
     return run
 
 
+def _open_reference(config: TrainConfig, context: StepContext, vocab_size: int) -> Reference | None:
+    """What the objective compares the policy with; None if it does not. Collective."""
+    if not needs_reference(config):
+        return None
+    if config.lora_rank:
+        return Reference.adapter_off(context)
+    return Reference.copy(context, set_up_reference(config, context.mesh, vocab_size=vocab_size))
+
+
+def _with_baseline(run: Run) -> Run:
+    """The run with what KTO needs on top of a reference, which is planned by the run itself."""
+    if run.config.objective != "kto":
+        return run
+    assert isinstance(run.reference, Reference)
+    baseline = KTOBaseline(
+        reference=run.reference,
+        dataset=run.dataset,
+        plan=run.plan,
+        max_length=run.mesh.hdp_size * run.config.tokens_per_rank,
+    )
+    return replace(run, reference=baseline)
+
+
+def longest_batch(dataset: Dataset) -> np.ndarray:
+    """(1,) the longest sequence, or the (2,) lengths of the longest pair."""
+    if isinstance(dataset, PairDataset):
+        longest = int(dataset.pair_lengths.argmax())
+        return dataset.seqlens[2 * longest : 2 * longest + 2]
+    return dataset.seqlens.max()[None]
+
+
 def _introduce(run: Run, made: ModelSetup) -> None:
     """Log once what runs where: fallbacks are announced, never silent."""
     mesh, config, attention = run.mesh, run.config, made.attention
     parameters = sum(p.numel() for p in run.model.parameters())
+    if config.objective != "sft":
+        beside = "" if run.reference is None else "; reference: the model that the run starts from"
+        if run.reference is not None:
+            beside += ", adapters off" if config.lora_rank else ", a frozen copy"
+        run.say(f"objective: {config.objective}{beside}")
+    if adapters := describe_lora(run.model):
+        run.say(adapters)
     ranks = console.count(mesh.hdp_size, "rank")
     run.say(f"{ranks} on {mesh.device.type}, {mesh.ranks_per_node} per node")
     if shares_cores(mesh):

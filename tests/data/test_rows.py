@@ -277,7 +277,10 @@ def test_rows_of_any_shape_are_documents_or_refused(kind):
     needs, uses = columns_of(kind)
     good = {"messages": [U, A], "conversations": [U, A], "input_ids": [1], "text": "t"}
     good |= dict.fromkeys(("instruction", "output", "prompt", "completion"), "x")
+    good |= {"chosen": "y", "rejected": "z", "label": True}
     for name in (*needs, *uses):
         for value in values:
             row = {**{need: good[need] for need in needs}, name: value}
-            assert isinstance(row_document(row, kind, "text"), (Document, Rejected)), (name, value)
+            made = row_document(row, kind, "text")
+            is_other = made is None and row.get("label") in (0, 1)  # bad, or good, unlike `kind`
+            assert is_other or isinstance(made, (Document, Rejected)), (name, value)

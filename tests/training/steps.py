@@ -29,11 +29,15 @@ class TakeGradients(torch.optim.Optimizer):
     """An optimizer that stores the full gradients instead of applying them."""
 
     def __init__(self, model):
-        super().__init__(model.parameters(), {})
+        super().__init__([p for p in model.parameters() if p.requires_grad], {})
         self._model, self.gradients = model, None
 
     def step(self, closure=None):
-        self.gradients = {name: p.grad.full_tensor() for name, p in self._model.named_parameters()}
+        self.gradients = {
+            name: p.grad.full_tensor()
+            for name, p in self._model.named_parameters()
+            if p.grad is not None or p.requires_grad  # a frozen one has none
+        }
 
 
 def _num_loss_tokens(samples):

@@ -22,7 +22,9 @@ MALFORMED = "malformed"
 NO_COLUMN = "missing a column"
 TEMPLATE = "refused by the chat template"
 UNKNOWN_TOKEN = "outside the vocabulary"
-DAMAGE = (UNREADABLE, NOT_UTF8, MALFORMED, NO_COLUMN, TEMPLATE, UNKNOWN_TOKEN)
+NO_ANSWER = "without an answer"
+EQUAL = "a pair of equal answers"
+DAMAGE = (UNREADABLE, NOT_UTF8, MALFORMED, NO_COLUMN, TEMPLATE, UNKNOWN_TOKEN, NO_ANSWER, EQUAL)
 
 EMPTY = "empty"
 NO_ASSISTANT = "without an assistant turn"

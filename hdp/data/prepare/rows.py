@@ -11,6 +11,9 @@
     prompt     prompt, completion           two strings, or two lists of messages, with a loss on
                [, tools, system, label]     the completion only; tools and system are for messages
     tokens     input_ids [, labels, masks]  token ids, as they are
+    chosen,    chosen, rejected [, prompt]  one side of a pair, as a completion of the prompt that
+    rejected                                both share (preference.py); never chosen by "auto"
+    good, bad  prompt, completion, label    the completions whose label is true, or false; no others
 
 The format follows from the columns of a source, unless it is given; `text` beside the columns of
 another format is its rendered copy and gives way. A null is a column that the row does not have, at
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -30,6 +33,7 @@ from . import json_text
 from .documents import (
     EMPTY,
     MALFORMED,
+    NO_ANSWER,
     NO_COLUMN,
     Document,
     Rejected,
@@ -39,9 +43,22 @@ from .documents import (
     text_document,
     without_none,
 )
+from .preference import one_answer
 
-RowFormat = Literal["auto", "text", "chat", "sharegpt", "alpaca", "prompt", "tokens"]
-FORMATS = ("auto", "text", "chat", "sharegpt", "alpaca", "prompt", "tokens")
+RowFormat = Literal[
+    "auto",
+    "text",
+    "chat",
+    "sharegpt",
+    "alpaca",
+    "prompt",
+    "tokens",
+    "chosen",
+    "rejected",
+    "good",
+    "bad",
+]
+FORMATS: tuple[RowFormat, ...] = get_args(RowFormat)
 
 # The columns that a format needs; it may use more.
 _NEEDS: dict[str, tuple[str, ...]] = {
@@ -50,14 +67,23 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "prompt": ("prompt", "completion"),
     "tokens": ("input_ids",),
+    "chosen": ("chosen", "rejected"),
+    "rejected": ("chosen", "rejected"),
+    "good": ("prompt", "completion", "label"),
+    "bad": ("prompt", "completion", "label"),
 }
 _TOKEN_MASKS = ("labels", "attention_mask", "loss_mask", "completion_mask", "assistant_masks")
+_BY_REQUEST = ("chosen", "rejected", "good", "bad")  # formats that "auto" never finds
 _USES: dict[str, tuple[str, ...]] = {
     "chat": ("tools", "system"),
     "sharegpt": ("tools", "system"),
     "alpaca": ("input", "system", "history"),
     "prompt": ("tools", "system", "label"),
     "tokens": (*_TOKEN_MASKS, "position_ids"),
+    "chosen": ("prompt", "tools"),
+    "rejected": ("prompt", "tools"),
+    "good": ("tools",),
+    "bad": ("tools",),
 }
 _LOSS_MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 _IGNORED = -100
@@ -83,7 +109,11 @@ def find_format(
         return requested if all(name in columns for name in needs) else None
     if text_column != "text":
         return "text" if text_column in columns else None
-    found = [name for name, needs in _NEEDS.items() if all(n in columns for n in needs)]
+    found = [
+        name
+        for name, needs in _NEEDS.items()
+        if name not in _BY_REQUEST and all(n in columns for n in needs)
+    ]
     if len(found) > 1:
         described = " and ".join(f"{name} ({', '.join(_NEEDS[name])})" for name in found)
         raise ValueError(
@@ -103,8 +133,10 @@ def columns_of(row_format: str, text_column: str = "text") -> tuple[tuple[str, .
     return needs, _USES[row_format]
 
 
-def row_document(row: dict[str, Any], row_format: str, text_column: str) -> Document | Rejected:
-    """The document of one row."""
+def row_document(
+    row: dict[str, Any], row_format: str, text_column: str
+) -> Document | Rejected | None:
+    """The document of one row; None for a row that is not what the format asks for, good or bad."""
     needs = columns_of(row_format, text_column)[0]
     try:
         row = without_none(row)
@@ -115,6 +147,11 @@ def row_document(row: dict[str, Any], row_format: str, text_column: str) -> Docu
             return text_document(row[text_column], text_column)
         if row_format in ("chat", "sharegpt"):
             return _chat(row, needs[0])
+        if row_format in ("good", "bad"):
+            return _labeled(row, is_good=row_format == "good")
+        if row_format in _BY_REQUEST:
+            answer = one_answer(row, row_format)
+            return answer if isinstance(answer, Rejected) else _prompt(answer)
         return {"alpaca": _alpaca, "prompt": _prompt, "tokens": _tokens}[row_format](row)
     except RecursionError:
         return Rejected(reason=MALFORMED, detail="nested too deeply")
@@ -240,6 +277,18 @@ def _alpaca_prompt(parts: list[str]) -> str:
         + "".join(f"### Input:\n{text}\n\n" for text in inputs)
         + "### Response:\n"
     )
+
+
+def _labeled(row: dict[str, Any], *, is_good: bool) -> Document | Rejected | None:
+    label = _LABELS.get(str(row["label"]).strip().lower())
+    if label is None:
+        return _malformed(f"'label' is {row['label']!r}: write true or false")
+    if label != is_good:
+        return None
+    document = _prompt({name: value for name, value in row.items() if name != "label"})
+    if isinstance(document, Rejected) and document.reason == EMPTY:
+        return Rejected(reason=NO_ANSWER, detail=document.detail)
+    return document
 
 
 def _prompt(row: dict[str, Any]) -> Document | Rejected:

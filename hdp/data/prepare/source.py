@@ -103,7 +103,7 @@ class RowSource(Source):
                 f"columns are {columns}: choose another format (--format)"
             )
         is_pair = "chosen" in columns or "rejected" in columns
-        hint = "; preference pairs are not supported" if is_pair else ""
+        hint = "; pairs are for --objective dpo and the like, or --format chosen" if is_pair else ""
         raise ValueError(
             f"{self.label} has no column {self.text_column!r}; its columns are {columns}: choose "
             "one with text_column (--text-column); chats need `messages`, and docs/data.md lists "
