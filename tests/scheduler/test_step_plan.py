@@ -68,7 +68,7 @@ def test_json_round_trip(case) -> None:
 def version_2(plan: StepPlan) -> dict[str, Any]:
     """A plan as earlier versions wrote it: every rank repeats its rings."""
     data = json.loads(plan.to_json())
-    for name in ("rings", "gathered", "offload_ratio"):
+    for name in ("aligned", "rings", "gathered", "offload_ratio"):
         del data[name]
     data["version"] = 2
     data["ranks"] = [
