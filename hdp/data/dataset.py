@@ -188,7 +188,9 @@ class NamedLengths(Protocol):
     def name(self, index: int, /) -> str: ...
 
 
-def check_fits(data: NamedLengths, *, hdp_size: int, max_tokens_per_rank: int | np.ndarray) -> None:
+def check_fits(
+    data: NamedLengths, *, hdp_size: int, max_tokens_per_rank: int | np.ndarray
+) -> None:
     """`TokenDataset.check_fits` for any sequences with names."""
     held = np.broadcast_to(max_tokens_per_rank, data.seqlens.shape)
     over = data.seqlens > hdp_size * held

@@ -98,6 +98,9 @@ def test_json_of_version_2_goes_round(case) -> None:
     lengths, arguments = case
     made = plan(lengths, **arguments)
     again = StepPlan.from_json(json.dumps(version_2(made)))
+    again = dataclasses.replace(
+        again, aligned=made.aligned
+    )  # a promise that version 2 does not know
     assert again == made and again.to_json() == made.to_json()
 
 
