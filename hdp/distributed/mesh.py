@@ -320,7 +320,7 @@ def agree_on_plan(
     numbers = numbers or {}
     group = where.hdp_group if isinstance(where, HDPMesh) else where
     if dist.get_world_size(group) > 1:
-        device = where.device if isinstance(where, HDPMesh) else _device_of(where)
+        device = where.device if isinstance(where, HDPMesh) else device_of(where)
         digest = [int(plan.digest[i : i + 8], 16) for i in range(0, 64, 8)]
         words = torch.tensor([*digest, *numbers.values()])
         extremes = torch.cat([words, -words]).to(device)
@@ -339,7 +339,7 @@ def agree_on_plan(
         raise ValueError(f"plan for hdp_size={plan.hdp_size} on a mesh of {where.hdp_size} ranks")
 
 
-def _device_of(group: dist.ProcessGroup) -> torch.device:
+def device_of(group: dist.ProcessGroup) -> torch.device:
     """Where tensors must be for a collective of this group."""
     if "nccl" in str(dist.get_backend_config(group)):
         return torch.device("cuda", torch.cuda.current_device())
