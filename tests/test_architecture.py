@@ -80,6 +80,8 @@ ROOMS: dict[str, set[str]] = {
         *("scheduler.costs", "scheduler.policies"),
         *("scheduler.render", "scheduler.simulation"),
     },
+    # inside another trainer; imported only by who asks for it
+    "megatron": {"attention", "data", "distributed", "scheduler"},
     # the command line
     "doctor": {"attention", "csrc", "installation", "ops"},
     "profile": {
@@ -117,6 +119,7 @@ FOREIGN = {
     "flash_attn_interface": "hdp/attention/kernels/flash_attn.py",
     "transformer_engine": "hdp/attention/kernels/transformer_engine.py",
     "liger_kernel": "hdp/models/liger.py",
+    "megatron": "hdp/megatron/contract.py",
 }
 # Parts of libraries with the same rule: everything else goes through that file.
 FOREIGN_PARTS = {

@@ -110,6 +110,7 @@ def layer_spec(config: Any, vp_stage: int | None = None, **_: Any) -> Any:
     Layers are Transformer Engine's where config.transformer_impl says so. Raises ValueError where
     the configuration is refused.
     """
+    config = getattr(config, "transformer", config)  # 0.18: a container of it
     check_config(config)
     block_spec = core_object("models.gpt.gpt_layer_specs:get_gpt_decoder_block_spec")
     spec = block_spec(

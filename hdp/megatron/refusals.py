@@ -21,6 +21,11 @@ def _is_set(name: str, *off: Any) -> Callable[[Any], bool]:
     return lambda settings: _of(settings, name) not in (None, False, *off)
 
 
+def _gathers_tokens(config: Any) -> bool:
+    experts = _of(config, "num_moe_experts") or _of(config, "num_experts")
+    return bool(experts and _of(config, "moe_token_dispatcher_type") == "allgather")
+
+
 def _fused_yarn(config: Any) -> bool:
     mla = _of(config, "multi_latent_attention", False)
     return bool(mla and _of(config, "rope_type") == "yarn" and _of(config, "apply_rope_fusion"))
@@ -43,6 +48,10 @@ _OF_CONFIG: tuple[_Refusal, ...] = (
     (
         _is_set("experimental_attention_variant"),
         "no gated delta net or sparse attention: leave out --experimental-attention-variant",
+    ),
+    (
+        _gathers_tokens,
+        "ranks have different numbers of tokens: set --moe-token-dispatcher-type alltoall",
     ),
     (_fused_yarn, "fused RoPE of MLA with YaRN counts positions itself: add --no-rope-fusion"),
     (_is_set("enable_cuda_graph"), "shapes change: leave out --enable-cuda-graph"),

@@ -66,14 +66,14 @@ def offloaded() -> Any:
     """A function from the planned ratio to a context that offloads most of a tiny model."""
     import hdp
     from hdp.offloading.context import open_engine
-    from hdp.offloading.forward import Windows
+    from hdp.offloading.types import CopyBuffers
 
     engine = open_engine(torch.device("cpu"), max_bytes=256 << 20)
-    windows = Windows(window_bytes=1 << 14, keep_bytes=1 << 12, prefetch_bytes=1 << 14)
+    buffers = CopyBuffers(send_bytes=1 << 14, keep_bytes=1 << 12, prefetch_bytes=1 << 14)
 
     def context(ratio: float) -> AbstractContextManager[Any]:
         options = {"recompute_pointwise": 1.0, "min_bytes": 256}
-        return hdp.offload(ratio=0.8, engine=engine, buffers=windows, **options)
+        return hdp.offload(ratio=0.8, engine=engine, buffers=buffers, **options)
 
     return context
 
@@ -91,8 +91,10 @@ def reference(steps: int = 0, num_layers: int = 2) -> dict[str, Any]:
     return result
 
 
-def check_rank(rank: int, world: int, want: dict[str, Any], case: dict[str, Any]) -> float:
-    """The worst relative error of a parameter's gradient, or update, on this rank."""
+def check_rank(
+    rank: int, world: int, want: dict[str, Any], case: dict[str, Any]
+) -> tuple[float, str]:
+    """The worst relative error of a parameter's gradient, or update, on this rank, and where."""
     cuda_shim.install()
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -136,7 +138,7 @@ def check_rank(rank: int, world: int, want: dict[str, Any], case: dict[str, Any]
     if ddp.get("overlap_param_gather"):
         wrapped[0].start_param_sync(force_sync=True)
     return max(
-        _error(tiny_gpt, chunk, name, parameter, want, bool(steps))
+        (_error(tiny_gpt, chunk, name, parameter, want, bool(steps)), name)
         for chunk in chunks
         for name, parameter in chunk.named_parameters()
     )
@@ -144,13 +146,16 @@ def check_rank(rank: int, world: int, want: dict[str, Any], case: dict[str, Any]
 
 def _error(tiny_gpt: Any, chunk: Any, name: str, parameter: Any, want: Any, updates: bool) -> float:
     full = tiny_gpt.full_name(name, chunk)
-    if updates:
+    rounding = 0.0
+    if updates:  # a weight near 1 keeps an update of 1e-3 to four digits, whoever computes it
         before = tiny_gpt.cut(name, want["weights"][full])
+        rounding = float(torch.finfo(torch.float32).eps * before.norm())
         got = parameter.detach() - before
         expected = tiny_gpt.cut(name, want["after"][full]) - before
     else:
         got, expected = parameter.main_grad, tiny_gpt.cut(name, want["grads"][full])
-    return float((got - expected).norm() / expected.norm().clamp(min=1e-12))
+    off = max(0.0, float((got - expected).norm()) - rounding)
+    return off / max(float(expected.norm()), 1e-12)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -184,10 +189,10 @@ def test_gradients_are_those_of_one_rank(name: str) -> None:
     case = CASES[name]
     want = reference(case.get("steps", 0), case.get("num_layers", 2))
     errors = run_ranks(check_rank, 4, want, case, timeout_s=90)
-    assert max(errors) <= TOLERANCE, f"{max(errors):.1e}, by rank {errors}"
+    assert max(errors)[0] <= TOLERANCE, f"by rank {errors}"
 
 
-def hanging_rank(rank: int, world: int, want: dict[str, Any], case: dict[str, Any]) -> float:
+def hanging_rank(rank: int, world: int, want: dict[str, Any], case: dict[str, Any]) -> Any:
     """Without the gathers before the first forward."""
     cuda_shim.install()
     import hdp.megatron.schedule
@@ -208,6 +213,6 @@ def test_gathers_inside_the_first_forward_hang() -> None:
     """And with those that the schedule starts first, the same plan runs."""
     case = {"plan": crossed, "steps": 3, "ddp": OVERLAPS}
     want = reference(3)
-    assert max(run_ranks(check_rank, 4, want, case, timeout_s=90)) <= 1e-5
+    assert max(run_ranks(check_rank, 4, want, case, timeout_s=90))[0] <= 1e-5
     with pytest.raises(RankError, match="hung"):
         run_ranks(hanging_rank, 4, want, case, timeout_s=15)

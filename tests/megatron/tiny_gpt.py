@@ -62,6 +62,7 @@ def config(tp: int = 1, pp: int = 1, **more: Any) -> TransformerConfig:
         "pipeline_model_parallel_size": pp,
         "pipeline_dtype": torch.float32,
         "variable_seq_lengths": pp > 1,
+        "moe_token_dispatcher_type": "alltoall",
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
