@@ -24,21 +24,33 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 import hdp.megatron
 from hdp.data.pack import Sample
 
-VOCAB, HEADS, GROUPS, HIDDEN, FFN = 128, 8, 4, 64, 96
+VOCAB, HEADS, GROUPS, HIDDEN, FFN, EXPERTS = 128, 8, 4, 64, 96, 4
 LENGTHS = [150, 97, 61, 40, 33, 21, 17, 11, 9, 7, 5, 3, 2, 1]
 
 
-def start(tp: int = 1, pp: int = 1, vpp: int | None = None) -> None:
+# aux loss off: it depends on how a batch is cut into microbatches
+MOE: dict[str, Any] = {
+    **{"num_moe_experts": EXPERTS, "moe_router_topk": 2, "moe_ffn_hidden_size": FFN},
+    **{"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0},
+}
+MLA: dict[str, Any] = {
+    **{"q_lora_rank": 32, "kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 8},
+    **{"v_head_dim": 8, "multi_latent_attention": True, "num_query_groups": HEADS},
+}
+
+
+def start(tp: int = 1, pp: int = 1, vpp: int | None = None, ep: int = 1) -> None:
     """Megatron's groups over the default group."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
+        expert_model_parallel_size=ep,
     )
     model_parallel_cuda_manual_seed(1)
 
@@ -70,7 +82,8 @@ def config(tp: int = 1, pp: int = 1, **more: Any) -> TransformerConfig:
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
     }
-    return TransformerConfig(**{**options, **more})
+    kind = MLATransformerConfig if more.get("multi_latent_attention") else TransformerConfig
+    return kind(**{**options, **more})
 
 
 class SequenceParallelNorm(torch.nn.RMSNorm):
@@ -81,10 +94,32 @@ class SequenceParallelNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
+class DenseAttention(torch.nn.Module):
+    """Megatron's local attention does not take MLA's arguments."""
+
+    def __init__(self, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+
+    def forward(self, query, key, value, *args, **kwargs):
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.softmax_scale
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
 def build(cfg: TransformerConfig, *, hdp_attention: bool, vp_stage: int | None = None) -> GPTModel:
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=cfg.num_moe_experts,
+        moe_grouped_gemm=False,
+        multi_latent_attention=cfg.multi_latent_attention,
+        normalization="RMSNorm",
+    )
     if hdp_attention:
         spec = hdp.megatron.use_hdp_attention(spec)
+    elif cfg.multi_latent_attention:
+        spec.submodules.self_attention.submodules.core_attention = DenseAttention
     if cfg.sequence_parallel:
         spec.submodules.input_layernorm = SequenceParallelNorm
         spec.submodules.pre_mlp_layernorm = SequenceParallelNorm
@@ -167,13 +202,18 @@ def full_name(name: str, model: GPTModel) -> str:
     if "layers" in parts:
         i = parts.index("layers") + 1
         parts[i] = str(model.decoder.layers[int(parts[i])].layer_number - 1)
+    if "local_experts" in parts:
+        i = parts.index("local_experts") + 1
+        local = EXPERTS // parallel_state.get_expert_model_parallel_world_size()
+        first = local * parallel_state.get_expert_model_parallel_rank()
+        parts[i] = str(int(parts[i]) + first)
     return ".".join(parts)
 
 
 def cut(name: str, full: torch.Tensor) -> torch.Tensor:
     size = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
-    if size == 1:
+    if size == 1 or "local_experts" in name:  # experts are cut by EP alone here
         return full
     if "linear_fc1" in name:  # gate and up are cut one by one
         return torch.cat([half.chunk(size)[rank] for half in full.chunk(2)])
