@@ -97,7 +97,7 @@ def _replace_core_attention(spec: Any) -> int:
     count = 0
     for field in dataclasses.fields(spec):
         if field.name == "core_attention":
-            spec.core_attention = HDPAttention
+            setattr(spec, field.name, HDPAttention)
             count += 1
         elif field.name != "cross_attention":
             count += _replace_core_attention(getattr(spec, field.name))

@@ -112,12 +112,14 @@ def next_step(data_iterator: Any, ranks: Ranks) -> RankStep:
         problem = "there is no data iterator: mark the provider, provider.is_distributed = True"
     if not problem and not isinstance(step, RankStep):
         problem = f"the data iterator gave {type(step).__name__}, not hdp.megatron.pack_step(..)"
-    failed = torch.tensor([float(bool(problem))], device=device_of(dist.group.WORLD))
+    world = dist.group.WORLD
+    assert world is not None, "torch.distributed is initialized when Megatron trains"
+    failed = torch.tensor([float(bool(problem))], device=device_of(world))
     dist.all_reduce(failed, dist.ReduceOp.MAX)
     if failed.item():
         raise ValueError(problem or "the data iterator of another rank failed; see its message")
     assert isinstance(step, RankStep)
-    agree_on_plan(dist.group.WORLD, step.plan)
+    agree_on_plan(world, step.plan)
     check_plan(step.plan, ranks)
     return step
 
