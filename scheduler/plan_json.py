@@ -4,8 +4,8 @@ Version 3 says everything once, so the text grows with the pieces of a plan, not
 its rings (version 2 repeated a ring of n ranks on each of them: n squared numbers):
 
     {"version": 3, "policy": "hdp", "hdp_size": 3, "pp_size": 1, "max_tokens_per_rank": 8,
-     "offloadable": 0.0, "ranks_per_node": null, "predicted_s": 0.1, "lower_bound_s": 0.1,
-     "notes": {}, "seqlens": [10, 3],
+     "aligned": false, "offloadable": 0.0, "ranks_per_node": null, "predicted_s": 0.1,
+     "lower_bound_s": 0.1, "notes": {}, "seqlens": [10, 3],
      "rings": [[[0, 2]], [[2, 1]]],      for each sequence its ranks in ring order, as runs
                                          [first rank, number of ranks] of consecutive ranks
      "gathered": [0],                    the sequences whose ring is gathered
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .plain import parse_json, shown, to_plain, whole, whole_column
+from .plain import flag, parse_json, shown, to_plain, whole, whole_column
 
 if TYPE_CHECKING:
     from .step_plan import StepPlan
@@ -37,7 +37,7 @@ _KEYS = {
     *("version", "policy", "hdp_size", "pp_size", "max_tokens_per_rank", "offloadable"),
     *("ranks_per_node", "predicted_s", "lower_bound_s", "notes", "seqlens", "ranks"),
 }
-_KEYS_OF_3 = {"rings", "gathered", "offload_ratio"}
+_KEYS_OF_3 = {"aligned", "rings", "gathered", "offload_ratio"}
 
 
 def text_of(plan: StepPlan) -> str:
@@ -51,6 +51,7 @@ def text_of(plan: StepPlan) -> str:
         "hdp_size": plan.hdp_size,
         "pp_size": plan.pp_size,
         "max_tokens_per_rank": plan.max_tokens_per_rank,
+        "aligned": plan.aligned,
         "offloadable": plan.offloadable,
         "ranks_per_node": plan.ranks_per_node,
         "predicted_s": plan.predicted_s,
@@ -121,6 +122,7 @@ def _scalars(data: dict[str, Any]) -> dict[str, Any]:
         "notes": data["notes"],
         "hdp_size": whole("hdp_size", data["hdp_size"]),
         "pp_size": whole("pp_size", data["pp_size"]),
+        "aligned": flag("aligned", data.get("aligned", False)),
         "max_tokens_per_rank": whole("max_tokens_per_rank", data["max_tokens_per_rank"]),
         "ranks_per_node": None if node is None else whole("ranks_per_node", node),
         "offloadable": _number("offloadable", data["offloadable"]),

@@ -65,6 +65,8 @@ def plan(
     ranks_per_node: int | None = None,
     offload: bool = False,
     equal_counts: bool = False,
+    multiple: int = 1,
+    ends_together: bool = False,
 ) -> StepPlan:
     """Plan one step: which ranks hold which sequences, in which order (ByteScale sections 5, 6).
 
@@ -80,17 +82,18 @@ def plan(
         rings and static's blocks of cp_size ranks ignore nodes and pay for the link. None: one node
     offload: let activations move to the host where forward hides it, for fewer ranks (Eq. 3)
     equal_counts: give every rank the same number of microbatches (expert parallelism and ZeRO-3
-        across ranks need it), padding with empty ones
+        across ranks need it), padding with empty ones, and rings the same index on all of their
+        ranks: the plan is `aligned`
+    multiple: make every rank's number of microbatches a multiple of this (interleaved pipelines
+        need one of pp_size), padding with empty ones
+    ends_together: let no ring be the last microbatch of only some of its ranks
+        (`StepPlan.ends_together`), adding empty ones after it, so that gradients may be reduced
+        during the last backward
 
     Returns a plan with its simulated seconds and a lower bound for any plan. Raises ValueError for
     bad arguments, or if the plan is impossible or has over 2**25 pieces or pipeline operations.
     """
-    if not isinstance(policy, str) or policy not in POLICIES:
-        raise ValueError(f"unknown policy {shown(policy)}; choose one of {', '.join(POLICIES)}")
-    if cp_size is not None and policy != "static":
-        raise ValueError(
-            f"cp_size={shown(cp_size)} applies to the static policy only, not {policy!r}"
-        )
+    _check_policy(policy, cp_size)
     batch = Batch.check(
         seqlens,
         hdp_size=hdp_size,
@@ -101,7 +104,23 @@ def plan(
         ranks_per_node=ranks_per_node,
         offload=offload,
         equal_counts=equal_counts,
+        multiple=multiple,
+        ends_together=ends_together,
     )
+    return _planned(batch, policy, cp_size)
+
+
+def _check_policy(policy: str, cp_size: int | None) -> None:
+    if not isinstance(policy, str) or policy not in POLICIES:
+        raise ValueError(f"unknown policy {shown(policy)}; choose one of {', '.join(POLICIES)}")
+    if cp_size is not None and policy != "static":
+        raise ValueError(
+            f"cp_size={shown(cp_size)} applies to the static policy only, not {policy!r}"
+        )
+
+
+def _planned(batch: Batch, policy: str, cp_size: int | None) -> StepPlan:
+    """The policy's plan with its simulated seconds and the lower bound."""
     degrees = Degrees(batch)
     bound = lower_bound_ticks(degrees)
     own: dict[str, Any] = {"static": {"cp_size": cp_size}}
@@ -109,6 +128,6 @@ def plan(
     result = POLICIES[policy](batch, **own.get(policy, {}))
     return replace(
         result,
-        predicted_s=finish_s(result, cost),
+        predicted_s=finish_s(result, batch.cost),
         lower_bound_s=step_bound_s(degrees, bound),
     )

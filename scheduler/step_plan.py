@@ -18,6 +18,7 @@ tests/scheduler/test_validate.py):
 * gathered_alone        a gathered sequence is on several ranks, and alone on its ring
 * acyclic_order         the order in which ranks meet in rings has no cycle: no deadlock
 * same_index_under_pp   with pp_size > 1 a shared microbatch has the same local index on all ranks
+* aligned_as_promised   with `aligned` that holds too, and all ranks have equally many microbatches
 * no_rank_without_work  every rank has at least one microbatch (it may be empty)
 
 Storage is columnar (numpy, CSR offsets) so that 100,000 sequences on 10,000 ranks stay cheap;
@@ -114,6 +115,7 @@ class StepPlan:
     hdp_size: int
     max_tokens_per_rank: int
     pp_size: int = 1
+    aligned: bool = False  # promises equal counts and rings at one local index on all their ranks
     seqlens: np.ndarray  # (num_seqs,) int64, tokens
     ring_offsets: np.ndarray  # (num_seqs + 1,) int64
     ring_ranks: np.ndarray  # (sum of degrees,) int32
@@ -284,9 +286,9 @@ class StepPlan:
         """JSON text with plain numbers; its size grows with the pieces of the plan (plan_json.py).
 
         {"version": 3, "policy": "hdp", "hdp_size": 2, "pp_size": 1, "max_tokens_per_rank": 8,
-         "offloadable": 0.0, "ranks_per_node": null, "predicted_s": 0.1, "lower_bound_s": 0.1,
-         "notes": {}, "seqlens": [10, 3], "rings": [[[0, 2]], [[0, 1]]], "gathered": [],
-         "ranks": [[[0, 1]], [[0]]], "offload_ratio": null}
+         "aligned": false, "offloadable": 0.0, "ranks_per_node": null, "predicted_s": 0.1,
+         "lower_bound_s": 0.1, "notes": {}, "seqlens": [10, 3], "rings": [[[0, 2]], [[0, 1]]],
+         "gathered": [], "ranks": [[[0, 1]], [[0]]], "offload_ratio": null}
 
         `rings` has runs [first rank, number of ranks] for each sequence, `ranks` the microbatches
         of each rank, as lists of sequences. Raises ValueError for notes that JSON cannot hold.
@@ -321,6 +323,6 @@ _COLUMNS: dict[str, type] = {
     "offload_ratio": np.float64,
 }
 _SCALARS = (
-    *("hdp_size", "max_tokens_per_rank", "pp_size", "offloadable", "predicted_s"),
+    *("hdp_size", "max_tokens_per_rank", "pp_size", "aligned", "offloadable", "predicted_s"),
     *("lower_bound_s", "ranks_per_node"),
 )

@@ -39,6 +39,7 @@ def validate_plan(plan: StepPlan) -> None:
     gathered_alone(plan, meeting)
     acyclic_order(plan, meeting)
     same_index_under_pp(plan, meeting)
+    aligned_as_promised(plan, meeting)
     no_rank_without_work(plan)
 
 
@@ -112,6 +113,8 @@ def _scalars_are_sound(plan: StepPlan) -> None:
             raise ValueError(
                 f"columns_are_sound: {name}={getattr(plan, name)} must be finite; NaN: unknown"
             )
+    if not isinstance(plan.aligned, bool):
+        raise ValueError(f"columns_are_sound: aligned={shown(plan.aligned)} must be True or False")
     if not isinstance(plan.policy, str) or not isinstance(plan.notes, dict):
         raise ValueError(
             f"columns_are_sound: policy={shown(plan.policy)} must be text and "
@@ -257,8 +260,29 @@ def acyclic_order(plan: StepPlan, meeting: np.ndarray) -> None:
 
 def same_index_under_pp(plan: StepPlan, meeting: np.ndarray) -> None:
     """With pp_size > 1 a shared microbatch has the same local index on all ranks of its ring."""
-    if plan.pp_size == 1:
+    if plan.pp_size > 1:
+        _same_index(plan, meeting, "same_index_under_pp", f"pp_size={plan.pp_size}")
+
+
+def aligned_as_promised(plan: StepPlan, meeting: np.ndarray) -> None:
+    """With `aligned`, all ranks have equally many microbatches, and rings one index on all ranks.
+
+    Ranks that meet in every layer (experts, weights) then meet in the same microbatch.
+    """
+    if not plan.aligned:
         return
+    counts = plan.num_microbatches
+    if int(counts.min()) != int(counts.max()):
+        few, many = int(counts.argmin()), int(counts.argmax())
+        raise ValueError(
+            f"aligned_as_promised: rank {few} has {counts[few]} microbatches and rank {many} has "
+            f"{counts[many]}; add empty ones, or make the plan without aligned"
+        )
+    _same_index(plan, meeting, "aligned_as_promised", "and the plan is aligned")
+
+
+def _same_index(plan: StepPlan, meeting: np.ndarray, invariant: str, why: str) -> None:
+    """Raise unless every shared microbatch has one local index on all ranks of its ring."""
     index = np.arange(len(meeting)) - plan.microbatch_offsets[plan.microbatch_ranks]
     shared = np.flatnonzero(meeting >= 0)
     low = np.full(plan.num_seqs, np.iinfo(np.int64).max)
@@ -268,8 +292,8 @@ def same_index_under_pp(plan: StepPlan, meeting: np.ndarray) -> None:
     bad = np.flatnonzero((high >= 0) & (low != high))
     if len(bad):
         raise ValueError(
-            f"same_index_under_pp: sequence {bad[0]} is in microbatch {low[bad[0]]} of one rank "
-            f"and {high[bad[0]]} of another, pp_size={plan.pp_size}"
+            f"{invariant}: sequence {bad[0]} is in microbatch {low[bad[0]]} of one rank "
+            f"and {high[bad[0]]} of another, {why}"
         )
 
 

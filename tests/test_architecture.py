@@ -81,6 +81,8 @@ ROOMS: dict[str, set[str]] = {
         *("scheduler.costs", "scheduler.policies"),
         *("scheduler.render", "scheduler.simulation"),
     },
+    # inside another trainer; imported only by who asks for it
+    "megatron": {"attention", "data", "distributed", "scheduler"},
     # the command line
     "doctor": {"attention", "csrc", "installation", "ops"},
     "profile": {
@@ -119,6 +121,7 @@ FOREIGN = {
     "transformer_engine": "hdp/attention/kernels/transformer_engine.py",
     "liger_kernel": "hdp/models/liger.py",
     "peft": "hdp/models/lora.py",
+    "megatron": "hdp/megatron/contract.py",
 }
 # Parts of libraries with the same rule: everything else goes through that file.
 FOREIGN_PARTS = {

@@ -30,15 +30,28 @@ from torch import Tensor
 
 from .clock import Clock, Mark
 
+# More than a step has: 512 ring steps, forward and backward, in each of 64 layers.
+MOST_WAITS = 2**16
 Peers = Sequence[tuple[Tensor, int]]  # (contiguous tensor, rank on the HDP axis)
 
 
 @dataclass
 class CommStats:
-    """Bytes that a rank sent, and the (start, end) of each wait for its ring."""
+    """Bytes that a rank sent, and the (start, end) of each wait for its ring.
+
+    Of the waits at least the last MOST_WAITS are kept, with the number of those before them.
+    """
 
     bytes_sent: int = 0
     waits: list[tuple[Mark, Mark]] = field(default_factory=list)
+    waits_dropped: int = 0
+
+    def waited(self, start: Mark, end: Mark) -> None:
+        """Add a wait; past twice the limit, the oldest half goes."""
+        self.waits.append((start, end))
+        if len(self.waits) >= 2 * MOST_WAITS:
+            self.waits_dropped += len(self.waits) - MOST_WAITS
+            del self.waits[:-MOST_WAITS]
 
 
 class Transfer:
@@ -54,7 +67,7 @@ class Transfer:
         with self._comm.on_wait(peers):
             for work in self._works:
                 work.wait()
-        self._comm.stats.waits.append((start, self._comm.clock.now()))
+        self._comm.stats.waited(start, self._comm.clock.now())
         self._comm.on_exchange()
         return [tensor for tensor, _ in self._receives]
 
@@ -62,7 +75,8 @@ class Transfer:
 class RingComm:
     """Sends tensors between the ranks of a ring, on one communicator (ByteScale section 5.1).
 
-    `stats` grows until `take_stats` is called; call it once per step in your own training loop.
+    `stats` collects until `take_stats` is called, once per step in your own training loop; where
+    nobody takes them, they stay bounded.
 
     group: the HDP axis; None: the default group. device: where the tensors live. on_exchange:
     called after each completed transfer, as a heartbeat for a watchdog. on_wait: wraps each wait

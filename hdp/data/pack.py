@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,8 +31,8 @@ class PackedBatch:
     input_ids: torch.Tensor  # (total_tokens,) int64
     position_ids: torch.Tensor  # (total_tokens,) int64, positions in the whole sequence
     labels: torch.Tensor  # (total_tokens,) int64, shifted; IGNORE_INDEX: no loss
-    # Indices into StepPlan.seqlens, in packing order. () for a rank without tokens: its row is one
-    # padding token, which `layout.spans()` lists but which belongs to no sequence.
+    # Indices into StepPlan.seqlens, in packing order; () for a rank without tokens. Padding is the
+    # last span of `layout.spans()` and belongs to no sequence: there is one span more than here.
     seqs: tuple[int, ...]
     layout: RingLayout
     offload_ratio: float = 0.0
@@ -71,17 +71,37 @@ class Samples(Protocol):
     def __getitem__(self, index: int, /) -> Sample: ...
 
 
-def pack_rank(plan: StepPlan, rank: int, samples: Samples) -> tuple[PackedBatch, ...]:
+def pack_rank(
+    plan: StepPlan,
+    rank: int,
+    samples: Samples,
+    *,
+    pad_to_multiple: int = 1,
+    num_microbatches: int | None = None,
+) -> tuple[PackedBatch, ...]:
     """Rank `rank`'s microbatches of the plan, in order, on the CPU: at least one.
 
     samples[s] is sequence s of the plan; only this rank's samples are read, once each. All ranks
     take part in the gradient reduction, which needs a backward pass, so a rank without microbatches
     gets an empty one with the same columns.
 
+    pad_to_multiple: rows of each microbatch are a multiple of this (sequence parallelism cuts them
+        into equal parts); padding is a local sequence at the end, without labels
+    num_microbatches: as many in all, with empty ones at the end; None: those of the plan
+
     Raises ValueError if a sample's length differs from the plan's, or its columns from those of the
-    other samples.
+    other samples, or if the plan has more microbatches than `num_microbatches`.
     """
+    if pad_to_multiple < 1:
+        raise ValueError(f"pad_to_multiple={pad_to_multiple} must be at least 1")
     microbatches = plan.microbatches(rank) or [Microbatch()]
+    if num_microbatches is not None:
+        if num_microbatches < len(microbatches):
+            raise ValueError(
+                f"num_microbatches={num_microbatches}, but the plan has {len(microbatches)} for "
+                f"rank {rank}; pass that many or more"
+            )
+        microbatches += [Microbatch()] * (num_microbatches - len(microbatches))
     seqs = sorted({piece.seq for microbatch in microbatches for piece in microbatch.pieces})
     mine = {seq: samples[seq] for seq in seqs or [0]}
     for seq, sample in mine.items():
@@ -91,7 +111,9 @@ def pack_rank(plan: StepPlan, rank: int, samples: Samples) -> tuple[PackedBatch,
                 f"{plan.seqlens[seq]}; pass the samples of the batch that was planned"
             )
     columns = _columns_of(mine)
-    return tuple(_pack(microbatch, rank, mine, columns) for microbatch in microbatches)
+    return tuple(
+        _pack(microbatch, rank, mine, columns, pad_to_multiple) for microbatch in microbatches
+    )
 
 
 def _columns_of(samples: Mapping[int, Sample]) -> _Columns:
@@ -112,25 +134,31 @@ def _describe_columns(sample: Sample) -> str:
 
 
 def _pack(
-    microbatch: Microbatch, rank: int, samples: Mapping[int, Sample], columns: _Columns
+    microbatch: Microbatch,
+    rank: int,
+    samples: Mapping[int, Sample],
+    columns: _Columns,
+    pad_to_multiple: int,
 ) -> PackedBatch:
+    """One microbatch. Padding lets a rank without tokens take part in its ring in every layer, and
+    in the gradient reduction; it contributes exactly zero."""
     layout = RingLayout.from_microbatch(microbatch, rank)
-    common: dict[str, Any] = {
-        "seqs": tuple(piece.seq for piece in microbatch.pieces),
-        "offload_ratio": microbatch.offload_ratio,
-    }
-    if not layout.total_tokens:
-        return _padding(layout, columns, common)
-    input_ids = np.empty(layout.total_tokens, dtype=np.int64)
-    position_ids = np.empty_like(input_ids)
-    labels = np.empty_like(input_ids)
+    spans, seqs = layout.spans(), tuple(piece.seq for piece in microbatch.pieces)
+    num_padding = max(1, layout.total_tokens)
+    num_padding += -num_padding % pad_to_multiple - layout.total_tokens
+    if num_padding:
+        layout = replace(layout, local_seqlens=(*layout.local_seqlens, num_padding))
+    input_ids = np.zeros(layout.total_tokens, dtype=np.int64)
+    position_ids = np.zeros_like(input_ids)
+    position_ids[len(input_ids) - num_padding :] = np.arange(num_padding)
+    labels = np.full_like(input_ids, IGNORE_INDEX)
     packed = {
-        name: np.empty((len(input_ids), *shape), dtype=dtype)
+        name: np.zeros((len(input_ids), *shape), dtype=dtype)
         for name, (shape, dtype) in columns.items()
     }
     row = 0
-    for i, start, stop in layout.spans():
-        sample, rows = samples[common["seqs"][i]], slice(row, row + stop - start)
+    for i, start, stop in spans:
+        sample, rows = samples[seqs[i]], slice(row, row + stop - start)
         input_ids[rows] = sample.input_ids[start:stop]
         position_ids[rows] = np.arange(start, stop)
         labels[rows] = sample.labels(start, stop)
@@ -142,26 +170,7 @@ def _pack(
         position_ids=torch.from_numpy(position_ids),
         labels=torch.from_numpy(labels),
         columns={name: torch.from_numpy(column) for name, column in packed.items()},
+        seqs=seqs,
         layout=layout,
-        **common,
-    )
-
-
-def _padding(layout: RingLayout, columns: _Columns, common: dict[str, Any]) -> PackedBatch:
-    """One padding token without a label, for a rank without tokens.
-
-    It lets the rank take part in its ring in every layer, and in the gradient reduction, and
-    contributes exactly zero.
-    """
-    token = torch.zeros(1, dtype=torch.int64)
-    return PackedBatch(
-        input_ids=token,
-        position_ids=token.clone(),
-        labels=torch.full((1,), IGNORE_INDEX),
-        columns={
-            name: torch.from_numpy(np.zeros((1, *shape), dtype=dtype))
-            for name, (shape, dtype) in columns.items()
-        },
-        layout=replace(layout, local_seqlens=(1,)),
-        **common,
+        offload_ratio=microbatch.offload_ratio,
     )

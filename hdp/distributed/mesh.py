@@ -300,9 +300,16 @@ def _fresh_store(store: dist.Store, rank: int, size: int, timeout_s: float) -> d
 
 
 def agree_on_plan(
-    mesh: HDPMesh, plan: StepPlan, *, numbers: Mapping[str, int] | None = None
+    where: HDPMesh | dist.ProcessGroup,
+    plan: StepPlan,
+    *,
+    numbers: Mapping[str, int] | None = None,
 ) -> None:
     """Raise ValueError on all ranks if any rank has a different plan, which would hang the step.
+
+    where: the mesh, for its HDP ranks, or any process group. The ranks of a tensor parallel group
+    or of a pipeline are one HDP rank and need the same plan as well, so pass a group of all. Only
+    with a mesh is the plan's hdp_size compared with the number of ranks.
 
     Each rank computes the plan itself from the same input, so plans differ only if the input does
     (data cache, seed, cost model, version). numbers: more that must be the same, by name: int64,
@@ -311,14 +318,16 @@ def agree_on_plan(
     names the ranks in the minority and the first difference.
     """
     numbers = numbers or {}
-    if mesh.hdp_size > 1:
+    group = where.hdp_group if isinstance(where, HDPMesh) else where
+    if dist.get_world_size(group) > 1:
+        device = where.device if isinstance(where, HDPMesh) else device_of(where)
         digest = [int(plan.digest[i : i + 8], 16) for i in range(0, 64, 8)]
         words = torch.tensor([*digest, *numbers.values()])
-        extremes = torch.cat([words, -words]).to(mesh.device)
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=mesh.hdp_group)
+        extremes = torch.cat([words, -words]).to(device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
         highest, lowest_negated = extremes.cpu().split(len(words))
         if not torch.equal(highest[:8], -lowest_negated[:8]):
-            raise ValueError(_explain_disagreement(mesh, plan))
+            raise ValueError(_explain_disagreement(group, plan))
         spans = zip(numbers, (-lowest_negated[8:]).tolist(), highest[8:].tolist(), strict=True)
         for name, lowest, most in spans:
             if lowest != most:
@@ -326,29 +335,37 @@ def agree_on_plan(
                     f"ranks disagree on this step: {name} is from {lowest} to {most}, so their "
                     "data differs; make sure that all nodes read the same data cache"
                 )
-    if plan.hdp_size != mesh.hdp_size:
-        raise ValueError(f"plan for hdp_size={plan.hdp_size} on a mesh of {mesh.hdp_size} ranks")
+    if isinstance(where, HDPMesh) and plan.hdp_size != where.hdp_size:
+        raise ValueError(f"plan for hdp_size={plan.hdp_size} on a mesh of {where.hdp_size} ranks")
 
 
-def _explain_disagreement(mesh: HDPMesh, plan: StepPlan) -> str:
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where tensors must be for a collective of this group."""
+    if "nccl" in str(dist.get_backend_config(group)):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _explain_disagreement(group: dist.ProcessGroup, plan: StepPlan) -> str:
     """Name the ranks that differ from the majority, and the first difference. Collective.
 
     The text is the same on all ranks.
     """
-    digests: list[str] = [""] * mesh.hdp_size
-    dist.all_gather_object(digests, plan.digest, group=mesh.hdp_group)
+    size = dist.get_world_size(group)
+    digests: list[str] = [""] * size
+    dist.all_gather_object(digests, plan.digest, group=group)
     votes = Counter(digests)  # first seen first: a tie goes to the plan of the lowest rank
     majority = votes.most_common(1)[0][0]
     minority = [rank for rank, digest in enumerate(digests) if digest != majority]
     reference = [_contents(plan)]
-    source = dist.get_global_rank(mesh.hdp_group, digests.index(majority))
-    dist.broadcast_object_list(reference, src=source, group=mesh.hdp_group)
-    differences: list[str] = [""] * mesh.hdp_size
+    source = dist.get_global_rank(group, digests.index(majority))
+    dist.broadcast_object_list(reference, src=source, group=group)
+    differences: list[str] = [""] * size
     mine = _first_difference(_contents(plan), reference[0])
-    dist.all_gather_object(differences, mine, group=mesh.hdp_group)
+    dist.all_gather_object(differences, mine, group=group)
     named = ", ".join(map(str, minority[:8])) + (", ..." if len(minority) > 8 else "")
     return (
-        f"ranks disagree on the plan of this step: {len(minority)} of {mesh.hdp_size} ranks "
+        f"ranks disagree on the plan of this step: {len(minority)} of {size} ranks "
         f"({named}) differ from the others, rank {minority[0]} first in "
         f"{differences[minority[0]]}. All ranks must plan from the same input: make sure the data "
         "cache, seed, max_tokens_per_rank, cost model and hdp version are the same on all nodes"

@@ -34,6 +34,8 @@ class Batch:
     ranks_per_node: int | None = None
     offload: bool = False
     equal_counts: bool = False
+    multiple: int = 1
+    ends_together: bool = False
 
     @property
     def num_jobs(self) -> int:
@@ -42,6 +44,11 @@ class Batch:
     @property
     def num_seqs(self) -> int:
         return len(self.seqlens)
+
+    @property
+    def same_index(self) -> bool:
+        """Whether a shared microbatch needs one local index on all ranks of its ring."""
+        return self.pp_size > 1 or self.equal_counts
 
     @property
     def has_units(self) -> bool:
@@ -99,6 +106,8 @@ class Batch:
         ranks_per_node: int | None = None,
         offload: bool = False,
         equal_counts: bool = False,
+        multiple: int = 1,
+        ends_together: bool = False,
     ) -> Batch:
         """Check the arguments of plan(). Raises ValueError with the values and the remedy."""
         hdp_size = whole("hdp_size", hdp_size, most=MOST_RANKS)
@@ -111,19 +120,7 @@ class Batch:
             )
         if not isinstance(cost, CostModel):
             raise ValueError(f"cost must be a CostModel, not {type(cost).__name__}")
-        lengths = whole_column("seqlens", seqlens)
-        if not len(lengths):
-            raise ValueError("empty batch: give at least one sequence")
-        bad = np.flatnonzero(lengths < 1)
-        if len(bad):
-            raise ValueError(
-                f"seqlens[{bad[0]}] is {lengths[bad[0]]}; drop empty sequences before planning"
-            )
-        if float(lengths.sum(dtype=np.float64)) > MOST_TOKENS:
-            raise ValueError(
-                f"{len(lengths)} sequences of {lengths.sum(dtype=np.float64):.3g} tokens, the "
-                f"longest of {lengths.max()}: the sum must be at most 2**53; check the units"
-            )
+        lengths = _lengths(seqlens)
         if ranks_per_node is not None:
             ranks_per_node = whole("ranks_per_node", ranks_per_node, most=MOST_RANKS)
             if hdp_size % ranks_per_node and hdp_size > ranks_per_node:
@@ -146,6 +143,8 @@ class Batch:
             ranks_per_node=ranks_per_node,
             offload=flag("offload", offload),
             equal_counts=flag("equal_counts", equal_counts),
+            multiple=whole("multiple", multiple, most=MOST_STAGES),
+            ends_together=flag("ends_together", ends_together),
         )
 
 
@@ -158,6 +157,24 @@ def check_size(batch: Batch, degree: np.ndarray) -> None:
             f"{pieces:.3g} pieces, more than {MOST_PIECES}; raise max_tokens_per_rank="
             f"{batch.max_tokens_per_rank}, or plan fewer sequences at once"
         )
+
+
+def _lengths(seqlens: Sequence[int] | np.ndarray) -> np.ndarray:
+    """(num_seqs,) int64: the lengths, each at least 1 and no more in all than float64 counts."""
+    lengths = whole_column("seqlens", seqlens)
+    if not len(lengths):
+        raise ValueError("empty batch: give at least one sequence")
+    bad = np.flatnonzero(lengths < 1)
+    if len(bad):
+        raise ValueError(
+            f"seqlens[{bad[0]}] is {lengths[bad[0]]}; drop empty sequences before planning"
+        )
+    if float(lengths.sum(dtype=np.float64)) > MOST_TOKENS:
+        raise ValueError(
+            f"{len(lengths)} sequences of {lengths.sum(dtype=np.float64):.3g} tokens, the "
+            f"longest of {lengths.max()}: the sum must be at most 2**53; check the units"
+        )
+    return lengths
 
 
 def _group(units: np.ndarray, num_seqs: int) -> tuple[np.ndarray, np.ndarray]:

@@ -106,7 +106,7 @@ def _balance(batch: Batch, *, pipeline: bool) -> StepPlan:
         degree = int(units.degree[unit])
         ranks = np.sort(np.argsort(exec_s, kind="stable")[:degree])
         exec_s[ranks] = exec_s[ranks].max() + units.seconds[unit] + batch.cost.fixed_s
-        if batch.pp_size > 1:
+        if batch.same_index:
             depth[ranks] = depth[ranks].max()
         rings[unit], index[unit] = ranks, depth[ranks]
         depth[ranks] += 1

@@ -33,19 +33,17 @@ def assemble(
     degree (num_seqs,) and ring_ranks (sum of degree,) give the ring of each sequence; index
     (sum of degree,) is the local index, on each rank of ring_ranks, of the microbatch that holds
     the sequence. Unused indices are closed up, except with pp_size > 1 (a shared microbatch needs
-    one index on all ranks) or equal counts, where they become empty microbatches. Microbatches over
+    one index on all ranks) or equal counts, where they become empty microbatches; `_counts` adds
+    those that the batch demands at the end. Such a plan promises to be aligned. Microbatches over
     the capacity get the smallest offload ratio at which they fit; notes["ranks_saved"] counts the
     ranks that offload saves, summed over sequences. A sequence alone on its ring, inside a node, is
     gathered where that is faster (costs/gathering.py).
     """
     check_size(batch, degree)
     seq = np.repeat(np.arange(batch.num_seqs), degree)
-    if batch.pp_size == 1 and not batch.equal_counts:
+    if not batch.same_index:
         index = _closed_up(ring_ranks, index, batch.hdp_size)
-    counts = np.ones(batch.hdp_size, dtype=np.int64)
-    np.maximum.at(counts, ring_ranks, index + 1)
-    if batch.equal_counts:
-        counts[:] = counts.max()
+    counts = _counts(batch, degree, ring_ranks, index)
     microbatch_offsets = np.concatenate([[0], np.cumsum(counts)])
     microbatch = microbatch_offsets[ring_ranks] + index
     local = np.repeat(degree == 1, degree)
@@ -63,6 +61,7 @@ def assemble(
         hdp_size=batch.hdp_size,
         max_tokens_per_rank=batch.max_tokens_per_rank,
         pp_size=batch.pp_size,
+        aligned=batch.equal_counts or (batch.pp_size > 1 and len(set(counts.tolist())) == 1),
         ranks_per_node=batch.ranks_per_node,
         seqlens=batch.seqlens,
         ring_offsets=np.concatenate([[0], np.cumsum(degree)]),
@@ -75,6 +74,30 @@ def assemble(
         offloadable=batch.cost.offloadable if batch.offload else 0.0,
         notes=notes or {},
     )
+
+
+def _counts(
+    batch: Batch, degree: np.ndarray, ring_ranks: np.ndarray, index: np.ndarray
+) -> np.ndarray:
+    """(hdp_size,) int64: microbatches of each rank, empty ones at the end included.
+
+    A rank whose last microbatch is a ring that goes on to another microbatch elsewhere ends with an
+    empty one where `ends_together` is demanded. Other rings still end where they ended, since a
+    microbatch has one ring: one pass is enough.
+    """
+    counts = np.ones(batch.hdp_size, dtype=np.int64)
+    np.maximum.at(counts, ring_ranks, index + 1)
+    if batch.equal_counts:
+        counts[:] = counts.max()
+    counts = -(-counts // batch.multiple) * batch.multiple
+    if not batch.ends_together:
+        return counts
+    ends = index == counts[ring_ranks] - 1
+    starts = np.cumsum(degree) - degree
+    num_ends = np.add.reduceat(ends.astype(np.int64), starts)
+    split = np.repeat((num_ends > 0) & (num_ends < degree), degree)
+    counts[ring_ranks[split & ends]] += batch.multiple
+    return counts
 
 
 def _gathered(

@@ -214,3 +214,13 @@ def test_second_gradients_are_refused():
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
+
+
+def test_statistics_that_nobody_takes_stay_bounded(monkeypatch):
+    monkeypatch.setattr("hdp.attention.comm.MOST_WAITS", 4)
+    comm = RingComm()
+    for _ in range(1000):
+        comm.swap([], []).wait()
+    stats = comm.take_stats()
+    assert 4 <= len(stats.waits) < 8 and len(stats.waits) + stats.waits_dropped == 1000
+    assert comm.take_stats().waits == []

@@ -181,3 +181,50 @@ def test_plan_for_other_data_is_rejected():
     plan = StepPlan.from_lists([5], [[0]], [[[0]]], max_tokens_per_rank=8)
     with pytest.raises(ValueError, match="has 6 tokens, but the plan was made for 5"):
         pack_rank(plan, 0, [Sample(input_ids=np.arange(6))])
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    st.integers(1, 5),
+    st.integers(1, 7),
+    st.integers(0, 3),
+    st.integers(0, 99),
+)
+def test_padding_belongs_to_no_sequence(seqlens, hdp_size, multiple, more, seed):
+    """Rows in front of it are those of the unpadded batch; empty microbatches are nothing else."""
+    rng = np.random.default_rng(seed)
+    columns = {"advantages": (np.float32, ()), "teacher": (np.float64, (2,))}
+    samples = [
+        Sample(
+            input_ids=rng.integers(1, 9, n),
+            columns={k: np.ones((n, *shape), dtype) for k, (dtype, shape) in columns.items()},
+        )
+        for n in seqlens
+    ]
+    plan = random_plan(seqlens, hdp_size, seed)
+    for rank in range(hdp_size):
+        plain = pack_rank(plan, rank, samples)
+        count = len(plain) + more
+        padded = pack_rank(plan, rank, samples, pad_to_multiple=multiple, num_microbatches=count)
+        assert len(padded) == count
+        for i, batch in enumerate(padded):
+            assert batch.total_tokens % multiple == 0
+            assert batch.layout.total_tokens == batch.total_tokens
+            real = 0
+            if i < len(plain):
+                real = len(plain[i].labels) if plain[i].seqs else 0
+                assert batch.seqs == plain[i].seqs
+                for ours, theirs in zip(batch.tensors(), plain[i].tensors(), strict=True):
+                    assert torch.equal(ours[:real], theirs[:real])
+            assert (batch.labels[real:] == IGNORE_INDEX).all() and batch.total_tokens >= 1
+            assert not any(column[real:].any() for column in batch.columns.values() if not real)
+            assert set(batch.columns) == set(columns)
+
+
+def test_fewer_microbatches_than_the_plan_has_are_refused():
+    plan = StepPlan.from_lists([2, 3], [[0], [0]], [[[0], [1]]], max_tokens_per_rank=4)
+    samples = [Sample(input_ids=np.arange(n)) for n in (2, 3)]
+    with pytest.raises(ValueError, match=r"num_microbatches=1, but the plan has 2 for rank 0"):
+        pack_rank(plan, 0, samples, num_microbatches=1)
+    with pytest.raises(ValueError, match="pad_to_multiple=0 must be at least 1"):
+        pack_rank(plan, 0, samples, pad_to_multiple=0)

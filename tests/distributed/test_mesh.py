@@ -307,3 +307,25 @@ def test_predictions_may_differ():
     other_mesh = [_local_plan(3)] * 2
     messages = _disagreements(predictions, other_mesh)
     assert messages == ["", "plan for hdp_size=3 on a mesh of 2 ranks"]
+
+
+def _agree_in_groups(rank, world_size, plans):
+    """Ranks {0, 1} and {2, 3} as tensor parallel groups: within one, plans must be the same."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    messages = []
+    for group in (groups[rank // 2], dist.group.WORLD):
+        try:
+            agree_on_plan(group, plans[rank], numbers={"step": 3})
+        except ValueError as error:
+            messages.append(str(error))
+        else:
+            messages.append("")
+    return messages
+
+
+def test_any_process_group_can_agree():
+    good, bad = _local_plan(2), _local_plan(2, {1: 7})
+    assert run_ranks(_agree_in_groups, 4, [good] * 4) == [["", ""]] * 4
+    by_rank = run_ranks(_agree_in_groups, 4, [good, good, good, bad])
+    assert by_rank[0][0] == by_rank[1][0] == "" and "1 of 2 ranks (1) differ" in by_rank[2][0]
+    assert all("1 of 4 ranks (3) differ" in whole for _, whole in by_rank)

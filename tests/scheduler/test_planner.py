@@ -251,3 +251,29 @@ GOOD: dict[str, Any] = {"hdp_size": 8, "max_tokens_per_rank": 8192, "cost": COMP
 def test_bad_input(lengths, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan(lengths, **{**GOOD, **change})
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@given(case=batches(), multiple=st.integers(1, 4), together=st.booleans())
+def test_demands_on_the_counts(policy: str, case, multiple: int, together: bool) -> None:
+    """Counts are a multiple, rings end together, and equal counts are aligned."""
+    lengths, arguments = case
+    demands = {"multiple": multiple, "ends_together": together}
+    made = plan(lengths, policy=policy, **{**arguments, **demands}).validate()
+    assert not (made.num_microbatches % multiple).any()
+    assert made.ends_together or not together
+    if arguments["equal_counts"]:
+        assert made.aligned and made.ends_together
+    if made.aligned:
+        assert len(set(made.num_microbatches.tolist())) == 1
+
+
+def test_a_ring_that_ends_on_one_of_its_ranks_is_followed_by_an_empty_microbatch() -> None:
+    """bytescale gives rank 1 local work after the ring and rank 0 none."""
+    options = {"hdp_size": 2, "max_tokens_per_rank": 10, "cost": COMPUTE_ONLY}
+    made = plan([20, 9], policy="bytescale", **options)
+    assert made.num_microbatches.tolist() == [2, 1] and not made.ends_together
+    together = plan([20, 9], policy="bytescale", ends_together=True, **options)
+    assert together.num_microbatches.tolist() == [2, 2] and together.ends_together
+    even = plan([20, 9], policy="bytescale", ends_together=True, multiple=2, **options)
+    assert even.num_microbatches.tolist() == [2, 2]

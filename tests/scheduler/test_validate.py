@@ -160,3 +160,22 @@ def test_random_damage_is_found() -> None:
 def test_large_plans_validate_fast() -> None:
     made = plan(lognormal(4000), hdp_size=512, max_tokens_per_rank=16384, cost=COMPUTE_ONLY)
     assert made.validate() is made
+
+
+def test_aligned_as_promised() -> None:
+    rings, straight, crossed = (
+        [[0, 1], [0], [1]],
+        [[[0], [1]], [[0], [2]]],
+        [[[0], [1]], [[2], [0]]],
+    )
+    make([4, 1, 1], rings, straight, aligned=True).validate()
+    make([4, 1, 1], rings, crossed).validate()
+    refused(
+        make([4, 1, 1], rings, crossed, aligned=True),
+        "aligned_as_promised: sequence 0 is in microbatch 0 of one rank and 1 of another",
+    )
+    refused(
+        make([4, 1], [[0, 1], [0]], [[[0], [1]], [[0]]], aligned=True),
+        "aligned_as_promised: rank 1 has 1 microbatches and rank 0 has 2; add empty ones",
+    )
+    refused(make([1], [[0]], [[[0]]], aligned="yes"), "aligned='yes' must be True or False")
