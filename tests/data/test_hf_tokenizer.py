@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 
@@ -15,6 +17,7 @@ from hdp.data.prepare.documents import Document, Rejected
 from hdp.data.prepare.hf_tokenizer import HFTokenizer
 from hdp.data.prepare.tokenizer import CHATML, load_tokenizer, train_bpe
 from tests.data.odd_templates import LLAMA, QWEN3
+from tests.patience import patience
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -261,3 +264,37 @@ def test_deadlines_bound_one_row_and_no_other():
             with deadlines.row(60):
                 done += 1
     assert done == 3
+
+
+def test_a_deadline_leaves_nothing_behind_that_stops_a_profiler():
+    """A withdrawn exception would: the interpreter looks for it for ever. In a process of its own,
+    which can be ended."""
+    program = """
+import sys
+from hdp.data.prepare.deadline import Deadlines, RowTimeout
+
+def overdue(swallow):
+    try:
+        while True:
+            pass
+    except RowTimeout:
+        if not swallow:
+            raise
+
+with Deadlines() as deadlines:
+    for swallow in (False, True):
+        try:
+            with deadlines.row(0.1):
+                overdue(swallow)
+        except RowTimeout:
+            print("timeout")
+calls = []
+sys.setprofile(lambda frame, event, argument: calls.append(event))
+(lambda: None)()
+sys.setprofile(None)
+print("call" in calls)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=patience(60)
+    )
+    assert done.stdout.split() == ["timeout", "True"], done.stderr
