@@ -32,38 +32,31 @@ def walk(
     offsets: np.ndarray,
     group: np.ndarray,
     seconds: np.ndarray,
-    after: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Walk all lanes at once, wave by wave; returns when each operation starts and ends.
 
     Lane i runs operations offsets[i] .. offsets[i + 1] - 1, in this order. Operations of one group
     start together, when all their lanes have arrived, and end together, with the slowest.
 
-    group, seconds: (num_operations,) of each; after: (num_operations,) the operation whose result
-    each one needs, or num_operations for none. Returns two columns of seconds (num_operations,);
-    operations that never run end at infinity.
+    group, seconds: (num_operations,) of each. Returns two columns of seconds (num_operations,);
+    operations that never run end at infinity. Operations that also need the result of another one,
+    as in pipelines: simulation/one_f_one_b.py.
     """
-    count = len(group)
-    after = np.full(count, count) if after is None else after
     missing = np.bincount(group)  # lanes of each group yet to arrive
     start_s, longest_s = np.zeros((2, len(missing)))
     np.maximum.at(longest_s, group, seconds)
-    end_s = np.full(count + 1, np.inf)
-    end_s[count] = 0.0  # sentinel for operations without an input
+    end_s = np.full(len(group), np.inf)
     at, stop = offsets[:-1].copy(), offsets[1:]
     free_s = np.zeros(len(at))
     coming = np.flatnonzero(at < stop)
     waiting = coming[:0]
     while len(coming):
-        # Lanes whose input is ready arrive.
-        here = at[coming]
-        input_s = end_s[after[here]]
-        ready = input_s < np.inf
-        arrived, groups = coming[ready], group[here[ready]]
-        np.maximum.at(start_s, groups, np.maximum(free_s[arrived], input_s[ready]))
+        # Lanes arrive.
+        groups = group[at[coming]]
+        np.maximum.at(start_s, groups, free_s[coming])
         np.subtract.at(missing, groups, 1)
         # Complete groups run, and their lanes move on.
-        waiting = np.concatenate([waiting, arrived])
+        waiting = np.concatenate([waiting, coming])
         here = at[waiting]
         groups = group[here]
         complete = missing[groups] == 0
@@ -72,9 +65,9 @@ def walk(
             break
         free_s[gone] = end_s[here[complete]] = start_s[groups] + longest_s[groups]
         at[gone] += 1
-        coming = np.concatenate([coming[~ready], gone[at[gone] < stop[gone]]])
+        coming = gone[at[gone] < stop[gone]]
         waiting = waiting[~complete]
-    return start_s[group], end_s[:count]
+    return start_s[group], end_s
 
 
 def stuck(offsets: np.ndarray, end_s: np.ndarray) -> np.ndarray:

@@ -122,7 +122,7 @@ def _run_lanes(
     after: np.ndarray,
     lanes_of: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Like rendezvous.walk, for a thousand stages: lanes sleep until their input is there.
+    """Like rendezvous.walk, with inputs from other lanes: lanes sleep until theirs is there.
 
     A lane is looked at when it is free or when the operation that it needs ends, so the work grows
     with the operations and not with lanes times waves. No two operations need the same one.
