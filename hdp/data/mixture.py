@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from .sampler import different_data, lengths_crc32
+from .sampler import count_batches, different_data, lengths_crc32
 from .stream import Stream, StreamState
 
 # (batches before, state of each source, sequences or tokens taken from each source)
@@ -135,11 +135,7 @@ class MixtureSampler:
         sequences (tokens, if weights are shares of tokens) as its sources have together. Walks
         through all of these batches.
         """
-        position, count = self._start() if position is None else position, 0
-        while self.epochs_done(position) < epochs - 1e-9:
-            _, position = self.batch_at(position)
-            count += 1
-        return count
+        return count_batches(self, self._start() if position is None else position, epochs)
 
     def steps_left(self, epochs: float) -> int:
         """Number of batches from the current position until `epochs` epochs are done."""

@@ -118,11 +118,7 @@ class Sampler:
 
         Part of an epoch is a share of its sequences. Walks through all of these batches.
         """
-        count = 0
-        while self.epochs_done(position) < epochs - 1e-9:
-            _, position = self.batch_at(position)
-            count += 1
-        return count
+        return count_batches(self, position, epochs)
 
     def steps_left(self, epochs: float) -> int:
         """Number of batches from the current position until `epochs` epochs are done."""
@@ -191,6 +187,15 @@ def lengths_crc32(seqlens: np.ndarray) -> int:
         part = np.asarray(seqlens[start : start + step], dtype="<i8")
         crc = zlib.crc32(part.tobytes(), crc)
     return crc
+
+
+def count_batches(sampler: Any, position: Any, epochs: float) -> int:
+    """Batches of a sampler, or a mixture, from `position` until `epochs` epochs are done."""
+    count = 0
+    while sampler.epochs_done(position) < epochs - 1e-9:
+        _, position = sampler.batch_at(position)
+        count += 1
+    return count
 
 
 def permute(places: np.ndarray, size: int, *, key: int) -> np.ndarray:
