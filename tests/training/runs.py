@@ -54,3 +54,15 @@ def config(inputs, run_dir, **options) -> TrainConfig:
         "timeout_s": patience(60),
     }
     return TrainConfig(**{**defaults, **options})
+
+
+def train_and_listen(rank, world, options) -> str:
+    """Train, and return what the rank said on stderr."""
+    import contextlib
+    import io
+
+    from hdp.training.loop import train
+
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        train(options)
+    return said.getvalue()

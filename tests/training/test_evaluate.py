@@ -20,7 +20,7 @@ from hdp.training.evaluation_state import evaluation_state
 from hdp.training.progress import Progress
 from tests.run_ranks import RankError, run_ranks
 from tests.tiny_models import keep_norms_exact
-from tests.training.runs import MODEL, config, write_inputs
+from tests.training.runs import MODEL, config, train_and_listen, write_inputs
 
 
 @pytest.fixture(scope="module")
@@ -352,15 +352,6 @@ def test_a_share_is_held_out_where_no_data_is_given():
     assert TrainConfig(eval_share=0.2).held_out_share == 0.2
 
 
-def _train_and_listen(rank, world, options):
-    import contextlib
-    import io
-
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        _train(rank, world, options)
-    return said.getvalue()
-
-
 def test_shared_rows_are_reported(inputs, tmp_path):
     (tmp_path / "eval").mkdir()
     for i in (3, 4):
@@ -368,5 +359,5 @@ def test_shared_rows_are_reported(inputs, tmp_path):
         (tmp_path / "eval" / f"{i}.txt").write_text(text)
     (tmp_path / "eval" / "own.txt").write_text("a text of its own")
     run = config(inputs, tmp_path / "run", steps=1, eval_data=str(tmp_path / "eval"))
-    said = run_ranks(_train_and_listen, 1, run)[0]
+    said = run_ranks(train_and_listen, 1, run)[0]
     assert "2 of the 3 evaluation sequences are also in the training data" in said

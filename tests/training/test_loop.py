@@ -15,7 +15,7 @@ from hdp.report.files import RunFiles
 from hdp.report.page import page
 from hdp.scheduler import CostModel
 from tests.run_ranks import RankError, run_ranks
-from tests.training.runs import MODEL, config, write_inputs
+from tests.training.runs import MODEL, config, train_and_listen, write_inputs
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_resume_on_another_number_of_ranks_continues_the_run(inputs, tmp_path):
     saved = [path.name for path in (tmp_path / "part" / "checkpoints").iterdir() if path.is_dir()]
     assert len(saved) == 1
     # a finished run does nothing more
-    assert "all 12 steps are done: raise --steps" in run_ranks(_train_and_listen, 1, part)[0]
+    assert "all 12 steps are done: raise --steps" in run_ranks(train_and_listen, 1, part)[0]
 
 
 def _train_until(rank, world, options, last):
@@ -254,27 +254,18 @@ def test_an_export_on_some_nodes_only_is_refused(inputs, tmp_path):
         run_ranks(_train_on_own_data, 2, options, folders, str(tmp_path / "out"))
 
 
-def _train_and_listen(rank, world, options):
-    import contextlib
-    import io
-
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        _train(rank, world, options)
-    return said.getvalue()
-
-
 def test_data_changes_that_keep_lengths_are_reported(inputs, tmp_path):
     """The sampler only knows lengths, so it would not notice other text of the same length."""
     shutil.copytree(inputs / "text", tmp_path / "text")
     options = config(inputs, tmp_path / "run", steps=1, data=str(tmp_path / "text"))
     run_ranks(_train, 1, options)
     again = dataclasses.replace(options, steps=2)
-    assert "changed since this checkpoint" not in run_ranks(_train_and_listen, 1, again)[0]
+    assert "changed since this checkpoint" not in run_ranks(train_and_listen, 1, again)[0]
     path = next(iter((tmp_path / "text").iterdir()))
     path.write_text(path.read_text().swapcase())
     again = dataclasses.replace(options, steps=3)
     expected = "changed since this checkpoint, but sequence lengths match"
-    assert expected in run_ranks(_train_and_listen, 1, again)[0]
+    assert expected in run_ranks(train_and_listen, 1, again)[0]
 
 
 def _train_with_own_cost(rank, world, options, costs):
@@ -296,10 +287,10 @@ def test_nodes_with_other_cost_files_stop_before_the_first_step(inputs, tmp_path
 
 def test_more_tokens_than_positions_are_reported(inputs, tmp_path):
     """RoPE is defined at any position, but the model was never trained that far out."""
-    plain = run_ranks(_train_and_listen, 1, config(inputs, tmp_path / "plain", steps=1))[0]
+    plain = run_ranks(train_and_listen, 1, config(inputs, tmp_path / "plain", steps=1))[0]
     assert "max_position_embeddings" not in plain
     options = {"config_overrides": '{"max_position_embeddings": 64}', "steps": 1}
-    said = run_ranks(_train_and_listen, 1, config(inputs, tmp_path / "short", **options))[0]
+    said = run_ranks(train_and_listen, 1, config(inputs, tmp_path / "short", **options))[0]
     expected = r"longest sequence has \d+ tokens but the model was built for 64 "
     assert re.search(expected, said), said
 
@@ -330,7 +321,7 @@ def test_trace_step_writes_planned_and_measured(inputs, tmp_path):
 
 
 def test_a_step_that_is_never_reached_cannot_be_traced(inputs, tmp_path):
-    said = run_ranks(_train_and_listen, 1, config(inputs, tmp_path, steps=2, trace_step=50))[0]
+    said = run_ranks(train_and_listen, 1, config(inputs, tmp_path, steps=2, trace_step=50))[0]
     assert "--trace-step 50: this run trains steps 1 to 2, so nothing will be traced" in said
 
 
@@ -344,7 +335,7 @@ def _train_without_matplotlib(rank, world, options):
     import sys
 
     sys.modules["matplotlib.figure"] = None  # type: ignore[assignment]
-    return _train_and_listen(rank, world, options)
+    return train_and_listen(rank, world, options)
 
 
 def test_a_trace_without_matplotlib_lacks_only_the_picture(inputs, tmp_path):

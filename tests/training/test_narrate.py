@@ -13,7 +13,7 @@ from hdp.training.cores import shared_cores_note, shares_cores, usable_cores
 from hdp.training.narrate import Narrator, sample_texts
 from hdp.training.progress import Progress
 from tests.run_ranks import run_ranks
-from tests.training.runs import config, write_inputs
+from tests.training.runs import config, train_and_listen, write_inputs
 
 
 @pytest.fixture(scope="module")
@@ -21,20 +21,9 @@ def inputs(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def _train_and_listen(rank, world, options):
-    import contextlib
-    import io
-
-    from hdp.training.loop import train
-
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        train(options)
-    return said.getvalue()
-
-
 def test_lines_of_a_run_in_a_pipe(inputs, tmp_path):
     options = config(inputs, tmp_path / "run", steps=3, save_every=2)
-    said, other = run_ranks(_train_and_listen, 2, options)
+    said, other = run_ranks(train_and_listen, 2, options)
     assert "step" not in other, "only rank 0 speaks"
     lines = [line.removeprefix("hdp: ") for line in said.splitlines()]
     steps = [line for line in lines if line.startswith("step ")]
@@ -54,8 +43,8 @@ def test_lines_of_a_run_in_a_pipe(inputs, tmp_path):
 
 def test_a_run_that_has_nothing_to_do_says_no_summary(inputs, tmp_path):
     options = config(inputs, tmp_path / "run", steps=1)
-    run_ranks(_train_and_listen, 1, options)
-    assert "to look at it" not in run_ranks(_train_and_listen, 1, options)[0]
+    run_ranks(train_and_listen, 1, options)
+    assert "to look at it" not in run_ranks(train_and_listen, 1, options)[0]
 
 
 def test_time_left_is_the_pace_of_the_last_steps():

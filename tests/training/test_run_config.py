@@ -11,23 +11,12 @@ import pytest
 from hdp.config import TrainConfig
 from hdp.training.run_config import EFFECTS, accept, describe_changes
 from tests.run_ranks import RankError, run_ranks
-from tests.training.runs import config, write_inputs
+from tests.training.runs import config, train_and_listen, write_inputs
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-def _train_and_listen(rank, world, options):
-    import contextlib
-    import io
-
-    from hdp.training.loop import train
-
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        train(options)
-    return said.getvalue()
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -40,30 +29,30 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_refused_command_writes_nothing(inputs, tmp_path):
     first = config(inputs, tmp_path / "run", steps=1)
-    run_ranks(_train_and_listen, 1, first)
+    run_ranks(train_and_listen, 1, first)
     before = _contents(tmp_path)
     anew = dataclasses.replace(first, resume=False, lr=1.0)
     with pytest.raises(
         RankError, match=r"exists but --no-resume was given: choose another .* folder .*checkpoints"
     ):
-        run_ranks(_train_and_listen, 2, anew)
+        run_ranks(train_and_listen, 2, anew)
     other = dataclasses.replace(first, config_overrides='{"hidden_size": 64}', lr=1.0)
     with pytest.raises(RankError, match="is of another model"):
-        run_ranks(_train_and_listen, 1, other)
+        run_ranks(train_and_listen, 1, other)
     long = dataclasses.replace(first, max_tokens_per_rank=100, lr=1.0)
     with pytest.raises(RankError, match="do not fit"):
-        run_ranks(_train_and_listen, 1, long)
+        run_ranks(train_and_listen, 1, long)
     assert _contents(tmp_path) == before
 
 
 def test_a_resumed_run_says_what_changed_and_keeps_the_earlier_configuration(inputs, tmp_path):
     first = config(inputs, tmp_path / "run", steps=2)
-    assert "changed since" not in run_ranks(_train_and_listen, 1, first)[0]
+    assert "changed since" not in run_ranks(train_and_listen, 1, first)[0]
     earlier = (tmp_path / "run" / "config.json").read_text()
     same = dataclasses.replace(first)
-    assert "changed since" not in run_ranks(_train_and_listen, 1, same)[0]
+    assert "changed since" not in run_ranks(train_and_listen, 1, same)[0]
     other = dataclasses.replace(first, steps=4, lr=2e-2, batch_tokens=700, log_every=2)
-    said = run_ranks(_train_and_listen, 2, other)[0]
+    said = run_ranks(train_and_listen, 2, other)[0]
     kept = tmp_path / "run" / "config-until-2.json"
     assert f"changed since step 2 (the earlier configuration is {kept}):" in said
     assert "--lr: 0.01 -> 0.02  (changes the updates from here on)" in said
